@@ -1,0 +1,1 @@
+"""What `torchops bench` runs: timing, problems, networks, report."""

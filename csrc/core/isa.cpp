@@ -1,0 +1,71 @@
+// Chooses the CPU instruction set once, when the library is loaded.
+#include "core/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "core/build_info.h"
+
+namespace torchops {
+namespace {
+
+bool supported(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  switch (isa) {
+    case Isa::avx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+    default: return true;
+  }
+#else
+  return isa == Isa::baseline;
+#endif
+}
+
+Isa best_isa() {
+  for (Isa isa : {Isa::avx512, Isa::avx2}) {
+    if (supported(isa)) return isa;
+  }
+  return Isa::baseline;
+}
+
+// An unknown or unsupported name is reported by torchops/__init__.py, which compares
+// TORCHOPS_CPU_ISA with what runs: a constructor is no place for an error message.
+Isa initial_isa() {
+  if (const char* name = std::getenv("TORCHOPS_CPU_ISA")) {
+    for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+      if (!std::strcmp(name, isa_name(isa)) && supported(isa)) return isa;
+    }
+  }
+  return best_isa();
+}
+
+std::atomic<Isa> g_isa{initial_isa()};
+
+}  // namespace
+
+Isa active_isa() { return g_isa.load(std::memory_order_relaxed); }
+
+bool set_isa(Isa isa) {
+  if (!supported(isa)) return false;
+  g_isa.store(isa, std::memory_order_relaxed);
+  return true;
+}
+
+bool isa_supported(Isa isa) { return supported(isa); }
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
+}  // namespace torchops

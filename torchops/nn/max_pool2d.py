@@ -1,0 +1,28 @@
+"""MaxPool1d and MaxPool2d: torch's modules on the kernels of this project."""
+
+from __future__ import annotations
+
+import torch.nn as nn
+from torch import Tensor
+
+from torchops.ops.max_pool2d import max_pool1d, max_pool2d
+
+
+class MaxPool1d(nn.MaxPool1d):
+    __doc__ = nn.MaxPool1d.__doc__
+
+    def forward(self, input: Tensor):
+        return max_pool1d(
+            input, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.ceil_mode, self.return_indices,
+        )  # fmt: skip
+
+
+class MaxPool2d(nn.MaxPool2d):
+    __doc__ = nn.MaxPool2d.__doc__
+
+    def forward(self, input: Tensor):
+        return max_pool2d(
+            input, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.ceil_mode, self.return_indices,
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""One module per operator: functional wrapper, autograd Functions, fake kernels, vmap rules."""

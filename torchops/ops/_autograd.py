@@ -1,0 +1,112 @@
+"""How an operator of torch.ops.torchops becomes differentiable under every transform.
+
+Each operator has one `Function` with `forward`, `setup_context`, `backward` and `tangent` (its
+forward-mode derivative). `register` makes it the raw operator's Autograd kernel too, because
+torch.compile around torch.func.grad or jvp differentiates the raw operator and would get silent
+zeros without one. (torch.library.register_autograd raises there: its generated Function has no
+setup_context.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+_transforms_active = torch._C._are_functorch_transforms_active
+
+
+def kernel(name: str) -> Callable[..., Any]:
+    """torch.ops.torchops.<name>, called below autograd: a Function around it differentiates.
+
+    Skipping the operator's Autograd kernel (this Function again) avoids an endless loop, and 8 us a call.
+    """
+    op = getattr(torch.ops.torchops, name).default
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return op(*args)
+        with _BelowAutograd():
+            return op(*args)
+
+    return call
+
+
+class _Leaf(tuple):
+    """A tuple argument that pytree does not look into: functorch's generated vmap rule loses
+    count of the tangents where an argument is a nested structure."""
+
+
+class Function(torch.autograd.Function):
+    """Base of all Functions here. Subclasses define `tangent(ctx, *tangents)`, not `jvp`.
+
+    Dynamo refuses a Function that has a `jvp`; eager needs one. So each class gets a twin with
+    `jvp`, which `apply` uses: Dynamo does not look at `apply`.
+    """
+
+    generate_vmap_rule = True
+    _eager: type[Function]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "jvp" not in cls.__dict__:
+            cls._eager = type(cls.__name__, (cls,), {"jvp": cls.tangent, "__module__": cls.__module__})
+
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Tensor | None) -> Any:
+        raise NotImplementedError
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """torch's own `apply` inside transforms; outside, without its 14 us of signature binding."""
+        if _transforms_active():
+            leaves = [_Leaf(arg) if isinstance(arg, tuple) else arg for arg in args]
+            return super(Function, cls._eager).apply(*leaves)
+        return super(torch.autograd.Function, cls._eager).apply(*args)
+
+
+def differentiable(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through its Function: somebody may ask for a derivative."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return _transforms_active() or forward_ad._current_level >= 0
+
+
+_library = torch.library.Library("torchops", "FRAGMENT")
+
+
+def register(
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    vmap: Callable[..., Any],
+    autograd: Callable[..., Any] | None = None,
+) -> None:
+    """Fake kernel, vmap rule and Autograd kernel (a Function's apply) of torch.ops.torchops.<name>."""
+    op = f"torchops::{name}"
+    torch.library.register_fake(op, fake)
+    torch.library.register_vmap(op, vmap)
+    if autograd is not None:
+        _library.impl(name, autograd, "Autograd")
+
+
+def fold_batch(tensor: Tensor, in_dim: int | None, batch_size: int) -> Tensor:
+    """[..., vmapped, ...] -> [vmapped * N, ...]; a tensor that is not vmapped is repeated."""
+    if in_dim is None:
+        tensor = tensor.expand(batch_size, *tensor.shape)
+    else:
+        tensor = tensor.movedim(in_dim, 0)
+    return tensor.flatten(0, 1)
+
+
+def unfold_batch(tensor: Tensor, batch_size: int) -> Tensor:
+    """[vmapped * N, ...] -> [vmapped, N, ...]"""
+    return tensor.unflatten(0, (batch_size, tensor.shape[0] // batch_size))

@@ -1,0 +1,109 @@
+"""What every public function shares: torch's contract around a kernel of our own.
+
+`@drop_in(native)` makes a function a drop-in for `native`: it hands over what no kernel covers,
+lets tensor subclasses and torch.fx override it, and raises native's own exceptions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from torchops import _backend
+
+KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A public function: its native twin and whether kernels of this project compute it."""
+
+    name: str
+    native: Callable[..., Any] | None
+    own: bool
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def uncovered(input: Tensor) -> str | None:
+    """Why no kernel here takes this tensor, or None."""
+    if input.dtype not in KERNEL_DTYPES:
+        return str(input.dtype)
+    if not (input.is_cpu or input.is_cuda or input.is_meta):
+        return f"device {input.device.type}"
+    if input.layout is not torch.strided or input.is_nested:
+        return "a nested tensor" if input.is_nested else str(input.layout)
+    return None
+
+
+def refuse_forward_mode() -> None:
+    """torch.compile around torch.func.jvp would give silent zeros; a graph break is right."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "torchops: forward-mode differentiation inside torch.compile is not supported; "
+            "call torch.func.jvp outside the compiled function"
+        )
+
+
+def drop_in(native: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates our function of the same signature as `native`."""
+
+    def decorate(own: Callable[..., Any]) -> Callable[..., Any]:
+        name = own.__name__
+        OPERATORS[name] = Operator(name, native, own=True)
+
+        @functools.wraps(own)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            input = args[0] if args else kwargs.get("input")
+            if not isinstance(input, Tensor) or has_torch_function_unary(input):
+                if hasattr(type(input), "__torch_function__"):
+                    return handle_torch_function(call, (input,), *args, **kwargs)
+                return native(*args, **kwargs)
+            if _backend.mode == "native":
+                return native(*args, **kwargs)
+            reason = uncovered(input)
+            if reason is not None:
+                _backend.warn_fallback(name, reason)
+                return native(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                refuse_forward_mode()
+                return own(*args, **kwargs)
+            try:
+                return own(*args, **kwargs)
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                raise_native(native, args, kwargs, error)
+
+        return call
+
+    return decorate
+
+
+def raise_native(native: Callable[..., Any], args: Any, kwargs: Any, error: Exception) -> None:
+    """Raises what native raises for these arguments; `error` where native accepts them."""
+    try:
+        with torch.no_grad():
+            native(*args, **kwargs)
+    except Exception as native_error:
+        raise native_error from None
+    raise error
+
+
+def native_only(name: str, native: Callable[..., Any]) -> Callable[..., Any]:
+    """A public name that torch computes for now, and says so in `info` and in mode "own"."""
+    OPERATORS[name] = Operator(name, native, own=False)
+
+    @functools.wraps(native)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        _backend.warn_fallback(name, "this operator yet")
+        return native(*args, **kwargs)
+
+    call.__name__ = call.__qualname__ = name
+    return call

@@ -1,0 +1,32 @@
+"""Window arguments and memory formats, as torch understands them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format as _suggest_memory_format
+
+
+def pair(value: Any) -> tuple[Any, ...]:
+    """An int, or a sequence of one or two, as torch's int[2] arguments take them."""
+    if isinstance(value, (tuple, list)):
+        return (value[0], value[0]) if len(value) == 1 else tuple(value)
+    return (value, value)
+
+
+def suggest_memory_format(tensor: Tensor) -> torch.memory_format:
+    """The format that torch's own operators give an output computed from `tensor`."""
+    if tensor.dim() != 4:
+        return torch.contiguous_format
+    return _suggest_memory_format(tensor)
+
+
+def pooled_size(input: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool):
+    """Number of windows along an axis; works on symbolic sizes (csrc/core/window.h has the rule)."""
+    span = input + 2 * padding - dilation * (kernel - 1) - 1 + (stride - 1 if ceil_mode else 0)
+    output = span // stride + 1
+    if ceil_mode:
+        output = torch.sym_min(output, (input + padding - 1) // stride + 1)
+    return output

@@ -1,0 +1,272 @@
+"""max_pool2d and max_pool1d: wrapper, autograd Functions, fake kernels, vmap rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchops.ops._autograd import (
+    Function,
+    differentiable,
+    fold_batch,
+    kernel,
+    register,
+    unfold_batch,
+)
+from torchops.ops._drop_in import drop_in
+from torchops.ops._shape import pair, pooled_size, suggest_memory_format
+
+_max_pool2d = kernel("max_pool2d")
+_with_offsets = kernel("max_pool2d_with_offsets")
+_backward = kernel("max_pool2d_backward")
+_gather = kernel("max_pool2d_gather")
+_indices = kernel("max_pool2d_indices")
+
+
+@drop_in(F.max_pool2d)
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """Largest value of each window; the same as torch.nn.functional.max_pool2d.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; f64, f32, bf16 or f16; contiguous or channels_last.
+        kernel_size, stride, padding, dilation: int or pair; stride defaults to kernel_size.
+        ceil_mode: also count a last window that starts inside the input but ends outside.
+        return_indices: also return the int64 position of each maximum in its input plane.
+
+    Returns:
+        [N, C, H_out, W_out] in the input's format. A NaN in a window wins; on ties the first.
+
+    Raises:
+        RuntimeError: native's own, for a bad rank, an empty spatial size, a padding of more than
+            half the kernel, or an output of size zero.
+
+    Complexity: reads the input once, writes the output once, and for backward one byte per output
+    (four where the window has more than 256 taps) instead of native's eight.
+    """
+    window = _window(kernel_size, stride, padding, dilation, ceil_mode)
+    if not return_indices:
+        if differentiable(input):
+            return MaxPool2dFunction.apply(input, *window)[0]
+        return _max_pool2d(input, *window)
+    if differentiable(input):
+        output, offsets = MaxPool2dFunction.apply(input, *window)
+    else:
+        output, offsets = _with_offsets(input, *window)
+    return output, _indices(offsets, input.shape, *window)
+
+
+@drop_in(F.max_pool1d)
+def max_pool1d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """max_pool2d over [N, C, L] or [C, L]; the same as torch.nn.functional.max_pool1d."""
+    if input.dim() not in (2, 3):
+        raise RuntimeError(f"max_pool1d: expected a 2-D or 3-D input, but got {input.dim()}-D")
+    if stride is None or stride == []:
+        stride = kernel_size
+    row = [(1, *_single(v)) for v in (kernel_size, stride)]
+    row += [(0, *_single(padding)), (1, *_single(dilation))]
+    result = max_pool2d.__wrapped__(input.unsqueeze(-2), *row, ceil_mode, return_indices)
+    if return_indices:
+        return tuple(tensor.squeeze(-2) for tensor in result)
+    return result.squeeze(-2)
+
+
+def _single(value: Any) -> tuple[int]:
+    (value,) = value if isinstance(value, (tuple, list)) else (value,)
+    return (value,)
+
+
+def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> tuple:
+    kernel_size = pair(kernel_size)
+    stride = kernel_size if stride is None or stride == [] else pair(stride)
+    return kernel_size, stride, pair(padding), pair(dilation), bool(ceil_mode)
+
+
+class MaxPool2dFunction(Function):
+    """(output, offsets) of the pooling; backward and tangent follow the winners."""
+
+    @staticmethod
+    def forward(input, kernel_size, stride, padding, dilation, ceil_mode):
+        return _with_offsets(input, kernel_size, stride, padding, dilation, ceil_mode)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, *ctx.window = inputs
+        offsets = output[1]
+        ctx.mark_non_differentiable(offsets)
+        ctx.input_size = input.shape
+        ctx.save_for_backward(offsets)
+        ctx.save_for_forward(offsets)
+
+    @staticmethod
+    def backward(ctx, grad_output, _):
+        (offsets,) = ctx.saved_tensors
+        grad_input = MaxPool2dBackwardFunction.apply(
+            grad_output, offsets, ctx.input_size, *ctx.window
+        )
+        return grad_input, None, None, None, None, None
+
+    @staticmethod
+    def tangent(ctx, input_tangent, *_):
+        (offsets,) = ctx.saved_tensors
+        return MaxPool2dGatherFunction.apply(input_tangent, offsets, *ctx.window), None
+
+
+class MaxPool2dBackwardFunction(Function):
+    """Scatter to the winners: linear in grad_output, its adjoint is the gather."""
+
+    @staticmethod
+    def forward(grad_output, offsets, input_size, kernel_size, stride, padding, dilation, ceil_mode):
+        return _backward(
+            grad_output, offsets, input_size, kernel_size, stride, padding, dilation, ceil_mode
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, offsets, ctx.input_size, *ctx.window = inputs
+        ctx.save_for_backward(offsets)
+        ctx.save_for_forward(offsets)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (offsets,) = ctx.saved_tensors
+        return MaxPool2dGatherFunction.apply(grad, offsets, *ctx.window), *(None,) * 7
+
+    @staticmethod
+    def tangent(ctx, grad_output_tangent, *_):
+        (offsets,) = ctx.saved_tensors
+        return MaxPool2dBackwardFunction.apply(
+            grad_output_tangent, offsets, ctx.input_size, *ctx.window
+        )
+
+
+class MaxPool2dGatherFunction(Function):
+    """input at the winners: linear in input, its adjoint is the scatter."""
+
+    @staticmethod
+    def forward(input, offsets, kernel_size, stride, padding, dilation, ceil_mode):
+        return _gather(input, offsets, kernel_size, stride, padding, dilation, ceil_mode)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, offsets, *ctx.window = inputs
+        ctx.input_size = input.shape
+        ctx.save_for_backward(offsets)
+        ctx.save_for_forward(offsets)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (offsets,) = ctx.saved_tensors
+        grad_input = MaxPool2dBackwardFunction.apply(
+            grad_output, offsets, ctx.input_size, *ctx.window
+        )
+        return grad_input, *(None,) * 6
+
+    @staticmethod
+    def tangent(ctx, input_tangent, *_):
+        (offsets,) = ctx.saved_tensors
+        return MaxPool2dGatherFunction.apply(input_tangent, offsets, *ctx.window)
+
+
+# ---- fake kernels ------------------------------------------------------------------------
+
+
+def _fake_offsets(input, kernel_size, stride, padding, dilation, ceil_mode):
+    size = [
+        pooled_size(input.shape[axis], kernel_size[axis], stride[axis], padding[axis],
+                    dilation[axis], ceil_mode)
+        for axis in (-2, -1)
+    ]  # fmt: skip
+    dtype = torch.uint8 if kernel_size[0] * kernel_size[-1] <= 256 else torch.int32
+    shape = (*input.shape[:-2], *size)
+    return torch.empty(
+        shape, dtype=dtype, device=input.device, memory_format=suggest_memory_format(input)
+    )
+
+
+def _fake_max_pool2d(input, *window):
+    return torch.empty_like(_fake_offsets(input, *window), dtype=input.dtype)
+
+
+def _fake_with_offsets(input, *window):
+    offsets = _fake_offsets(input, *window)
+    return torch.empty_like(offsets, dtype=input.dtype), offsets
+
+
+def _fake_backward(grad_output, offsets, input_size, *window):
+    return torch.empty(
+        input_size, dtype=grad_output.dtype, device=grad_output.device,
+        memory_format=suggest_memory_format(offsets),
+    )  # fmt: skip
+
+
+def _fake_gather(input, offsets, *window):
+    return torch.empty_like(offsets, dtype=input.dtype)
+
+
+def _fake_indices(offsets, input_size, *window):
+    return torch.empty_like(offsets, dtype=torch.int64)
+
+
+# ---- vmap: a further batch dimension is more images ----------------------------------------
+
+
+def _vmap_max_pool2d(info, in_dims, input, *window):
+    images = fold_batch(input, in_dims[0], info.batch_size)
+    return unfold_batch(torch.ops.torchops.max_pool2d(images, *window), info.batch_size), 0
+
+
+def _vmap_with_offsets(info, in_dims, input, *window):
+    images = fold_batch(input, in_dims[0], info.batch_size)
+    output, offsets = torch.ops.torchops.max_pool2d_with_offsets(images, *window)
+    return (unfold_batch(output, info.batch_size), unfold_batch(offsets, info.batch_size)), (0, 0)
+
+
+def _vmap_backward(info, in_dims, grad_output, offsets, input_size, *window):
+    grads = fold_batch(grad_output, in_dims[0], info.batch_size)
+    winners = fold_batch(offsets, in_dims[1], info.batch_size)
+    size = (info.batch_size * input_size[0], *input_size[1:])
+    grad_input = torch.ops.torchops.max_pool2d_backward(grads, winners, size, *window)
+    return unfold_batch(grad_input, info.batch_size), 0
+
+
+def _vmap_gather(info, in_dims, input, offsets, *window):
+    images = fold_batch(input, in_dims[0], info.batch_size)
+    winners = fold_batch(offsets, in_dims[1], info.batch_size)
+    output = torch.ops.torchops.max_pool2d_gather(images, winners, *window)
+    return unfold_batch(output, info.batch_size), 0
+
+
+def _vmap_indices(info, in_dims, offsets, input_size, *window):
+    winners = fold_batch(offsets, in_dims[0], info.batch_size)
+    size = (info.batch_size * input_size[0], *input_size[1:])
+    indices = torch.ops.torchops.max_pool2d_indices(winners, size, *window)
+    return unfold_batch(indices, info.batch_size), 0
+
+
+register("max_pool2d", fake=_fake_max_pool2d, vmap=_vmap_max_pool2d)
+register("max_pool2d_with_offsets", fake=_fake_with_offsets, vmap=_vmap_with_offsets,
+         autograd=MaxPool2dFunction.apply)  # fmt: skip
+register("max_pool2d_backward", fake=_fake_backward, vmap=_vmap_backward,
+         autograd=MaxPool2dBackwardFunction.apply)  # fmt: skip
+register("max_pool2d_gather", fake=_fake_gather, vmap=_vmap_gather,
+         autograd=MaxPool2dGatherFunction.apply)  # fmt: skip
+register("max_pool2d_indices", fake=_fake_indices, vmap=_vmap_indices)

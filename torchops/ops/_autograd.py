@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
@@ -66,7 +67,23 @@ class Function(torch.autograd.Function):
         if _transforms_active():
             leaves = [_Leaf(arg) if isinstance(arg, tuple) else arg for arg in args]
             return super(Function, cls._eager).apply(*leaves)
+        return cls.apply_here(*args)
+
+    @classmethod
+    def apply_here(cls, *args: Any) -> Any:
+        """`apply` at one level of autograd: what the dispatcher's Autograd key asks for.
+
+        Inside transforms, functorch calls that key once per level and itself passes on to the next.
+        """
+        if _transforms_active():
+            with enable_single_level_autograd_function():
+                return super(torch.autograd.Function, cls._eager).apply(*args)
         return super(torch.autograd.Function, cls._eager).apply(*args)
+
+
+# Where Dynamo gives up on a caller (a graph break), it would next try these frames on their own.
+for _method in (Function.apply, Function.apply_here):
+    torch._C._dynamo.eval_frame.skip_code(_method.__func__.__code__)  # type: ignore[attr-defined]
 
 
 def differentiable(*tensors: Tensor | None) -> bool:
@@ -90,7 +107,7 @@ def register(
     vmap: Callable[..., Any],
     autograd: Callable[..., Any] | None = None,
 ) -> None:
-    """Fake kernel, vmap rule and Autograd kernel (a Function's apply) of torch.ops.torchops.<name>."""
+    """Fake kernel, vmap rule and Autograd kernel (`apply_here`) of torch.ops.torchops.<name>."""
     op = f"torchops::{name}"
     torch.library.register_fake(op, fake)
     torch.library.register_vmap(op, vmap)

@@ -264,9 +264,9 @@ def _vmap_indices(info, in_dims, offsets, input_size, *window):
 
 register("max_pool2d", fake=_fake_max_pool2d, vmap=_vmap_max_pool2d)
 register("max_pool2d_with_offsets", fake=_fake_with_offsets, vmap=_vmap_with_offsets,
-         autograd=MaxPool2dFunction.apply)  # fmt: skip
+         autograd=MaxPool2dFunction.apply_here)  # fmt: skip
 register("max_pool2d_backward", fake=_fake_backward, vmap=_vmap_backward,
-         autograd=MaxPool2dBackwardFunction.apply)  # fmt: skip
+         autograd=MaxPool2dBackwardFunction.apply_here)  # fmt: skip
 register("max_pool2d_gather", fake=_fake_gather, vmap=_vmap_gather,
-         autograd=MaxPool2dGatherFunction.apply)  # fmt: skip
+         autograd=MaxPool2dGatherFunction.apply_here)  # fmt: skip
 register("max_pool2d_indices", fake=_fake_indices, vmap=_vmap_indices)

@@ -1,0 +1,58 @@
+"""What is timed: one forward or one backward call, over buffers that rotate past the cache.
+
+In a network the input of a layer has left the cache, or a whole batch of tensors has passed since.
+A benchmark that reads the same few megabytes again and again measures the cache instead. So a
+bandwidth-bound step walks through copies of its tensors that together exceed the last-level cache.
+"""
+
+from __future__ import annotations
+
+from itertools import cycle
+
+import torch
+
+from torchops.bench.timing import Step
+from torchops.bench.workload import Forward, Workload
+
+
+def step(forward: Forward, direction: str, workloads: list[Workload]) -> Step:
+    """One call per step, each on the next of `workloads`."""
+    if direction == "fwd":
+        return _forward_step(forward, workloads)
+    return _backward_step(forward, workloads)
+
+
+def _forward_step(forward: Forward, workloads: list[Workload]) -> Step:
+    arguments = cycle([workload.tensors for workload in workloads])
+    if workloads[0].differentiable:
+        return lambda: forward(**next(arguments))
+
+    def evaluate() -> object:
+        with torch.no_grad():
+            return forward(**next(arguments))
+
+    return evaluate
+
+
+def _backward_step(forward: Forward, workloads: list[Workload]) -> Step:
+    graphs = cycle(
+        [
+            (
+                forward(**workload.tensors),
+                [workload.tensors[name] for name in workload.differentiable],
+                workload.grad_output,
+            )
+            for workload in workloads
+        ]
+    )
+
+    def backward() -> object:
+        output, inputs, grad_output = next(graphs)
+        return torch.autograd.grad(output, inputs, grad_output, retain_graph=True)
+
+    return backward
+
+
+def rotation(bytes_per_call: int, target: int) -> int:
+    """How many copies make the bytes between two uses of one buffer reach `target`."""
+    return max(1, -(-target // max(bytes_per_call, 1)))

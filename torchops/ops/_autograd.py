@@ -50,12 +50,15 @@ class Function(torch.autograd.Function):
     """
 
     generate_vmap_rule = True
-    _eager: type[Function]
+    _apply_transformed: Callable[..., Any]
+    _apply_single_level: Callable[..., Any]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "jvp" not in cls.__dict__:
-            cls._eager = type(cls.__name__, (cls,), {"jvp": cls.tangent, "__module__": cls.__module__})
+            eager = type(cls.__name__, (cls,), {"jvp": cls.tangent, "__module__": cls.__module__})
+            cls._apply_transformed = super(Function, eager).apply
+            cls._apply_single_level = super(torch.autograd.Function, eager).apply
 
     @staticmethod
     def tangent(ctx: Any, *tangents: Tensor | None) -> Any:
@@ -66,7 +69,7 @@ class Function(torch.autograd.Function):
         """torch's own `apply` inside transforms; outside, without its 14 us of signature binding."""
         if _transforms_active():
             leaves = [_Leaf(arg) if isinstance(arg, tuple) else arg for arg in args]
-            return super(Function, cls._eager).apply(*leaves)
+            return cls._apply_transformed(*leaves)
         return cls.apply_here(*args)
 
     @classmethod
@@ -77,13 +80,8 @@ class Function(torch.autograd.Function):
         """
         if _transforms_active():
             with enable_single_level_autograd_function():
-                return super(torch.autograd.Function, cls._eager).apply(*args)
-        return super(torch.autograd.Function, cls._eager).apply(*args)
-
-
-# Where Dynamo gives up on a caller (a graph break), it would next try these frames on their own.
-for _method in (Function.apply, Function.apply_here):
-    torch._C._dynamo.eval_frame.skip_code(_method.__func__.__code__)  # type: ignore[attr-defined]
+                return cls._apply_single_level(*args)
+        return cls._apply_single_level(*args)
 
 
 def differentiable(*tensors: Tensor | None) -> bool:

@@ -1,0 +1,58 @@
+// conv2d: parameters of the kernels, free of torch.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/isa.h"
+#include "core/window.h"
+
+namespace torchops {
+
+// input and output are dense in the one format that channels_last names; the weight is always
+// contiguous. out_channels and in_channels are multiples of groups.
+struct Conv2dShape {
+  DType dtype;
+  bool channels_last;
+  int64_t batch, in_channels, in_height, in_width, out_channels, out_height, out_width, groups;
+  Window window_height, window_width;
+};
+
+struct Conv2dParams {
+  const void* input;   // [batch, in_channels, in_height, in_width]
+  const void* weight;  // [out_channels, in_channels / groups, window_height.size, window_width.size]
+  const void* bias;    // [out_channels], or null
+  void* output;        // [batch, out_channels, out_height, out_width]
+  Conv2dShape shape;
+};
+
+struct Conv2dGradInputParams {
+  const void* grad_output;  // like output
+  const void* weight;
+  void* grad_input;         // like input; every element is written
+  Conv2dShape shape;
+};
+
+struct Conv2dGradWeightParams {
+  const void* input;
+  const void* grad_output;
+  void* grad_weight;        // contiguous, like weight; every element is written
+  Conv2dShape shape;
+};
+
+}  // namespace torchops
+
+// Any shape.
+TORCHOPS_KERNEL(conv2d, Conv2dParams)
+TORCHOPS_KERNEL(conv2d_grad_input, Conv2dGradInputParams)
+TORCHOPS_KERNEL(conv2d_grad_weight, Conv2dGradWeightParams)
+
+// groups == in_channels: each output channel sees one input channel. out_channels may be a multiple.
+TORCHOPS_KERNEL(conv2d_depthwise, Conv2dParams)
+TORCHOPS_KERNEL(conv2d_depthwise_grad_input, Conv2dGradInputParams)
+TORCHOPS_KERNEL(conv2d_depthwise_grad_weight, Conv2dGradWeightParams)
+
+// Window 1x1, no padding, one group, any stride: a matrix product over pixels.
+TORCHOPS_KERNEL(conv2d_pointwise, Conv2dParams)
+TORCHOPS_KERNEL(conv2d_pointwise_grad_input, Conv2dGradInputParams)
+TORCHOPS_KERNEL(conv2d_pointwise_grad_weight, Conv2dGradWeightParams)

@@ -79,8 +79,8 @@ def check(
     """
     dtype = dtype or actual.dtype
     if dtype not in ULPS:
-        allowed = ", ".join(str(known) for known in ULPS)
-        raise TypeError(f"no tolerance is defined for {dtype}; expected one of {allowed}")
+        known = ", ".join(map(str, ULPS))
+        raise TypeError(f"no tolerance is defined for {dtype}; expected one of {known}")
     reference = reference64.detach().double()
     if actual.shape != reference.shape:
         return _failure(

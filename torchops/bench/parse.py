@@ -62,10 +62,10 @@ def _grammar(op: str) -> _Grammar:
         return _Grammar(("ic",), spatial="io", flags=("eval",))
     if op in CHANNEL_POOLS:
         return _Grammar(("ic", "kc"), ("sc",), flags=("eval",))
+    if op in POOLS and op.startswith("max"):
+        return _Grammar(("ic",), spatial="ikspdo", flags=("ceil", "eval"))
     if op in POOLS:
-        average = op.startswith("avg")
-        flags = ("ceil", "nopad", "eval") if average else ("ceil", "eval")
-        return _Grammar(("ic",), spatial="ikspo" if average else "ikspdo", flags=flags)
+        return _Grammar(("ic",), spatial="ikspo", flags=("ceil", "nopad", "eval"))
     return _Grammar(("ic",), flags=("res", "eval"), activation=True)
 
 

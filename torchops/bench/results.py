@@ -38,10 +38,10 @@ class Match:
 class Row:
     """One problem in one setting and direction.
 
-    `times` are seconds per call, "ours" and the peers by name. `ratios` are a peer's time over ours,
-    from neighbouring samples: above 1 is faster than the peer. `floor` is the least time that
-    `bytes` and `flops` need under the run's roofline. `multiplicity` says how often each network
-    calls the layer. `error` is set, and nothing else measured, where the call failed.
+    `times` are seconds per call, "ours" and the peers by name. `ratios` are a peer's time over
+    ours, from neighbouring samples: above 1 is faster than the peer. `floor` is the least time
+    that `bytes` and `flops` need under the run's roofline. `multiplicity` says how often each
+    network calls the layer. `error` is set, and nothing else measured, where the call failed.
     """
 
     problem: str
@@ -68,6 +68,11 @@ class Row:
         return self.problem, self.dtype, self.layout, self.direction, self.threads
 
     @property
+    def roofline(self) -> str:
+        """The key of the roofline that holds for this row."""
+        return roofline_name(self.dtype, self.threads)
+
+    @property
     def ok(self) -> bool:
         """Whether the call ran and its results are right."""
         return not self.error and (self.match is None or self.match.ok)
@@ -82,9 +87,14 @@ class Row:
         return speed_of_pairs(self.ratios[peer])
 
 
+def roofline_name(dtype: str, threads: int) -> str:
+    """The key of a roofline, such as "float32, 1 thread"."""
+    return f"{dtype}, {threads} thread{'s' * (threads > 1)}"
+
+
 @dataclass(frozen=True)
 class Report:
-    """A whole run. `rooflines` are keyed "dtype, threads"."""
+    """A whole run. `rooflines` are keyed by `roofline_name`."""
 
     command: str
     created: str
@@ -170,5 +180,7 @@ def _read_fields(kind: Any, value: Any, place: str) -> Any:
 
 def _expect(kind: type, value: Any, place: str) -> Any:
     if type(value) is not kind:
-        raise ResultError(f"{place}: expected {kind.__name__}, got {type(value).__name__} {value!r:.40}")
+        raise ResultError(
+            f"{place}: expected {kind.__name__}, got {type(value).__name__} {value!r:.40}"
+        )
     return value

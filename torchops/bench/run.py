@@ -14,7 +14,7 @@ import torchops
 from torchops.bench.counts import count
 from torchops.bench.environment import environment, last_level_cache
 from torchops.bench.problem import Problem
-from torchops.bench.results import Report, Row
+from torchops.bench.results import Report, Row, roofline_name
 from torchops.bench.roofline import Roofline, measure_rooflines
 from torchops.bench.subject import Case, Subject
 from torchops.bench.timing import FULL, QUICK, threads
@@ -61,7 +61,7 @@ def run(plan: Plan, on_row: Callable[[Row], None] = lambda row: None) -> Report:
             with threads(thread_count):
                 measured = measure_rooflines(plan.device, dtypes)
                 for dtype, roofline in measured.items():
-                    rooflines[f"{dtype_name(dtype)}, {thread_count}"] = roofline
+                    rooflines[roofline_name(dtype_name(dtype), thread_count)] = roofline
                 for case in cases:
                     for row in _rows(plan, case, measured[case.setting.dtype]):
                         rows.append(row)
@@ -98,10 +98,11 @@ def _rows(plan: Plan, case: Case, roofline: Roofline) -> Iterator[Row]:
         floor = count(case.problem, case.setting.dtype, direction)
         bandwidth_bound = floor.bandwidth_bound(*limits)
         rotate = rotation_bytes(plan) if bandwidth_bound else 0
+        measured: dict[str, Any]
         try:
             measured = subject.measure(direction, effort, floor.bytes, rotate)
         except Exception as failure:  # One bad call must not take the other rows with it.
-            measured: dict[str, Any] = {"error": f"{type(failure).__name__}: {failure}"}
+            measured = {"error": f"{type(failure).__name__}: {failure}"}
         yield Row(
             problem=str(case.problem),
             op=case.problem.op,

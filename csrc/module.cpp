@@ -1,5 +1,6 @@
 // torchops._C: introspection only. No tensor passes here: a pybind call breaks torch.compile.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <vector>
@@ -36,6 +37,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("TORCH_TARGET") = TORCHOPS_TORCH_TARGET;
   m.attr("TORCH_BUILT_AGAINST") = TORCHOPS_TORCH_BUILT_AGAINST;
   m.attr("CUDA_ARCHS") = TORCHOPS_CUDA_ARCHS;
+  m.attr("ISAS") = TORCHOPS_ISAS;
   m.attr("COMPILER") = TORCHOPS_COMPILER;
   m.attr("BUILD_TYPE") = TORCHOPS_BUILD_TYPE;
   m.def("cpu_isa", [] { return std::string(torchops::isa_name(torchops::active_isa())); },

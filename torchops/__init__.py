@@ -6,6 +6,7 @@ _library.load()
 
 from torchops import functional, nn  # noqa: E402
 from torchops._backend import FallbackWarning, backend  # noqa: E402
+from torchops._info import info  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["FallbackWarning", "__version__", "backend", "functional", "nn"]
+__all__ = ["FallbackWarning", "__version__", "backend", "functional", "info", "nn"]

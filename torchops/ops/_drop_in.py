@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from torchops import _backend
+from torchops import _backend, _tuning
 
 KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
@@ -73,6 +73,9 @@ def drop_in(native: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
             if reason is not None:
                 _backend.warn_fallback(name, reason)
                 return native(*args, **kwargs)
+            if _tuning.DEBTS and _backend.mode == "auto":
+                if _tuning.prefers_native(name, *args, **kwargs):
+                    return native(*args, **kwargs)
             if torch.compiler.is_compiling():
                 refuse_forward_mode()
                 return own(*args, **kwargs)

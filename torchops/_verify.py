@@ -188,7 +188,7 @@ class Outcome(NamedTuple):
         return float("inf") if self.miss else self.error / self.allowed
 
     def __str__(self) -> str:
-        return "✗" if self.miss else f"✓ {self.error:.2f} of {self.allowed:.0f}"
+        return "✗" if self.miss else f"✓ {self.error:.2f}/{self.allowed:.0f}"
 
 
 def check(
@@ -291,7 +291,7 @@ def main(argv: list[str]) -> int:
     start = time.perf_counter()
     print(
         f"torch {torch.__version__}, {_where(arguments.device)}; largest error of outputs, running"
-        " statistics and gradients\nagainst float64, in ulps, of what is allowed"
+        " statistics and gradients\nagainst float64, in ulps/allowed"
     )
     done = []
     with _only_our_kernels(arguments.device), _table() as show:
@@ -356,7 +356,7 @@ def _table() -> Iterator[Callable[[list[str]], None]]:
 
 def _print_row(cells: list[str]) -> None:
     operator, memory_format, *dtypes = cells
-    print(f"{operator:20}{memory_format:14}", *(f"{cell:16}" for cell in dtypes), flush=True)
+    print(f"{operator:20}{memory_format:14}", *(f"{cell:12}" for cell in dtypes), flush=True)
 
 
 def _coloured(cell: str) -> str:

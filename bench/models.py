@@ -1,0 +1,159 @@
+"""Whole networks, torch.nn against torchops.convert: `python bench/models.py resnet18 …`.
+
+Each network is built once and copied: as it is, converted, and each of them under torch.compile. A
+training step is forward, backward and SGD; inference is a forward in evaluation mode. All start
+from the same weights and see the same images, so their losses must agree: exit code 1 where they
+do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import torchops
+from torchops.bench import units
+from torchops.bench.memory import peak_memory
+from torchops.bench.models import NETWORKS
+from torchops.bench.report import console, plain_table
+from torchops.bench.statistics import summarize
+from torchops.bench.suites import network_name
+from torchops.bench.timing import Effort, clock_for, measure, threads
+from torchops.bench.workload import LAYOUTS, memory_format
+
+FULL = Effort(seconds=10.0, fewest=7, most=31, sample_seconds=0.0, warm_up_seconds=0.0)
+QUICK = Effort(seconds=0.0, fewest=3, most=3, sample_seconds=0.0, warm_up_seconds=0.0)
+
+LOSS_STEPS = 3
+# Correct kernels sum in different orders, and every step carries that on; bfloat16 keeps 8 bits.
+LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+
+
+class Run:
+    """One way to run a network: its training step and its inference."""
+
+    def __init__(self, model: nn.Module, images: Tensor, dtype: str, compiled: bool) -> None:
+        self.model = model
+        self._images = images
+        self._labels = torch.arange(len(images), device=images.device) % 10
+        self._autocast = torch.autocast(
+            images.device.type, torch.bfloat16, enabled=dtype == "bfloat16"
+        )
+        self._call: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
+        self._optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def train(self) -> Tensor:
+        with self._autocast:
+            loss = nn.functional.cross_entropy(self._call(self._images).float(), self._labels)
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        return loss
+
+    def infer(self) -> Tensor:
+        with torch.no_grad(), self._autocast:
+            return self._call(self._images)
+
+
+def runs(name: str, arguments: argparse.Namespace) -> dict[str, Run]:
+    """Every way to run the network, from the same weights."""
+    network = NETWORKS[name]
+    torch.manual_seed(0)
+    format = memory_format(arguments.layout, 4)
+    model = network.build().to(arguments.device, memory_format=format)
+    images = torch.randn(arguments.batch, *network.input).to(arguments.device, memory_format=format)
+    made = {}
+    for suffix in ("", " compiled") if arguments.compile else ("",):
+        converted = torchops.convert(deepcopy(model))
+        for who, twin in (("torch.nn", deepcopy(model)), ("torchops", converted)):
+            made[who + suffix] = Run(twin, images, arguments.dtype, bool(suffix))
+    return made
+
+
+def measure_network(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per way to run the network; speeds are against torch.nn in eager mode."""
+    made = runs(name, arguments)
+    clock = clock_for(arguments.device)
+    effort = QUICK if arguments.quick else FULL
+    losses = {
+        who: torch.tensor([run.train().item() for _ in range(LOSS_STEPS)])
+        for who, run in made.items()
+    }
+    training = measure({who: run.train for who, run in made.items()}, clock, effort)
+    peaks = {who: peak_memory(run.train, arguments.device) for who, run in made.items()}
+    for run in made.values():
+        run.model.eval()
+    inference = measure({who: run.infer for who, run in made.items()}, clock, effort)
+    reference = losses["torch.nn"]
+    return [
+        {
+            "network": name,
+            "run": who,
+            "train": summarize(training[who]).median,
+            "train_speed": speed(training, who),
+            "infer": summarize(inference[who]).median,
+            "infer_speed": speed(inference, who),
+            "peak_memory": peaks[who],
+            "loss_difference": ((losses[who] - reference).abs() / reference.abs()).max().item(),
+        }
+        for who in made
+    ]
+
+
+def speed(samples: dict[str, list[float]], who: str) -> float:
+    """How many times as fast as torch.nn, from neighbouring samples."""
+    pairs = zip(samples["torch.nn"], samples[who], strict=True)
+    return summarize([native / ours for native, ours in pairs]).median
+
+
+def show(rows: list[dict[str, Any]], tolerance: float) -> None:
+    names = ("train", "speed", "infer", "speed ", "peak", "loss differs by")
+    table = plain_table({"network": "left", "run": "left"} | dict.fromkeys(names, "right"))
+    for row in rows:
+        agrees = row["loss_difference"] <= tolerance
+        table.add_row(
+            *(row["network"], row["run"]),
+            *(units.seconds(row["train"]), f"{row['train_speed']:.2f}x"),
+            *(units.seconds(row["infer"]), f"{row['infer_speed']:.2f}x"),
+            "–" if row["peak_memory"] is None else units.size(row["peak_memory"]),
+            f"{row['loss_difference']:.1e} {'✓' if agrees else '✗'}",
+        )
+    console().print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("networks", nargs="*", default=["resnet18", "mobilenet_v2"])
+    add("--batch", type=int, default=8)
+    add("--dtype", choices=LOSS_TOLERANCE, default="float32", help="bfloat16 is by autocast")
+    add("--layout", choices=LAYOUTS, default="contiguous")
+    add("--device", default="cpu")
+    add("--threads", type=int, default=torch.get_num_threads(), help="1 is pinned to a core")
+    add("--backend", choices=("own", "auto"), default="own")
+    add("--compile", action="store_true", help="each of the two under torch.compile, too")
+    add("--quick", action="store_true", help="three samples each")
+    add("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+
+    rows: list[dict[str, Any]] = []
+    with torchops.backend(arguments.backend), threads(arguments.threads):
+        for name in map(network_name, arguments.networks):
+            rows += measure_network(name, arguments)
+    tolerance = LOSS_TOLERANCE[arguments.dtype]
+    show(rows, tolerance)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0 if all(row["loss_difference"] <= tolerance for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

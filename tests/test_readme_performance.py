@@ -1,0 +1,69 @@
+"""README's performance section is what the result files say, and nothing else of it changes."""
+
+import importlib.util
+from pathlib import Path
+
+import bench_sample
+import pytest
+
+from torchops.bench import results
+
+TOOL = Path(__file__).parent.parent / "tools" / "readme_performance.py"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("readme_performance", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def files(tool, tmp_path):
+    """A README and a result file."""
+    readme, result = tmp_path / "README.md", tmp_path / "zen4.json"
+    readme.write_text(f"before\n{tool.BEGIN}\nold figures\n{tool.END}\nafter\n")
+    results.save(bench_sample.resnet50(), result)
+    return readme, result
+
+
+def test_section(tool, files):
+    readme, result = files
+    assert tool.main([str(result), "--readme", str(readme)]) == 0
+    lines = readme.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after")
+    assert "old figures" not in lines
+    assert "### AMD EPYC 9B14" in lines
+    assert "    torchops bench --suite resnet50 --threads 1" in lines
+    pooling = next(line for line in lines if line.startswith("| pooling"))
+    # Two pools: 5.00 and 1.00 forward, 1.00 and 2.00 backward.
+    cells = [cell.strip() for cell in pooling.strip("|").split("|")]
+    assert cells == ["pooling", "float32 contiguous, 1 thread", "2.24x", "1.41x", "1.00x", "0 of 4"]
+
+
+def test_writing_twice_changes_nothing(tool, files):
+    readme, result = files
+    tool.main([str(result), "--readme", str(readme)])
+    text = readme.read_text()
+    assert tool.main([str(result), "--readme", str(readme), "--check"]) == 0
+    tool.main([str(result), "--readme", str(readme)])
+    assert readme.read_text() == text
+
+
+def test_check_writes_nothing(tool, files, capsys):
+    readme, result = files
+    text = readme.read_text()
+    assert tool.main([str(result), "--readme", str(readme), "--check"]) == 1
+    assert readme.read_text() == text
+    assert "is out of date" in capsys.readouterr().out
+
+
+def test_errors(tool, files, capsys, tmp_path):
+    readme, result = files
+    readme.write_text("no markers")
+    assert tool.main([str(result), "--readme", str(readme)]) == 2
+    assert tool.BEGIN in capsys.readouterr().err
+    (tmp_path / "bad.json").write_text("{}")
+    assert tool.main([str(tmp_path / "bad.json"), "--readme", str(readme)]) == 2
+    assert "schema is None" in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""Writes README's performance section from result files: no figure in it is typed.
+
+    python tools/readme_performance.py                # from every file in bench/results
+    python tools/readme_performance.py --check        # exit code 1 where README is out of date
+
+The section stands between two comments, and only what is between them is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torchops.bench import units
+from torchops.bench.results import Report, ResultError, Row, load
+from torchops.bench.totals import Total, totals
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN = "<!-- performance: begin, written by tools/readme_performance.py -->"
+END = "<!-- performance: end -->"
+
+
+def section(files: Sequence[Path]) -> str:
+    """The Markdown of all result files."""
+    return "\n".join(_of_file(file, load(file)) for file in files)
+
+
+def _of_file(file: Path, report: Report) -> str:
+    where = report.environment
+    link = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file
+    lines = [
+        f"### {where.gpu or where.cpu}",
+        "",
+        f"torch {where.torch}, {where.isa}, commit {where.commit or 'unknown'}; "
+        f"every row is in [{link.name}]({link.as_posix()}). Made by:",
+        "",
+        f"    {report.command}",
+        "",
+    ]
+    for peer in report.peers:
+        lines += _table(totals(_once(report), peer), peer)
+    return "\n".join(lines)
+
+
+def _once(report: Report) -> list[Row]:
+    """The rows without their networks, so that a layer of two networks counts once."""
+    return [replace(row, multiplicity={}) for row in report.rows]
+
+
+def _table(groups: Sequence[Total], peer: str) -> list[str]:
+    head = ["family", "setting", "forward", "backward", "worst row", f"rows {peer} wins"]
+    lines = [f"Times as fast as torch ({peer}), geometric mean over the layers:", ""]
+    lines += [_line(head), _line(["---"] * 2 + ["---:"] * 4)]
+    by_setting: dict[tuple[str, str], dict[str, Total]] = {}
+    for total in groups:
+        setting = f"{total.dtype} {total.layout}, {total.threads} thread{'s' * (total.threads > 1)}"
+        by_setting.setdefault((total.family, setting), {})[total.direction] = total
+    for (family, setting), ways in by_setting.items():
+        forward, backward = (
+            f"{units.significant(ways[way].ratio)}x" if way in ways else "–"
+            for way in ("fwd", "bwd")
+        )
+        worst = min(total.worst for total in ways.values())
+        lost, rows = (sum(getattr(t, name) for t in ways.values()) for name in ("lost", "rows"))
+        cells = [family, setting, forward, backward, f"{units.significant(worst)}x"]
+        lines.append(_line([*cells, f"{lost} of {rows}"]))
+    return [*lines, ""]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def replaced(text: str, new: str) -> str:
+    """`text` with `new` between the two comments."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"expected the two lines\n{BEGIN}\n{END}\nin this order")
+    return f"{before}{begin}\n\n{new}\n{end}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", type=Path, help="default: bench/results/*.json")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="write nothing, only compare")
+    arguments = parser.parse_args(argv)
+    files = arguments.files or sorted((ROOT / "bench" / "results").glob("*.json"))
+    if not files:
+        print("readme_performance: no result files in bench/results", file=sys.stderr)
+        return 2
+    try:
+        old = arguments.readme.read_text("utf-8")
+        new = replaced(old, section(files))
+    except (OSError, ValueError, ResultError) as error:
+        print(f"readme_performance: {arguments.readme}: {error}", file=sys.stderr)
+        return 2
+    if arguments.check:
+        if new != old:
+            print(f"{arguments.readme} is out of date; run python tools/readme_performance.py")
+        return int(new != old)
+    arguments.readme.write_text(new, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

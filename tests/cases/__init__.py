@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -43,6 +45,12 @@ class Case:
     `make_tensors` overrides how the tensor arguments of a sample are drawn (standard normal by
     default), `gradcheck_samples` names the small samples for numerical differentiation (inputs of
     piecewise operators must keep away from ties: see `distinct`).
+
+    `differentiable` are the positions of the arguments that have gradients (default: all), and
+    `mutated` of those that a call updates in place, as running statistics are. `exact` operators
+    select instead of computing: their outputs equal native's bit for bit. `native_dtypes` are those
+    that native survives; elsewhere float64 alone is the reference. `scale(sample, tensors)` is the
+    magnitude of terms that cancel in the results, where the results do not show it.
     """
 
     name: str
@@ -52,7 +60,12 @@ class Case:
     gradcheck_samples: list[Sample]
     bad_inputs: list[BadInput] = field(default_factory=list)
     make_tensors: Callable[[Sample, torch.Generator], list[Tensor | None]] | None = None
-    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    differentiable: tuple[int, ...] | None = None
+    mutated: tuple[int, ...] = ()
+    exact: bool = False
+    native_dtypes: tuple[torch.dtype, ...] = FLOATS
+    scale: Callable[[Sample, list[Tensor | None]], float] | None = None
 
     def tensors(
         self,

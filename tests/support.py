@@ -19,7 +19,8 @@ each_sample = pytest.mark.parametrize(
     ("case", "sample"), [_named(case, sample) for case in CASES for sample in case.samples]
 )
 each_small_sample = pytest.mark.parametrize(
-    ("case", "sample"), [_named(case, sample) for case in CASES for sample in case.gradcheck_samples]
+    ("case", "sample"),
+    [_named(case, sample) for case in CASES for sample in case.gradcheck_samples],
 )
 each_first_sample = pytest.mark.parametrize(
     ("case", "sample"), [_named(case, case.gradcheck_samples[0]) for case in CASES]

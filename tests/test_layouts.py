@@ -33,7 +33,9 @@ LAYOUTS = {
     "contiguous": lambda t: t,
     "channels_last": channels_last,
     "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
-    "outer_transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t,
+    "outer_transposed": lambda t: (
+        t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t
+    ),
     "sliced": sliced,
     "offset": offset,
     "expanded": expanded,
@@ -71,6 +73,8 @@ def test_gradient_of_an_output_in_any_layout(case, sample, layout):
         inputs = [input.detach().requires_grad_() for input in inputs]
         outputs = call(*inputs)
         output = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-        grad_output = LAYOUTS[layout](torch.linspace(-1, 1, output.numel()).double().view_as(output))
+        grad_output = LAYOUTS[layout](
+            torch.linspace(-1, 1, output.numel()).double().view_as(output)
+        )
         found.append(torch.autograd.grad(output, inputs, grad_output))
     torch.testing.assert_close(*found)

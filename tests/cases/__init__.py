@@ -78,7 +78,9 @@ class Case:
         """The sample's tensor arguments: the same values in every dtype, up to rounding."""
         generator = torch.Generator().manual_seed(seed)
         drawn = (self.make_tensors or normal)(sample, generator)
-        return [None if t is None else with_format(t.to(device, dtype), memory_format) for t in drawn]
+        return [
+            None if t is None else with_format(t.to(device, dtype), memory_format) for t in drawn
+        ]
 
 
 def normal(sample: Sample, generator: torch.Generator) -> list[Tensor | None]:

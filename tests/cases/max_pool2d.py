@@ -22,6 +22,7 @@ SAMPLES_2D = [
     sample((3, 9, 7), 3, stride=2, padding=1, dilation=2),
     sample((0, 3, 8, 8), 2),
     sample((2, 200, 1, 1), 1),
+    sample((2, 3, 7, 8), 3, stride=2, padding=1, return_indices=True),
 ]
 
 CASES = [
@@ -30,7 +31,11 @@ CASES = [
         TF.max_pool2d,
         F.max_pool2d,
         SAMPLES_2D,
-        [sample((2, 2, 5, 6), 3, stride=2, padding=1), sample((1, 2, 6, 5), 2, dilation=2)],
+        [
+            sample((2, 2, 5, 6), 3, stride=2, padding=1),
+            sample((1, 2, 6, 5), 2, dilation=2),
+            sample((1, 2, 5, 5), 2, return_indices=True),
+        ],
         bad_inputs=[
             BadInput("rank", lambda f: f(torch.randn(4, 4), 2)),
             BadInput("kernel over input", lambda f: f(torch.randn(1, 2, 4, 4), 9)),

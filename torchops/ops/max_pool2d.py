@@ -81,6 +81,8 @@ def max_pool1d(
         raise RuntimeError(f"max_pool1d: expected a 2-D or 3-D input, but got {input.dim()}-D")
     if stride is None or stride == []:
         stride = kernel_size
+    if not (return_indices or differentiable(input)) and input.is_cpu:
+        input = input.contiguous()  # native's strides there: it has a kernel without indices
     row = [(1, *_single(v)) for v in (kernel_size, stride)]
     row += [(0, *_single(padding)), (1, *_single(dilation))]
     result = max_pool2d.__wrapped__(input.unsqueeze(-2), *row, ceil_mode, return_indices)

@@ -1,4 +1,4 @@
-"""Every test runs this project's kernels, on two threads, from a fixed seed; a fallback is an error."""
+"""Every test runs our kernels, on two threads, from a fixed seed; a fallback is an error."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""torch.compile, torch.export and opcheck: the same answers, in one graph, with the right strides."""
+"""torch.compile, torch.export and opcheck: the same answers, in one graph, the right strides."""
 
 import pytest
 import torch

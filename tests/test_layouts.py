@@ -1,4 +1,4 @@
-"""Inputs as they come: whatever their strides, the results' values are right and strides native's."""
+"""Inputs as they come: whatever their strides, values are right and strides are native's."""
 
 import pytest
 import torch

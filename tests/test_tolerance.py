@@ -1,4 +1,4 @@
-"""The tolerance rule itself: what it accepts, what it refuses, and that a wrong peer excuses nothing."""
+"""The tolerance rule itself: what it accepts and refuses, and that a wrong peer excuses nothing."""
 
 import math
 

@@ -1,6 +1,5 @@
 """Every function transform of torch.func on every case: same answers as on native."""
 
-import pytest
 import torch
 from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
 

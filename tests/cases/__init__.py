@@ -20,7 +20,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Sample:
-    """Shapes of the positional tensor arguments (None for an absent one) and the keyword arguments."""
+    """Shapes of the positional tensor arguments (None where absent), and keyword arguments."""
 
     shapes: tuple[tuple[int, ...] | None, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)

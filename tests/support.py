@@ -18,6 +18,15 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_sample = pytest.mark.parametrize(
     ("case", "sample"), [_named(case, sample) for case in CASES for sample in case.samples]
 )
+each_nonempty_sample = pytest.mark.parametrize(
+    ("case", "sample"),
+    [
+        _named(case, sample)
+        for case in CASES
+        for sample in case.samples
+        if 0 not in sample.shapes[0]
+    ],
+)
 each_small_sample = pytest.mark.parametrize(
     ("case", "sample"),
     [_named(case, sample) for case in CASES for sample in case.gradcheck_samples],

@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from bench_sample import ROOF, report, row
 
 import torchops
+from bench_sample import ROOF, report, row
 from torchops.bench import native, results, run, subject
 from torchops.bench.cli import main
 from torchops.bench.parse import parse

@@ -10,10 +10,10 @@ import re
 import shutil
 import subprocess
 
-import bench_sample
 import pytest
-from bench_sample import report, row
 
+import bench_sample
+from bench_sample import report, row
 from torchops.bench import page
 from torchops.bench.parse import parse
 from torchops.bench.results import Match

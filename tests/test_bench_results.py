@@ -3,10 +3,10 @@
 import json
 import math
 
-import bench_sample
 import pytest
-from bench_sample import around, report, row
 
+import bench_sample
+from bench_sample import around, report, row
 from torchops.bench import compare, results
 from torchops.bench.parse import parse
 from torchops.bench.report import environment_lines, line

@@ -5,8 +5,8 @@ import os
 
 import pytest
 import torch
-from bench_sample import around
 
+from bench_sample import around
 from torchops.bench.statistics import (
     FASTER,
     SAME,

@@ -3,9 +3,9 @@
 import importlib.util
 from pathlib import Path
 
-import bench_sample
 import pytest
 
+import bench_sample
 from torchops.bench import results
 
 TOOL = Path(__file__).parent.parent / "tools" / "readme_performance.py"

@@ -1,0 +1,119 @@
+"""Values that rounding rules say little about: NaN, infinities, signed zeros, subnormals, ties."""
+
+import math
+
+import pytest
+import torch
+
+from cases import Sample
+from support import (
+    assert_within_rule,
+    each_case,
+    each_dtype,
+    each_nonempty_sample,
+    each_sample,
+    gradients,
+    results,
+)
+
+PLANTED = {
+    "nan": [math.nan],
+    "inf": [math.inf],
+    "minus_inf": [-math.inf],
+    "both_infs": [math.inf, -math.inf],
+    "nan_beside_inf": [math.nan, math.inf],
+}
+
+
+def assert_as_native(case, sample, tensors):
+    """Forward against float64; where an operator selects, native's own bits and signs of zeros."""
+    assert_within_rule(case, sample, tensors, tensors[0].dtype, results)
+    if case.exact:
+        for own, native in zip(
+            results(case, case.own, sample, tensors),
+            results(case, case.native, sample, tensors),
+            strict=True,
+        ):
+            torch.testing.assert_close(own, native, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(own.signbit(), native.signbit())
+
+
+@each_nonempty_sample
+@each_dtype
+@pytest.mark.parametrize("planted", PLANTED)
+def test_not_finite(case, sample, dtype, planted):
+    tensors = case.tensors(sample, dtype)
+    elements = tensors[0].view(-1)
+    where = torch.randperm(len(elements))[: 2 * len(PLANTED[planted])]
+    for index, place in enumerate(where):
+        elements[place] = PLANTED[planted][index % len(PLANTED[planted])]
+    assert_as_native(case, sample, tensors)
+
+
+@each_sample
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -math.inf, math.inf, math.nan])
+def test_constant_input(case, sample, value):
+    """Ties everywhere, all-minus-infinity windows, variance zero."""
+    tensors = case.tensors(sample, torch.float32)
+    tensors[0].fill_(value)
+    assert_as_native(case, sample, tensors)
+
+
+@each_sample
+def test_gradient_of_a_tie_goes_where_native_sends_it(case, sample):
+    tensors = case.tensors(sample, torch.float64)
+    tensors[0].copy_(tensors[0].sign())
+    own = gradients(case, case.own, sample, tensors)
+    native = gradients(case, case.native, sample, tensors)
+    torch.testing.assert_close(own, native)
+
+
+@each_sample
+@each_dtype
+def test_zeros_of_both_signs(case, sample, dtype):
+    tensors = case.tensors(sample, dtype)
+    tensors[0].mul_(0.0)
+    assert_as_native(case, sample, tensors)
+
+
+@each_sample
+@each_dtype
+def test_subnormals(case, sample, dtype):
+    tensors = case.tensors(sample, dtype)
+    tensors[0].copy_(tensors[0].double().div(10).mul(torch.finfo(dtype).tiny))
+    assert_as_native(case, sample, tensors)
+
+
+@each_nonempty_sample
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_near_the_largest_number(case, sample, dtype):
+    tensors = case.tensors(sample, dtype)
+    largest = tensors[0].abs().max()
+    tensors[0].copy_((tensors[0] / largest).double() * torch.finfo(dtype).max)
+    assert_as_native(case, sample, tensors)
+
+
+def outcome(compute):
+    """Shapes and strides of what a computation gives, or the type and text of what it raises."""
+    try:
+        return [(result.shape, result.stride()) for result in compute()]
+    except Exception as error:
+        return type(error), str(error)
+
+
+@each_case
+@pytest.mark.parametrize("axis", range(4))
+@pytest.mark.parametrize("compute", [results, gradients], ids=["forward", "backward"])
+def test_zero_size(case, axis, compute):
+    """Each axis of the input empty in turn: native's empty result or native's error."""
+    for original in case.samples:
+        if axis >= len(original.shapes[0]):
+            continue
+        shape = list(original.shapes[0])
+        shape[axis] = 0
+        sample = Sample((tuple(shape), *original.shapes[1:]), original.kwargs)
+        tensors = case.tensors(original, torch.float32)
+        tensors[0] = torch.empty(shape)
+        own = outcome(lambda: compute(case, case.own, sample, tensors))  # noqa: B023
+        native = outcome(lambda: compute(case, case.native, sample, tensors))  # noqa: B023
+        assert own == native, sample

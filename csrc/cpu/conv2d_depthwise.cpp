@@ -1,0 +1,255 @@
+// Depthwise convolution and the gradient of its input on the CPU: one read of the one tensor, one
+// write of the other.
+#include "core/parallel.h"
+#include "cpu/conv2d_depthwise.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+namespace {
+
+constexpr int kStrip = 8;                   // output pixels in registers
+constexpr int64_t kStepPixels = 64;         // output pixels between loads of input rows
+constexpr int64_t kRowsBytes = 192 * 1024;  // input rows in the working form: within L2
+constexpr int64_t kGrainTaps = 1 << 19;     // about 30 us of multiply-adds
+
+// One row of taps: the input row under it, and its weights, for vector 0.
+template <typename acc>
+struct TapRow {
+  const acc* input;
+  const acc* weight;
+};
+
+template <typename acc>
+struct Strip {
+  const TapRow<acc>* rows;
+  int64_t row_count, input_offset, weight_offset, step;
+  Phase columns;
+  Vec<acc> bias;
+  acc* output;
+  int64_t output_step;
+};
+
+// `size` output pixels of one channel vector. fixed_step is the input's pixels per output pixel, 0
+// where it is only known at run time: as a constant it needs no address arithmetic.
+template <typename acc, int size, int fixed_step>
+inline void correlate_strip(const Strip<acc>& strip) {
+  constexpr int lanes = kLanes<acc>;
+  const int64_t step = (fixed_step ? fixed_step : strip.step) * lanes;
+  const int64_t dilation = strip.columns.dilation * lanes, tap_step = strip.columns.tap_step * lanes;
+  Vec<acc> sum[size];
+#pragma GCC unroll 16
+  for (int i = 0; i < size; ++i) sum[i] = strip.bias;
+  for (int64_t a = 0; a < strip.row_count; ++a) {
+    const acc* input = strip.rows[a].input + strip.input_offset;
+    const acc* weight = strip.rows[a].weight + strip.weight_offset;
+    for (int64_t b = 0; b < strip.columns.taps; ++b, input += dilation, weight += tap_step) {
+      const Vec<acc> w = load(weight);
+#pragma GCC unroll 16
+      for (int i = 0; i < size; ++i) sum[i] += load(input + i * step) * w;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < size; ++i) store(strip.output + i * strip.output_step, sum[i]);
+}
+
+template <typename acc, int fixed_step, int size = kStrip>
+inline void correlate_strip(const Strip<acc>& strip, int64_t pixels) {
+  if (pixels == size) return correlate_strip<acc, size, fixed_step>(strip);
+  if constexpr (size > 1) correlate_strip<acc, fixed_step, size - 1>(strip, pixels);
+}
+
+// `count` output pixels, in strips of about equal size.
+template <typename acc, int fixed_step>
+void correlate_pixels(Strip<acc> strip, int64_t count) {
+  const int64_t strips = divide_up(count, kStrip), size = count / strips, longer = count % strips;
+  for (int64_t i = 0; i < strips; ++i) {
+    const int64_t pixels = size + (i < longer);
+    correlate_strip<acc, fixed_step>(strip, pixels);
+    strip.input_offset += pixels * strip.step * kLanes<acc>;
+    strip.output += pixels * strip.output_step;
+  }
+}
+
+template <typename acc>
+void correlate_pixels(const Strip<acc>& strip, int64_t count) {
+  if (strip.step == 1) return correlate_pixels<acc, 1>(strip, count);
+  if (strip.step == 2) return correlate_pixels<acc, 2>(strip, count);
+  correlate_pixels<acc, 0>(strip, count);
+}
+
+template <typename scalar_t>
+struct Correlation {
+  using acc = acc_t<scalar_t>;
+  Image<const scalar_t> input;
+  Image<scalar_t> output;
+  Axis height, width;
+  const acc* weight;  // [vector][member][tap][lane]
+  const acc* bias;    // [vector][member][lane], or null
+};
+
+// Rows [begin, end) of `vectors` channel vectors of one image.
+template <typename scalar_t>
+class Slab {
+  using acc = acc_t<scalar_t>;
+  static constexpr int kSize = kLanes<acc>;
+
+ public:
+  Slab(const Correlation<scalar_t>& problem, int64_t vectors, int64_t step_rows)
+      : p_(problem),
+        step_rows_(step_rows),
+        input_(input_rows(problem, vectors, step_rows)),
+        output_{nullptr, p_.output.members, vectors, step_rows, 0, p_.output.width},
+        input_memory_(input_.count()),
+        output_memory_(output_.count()),
+        tap_rows_(step_rows * max_tap_rows()),
+        tap_row_counts_(step_rows) {
+    input_.data = input_memory_.get();
+    output_.data = output_memory_.get();
+    input_memory_.zero();
+  }
+
+  static Rows<acc> input_rows(const Correlation<scalar_t>& p, int64_t vectors, int64_t step_rows) {
+    const int64_t left = smaller(0, p.width.first);
+    const int64_t right = larger(p.input.width, p.width.last_input(p.output.width - 1) + 1);
+    return {nullptr, p.input.members, vectors, p.height.span(step_rows), left, right - left};
+  }
+
+  void run(int64_t n, int64_t first, int64_t vectors, int64_t begin, int64_t end) {
+    input_.vectors = output_.vectors = vectors;
+    int64_t loaded = 0;
+    for (int64_t y = begin; y < end; y += step_rows_) {
+      const int64_t y_end = smaller(y + step_rows_, end);
+      const int64_t needed = larger(loaded, p_.height.first_input(y));
+      loaded = larger(loaded, smaller(p_.height.last_input(y_end - 1) + 1, p_.input.height));
+      p_.input.load_rows(n, first, needed, loaded, input_);
+      for (int64_t r = y; r < y_end; ++r) find_tap_rows(r, r - y);
+      for (int64_t v = 0; v < vectors; ++v) {
+        for (int64_t m = 0; m < p_.output.members; ++m) {
+          for (int64_t r = 0; r < y_end - y; ++r) correlate_row(first, v, m, r);
+        }
+      }
+      p_.output.store_rows(n, first, y, y_end, output_);
+    }
+  }
+
+ private:
+  int64_t taps() const { return p_.height.window.size * p_.width.window.size; }
+  int64_t members() const { return p_.input.members * p_.output.members; }
+  int64_t max_tap_rows() const { return p_.input.members * p_.height.window.size; }
+
+  // The rows of taps that meet the input under output row y, the r-th of this step.
+  void find_tap_rows(int64_t y, int64_t r) {
+    const Phase rows = p_.height.phase(y % p_.height.phases);
+    const int64_t start = y / p_.height.phases * p_.height.step + rows.start;
+    TapRow<acc>* found = tap_rows_.get() + r * max_tap_rows();
+    for (int64_t m = 0; m < p_.input.members; ++m) {
+      for (int64_t a = 0; a < rows.taps; ++a) {
+        const int64_t row = start + a * rows.dilation;
+        if (row < 0 || row >= p_.input.height) continue;
+        const int64_t tap = m * taps() + (rows.tap + a * rows.tap_step) * p_.width.window.size;
+        *found++ = {input_.at(m, 0, row), p_.weight + tap * kSize};
+      }
+    }
+    tap_row_counts_.get()[r] = found - (tap_rows_.get() + r * max_tap_rows());
+  }
+
+  void correlate_row(int64_t first, int64_t v, int64_t member, int64_t r) {
+    const Axis& width = p_.width;
+    const int64_t group = (first + v) * members() + member;
+    for (int64_t which = 0; which < smaller(width.phases, p_.output.width); ++which) {
+      const Phase columns = width.phase(which);
+      correlate_pixels(
+          Strip<acc>{tap_rows_.get() + r * max_tap_rows(), tap_row_counts_.get()[r],
+                     v * input_.vector_stride() + columns.start * kSize,
+                     (group * taps() + columns.tap) * kSize, width.step, columns,
+                     p_.bias ? load(p_.bias + group * kSize) : Vec<acc>{},
+                     output_.at(member, v, r) + which * kSize, width.phases * kSize},
+          divide_up(p_.output.width - which, width.phases));
+    }
+  }
+
+  const Correlation<scalar_t>& p_;
+  int64_t step_rows_;
+  Rows<acc> input_, output_;
+  Scratch<acc> input_memory_, output_memory_;
+  Scratch<TapRow<acc>> tap_rows_;
+  Scratch<int64_t> tap_row_counts_;
+};
+
+// Channel vectors that go through the working form together: all of them where that fits L2, so
+// that NHWC is read in long runs; one in NCHW, where a vector is that many planes already.
+template <typename scalar_t>
+int64_t slab_vectors(const Correlation<scalar_t>& p, int64_t vectors, int64_t step_rows) {
+  if (!p.input.channels_last) return 1;
+  const int64_t bytes = Slab<scalar_t>::input_rows(p, 1, step_rows).count() * int64_t{sizeof(acc_t<scalar_t>)};
+  const int64_t slabs = divide_up(vectors, larger(1, kRowsBytes / bytes));
+  return divide_up(vectors, slabs);
+}
+
+template <typename scalar_t>
+void correlate(const Correlation<scalar_t>& p, int64_t batch) {
+  const int64_t rows = p.output.height, vectors = divide_up(p.input.groups, kLanes<scalar_t>);
+  if (batch * vectors * rows * p.output.width == 0) return;
+  const int64_t step_rows = smaller(rows, divide_up(kStepPixels, p.output.width));
+  const int64_t slab = slab_vectors(p, vectors, step_rows), slabs = divide_up(vectors, slab);
+  const int64_t taps = p.height.window.size * p.width.window.size;
+  const int64_t row_work = p.output.width * slab * kLanes<scalar_t> * (taps + 8);
+  parallel_for(batch * slabs * rows, kGrainTaps / row_work + 1, [&](int64_t begin, int64_t end) {
+    Slab<scalar_t> worker(p, slab, step_rows);
+    while (begin < end) {
+      const int64_t image = begin / rows, row = begin % rows, first = image % slabs * slab;
+      const int64_t count = smaller(rows - row, end - begin);
+      worker.run(image / slabs, first, smaller(slab, vectors - first), row, row + count);
+      begin += count;
+    }
+  });
+}
+
+template <typename scalar_t>
+void forward(const Conv2dParams& params) {
+  using acc = acc_t<scalar_t>;
+  const Conv2dShape& s = params.shape;
+  const int64_t members = s.out_channels / s.groups, taps = s.window_height.size * s.window_width.size;
+  const int64_t lanes = divide_up(s.groups, kLanes<acc>) * kLanes<acc> * members;
+  Scratch<acc> weight(lanes * taps), bias(params.bias ? lanes : 0);
+  pack_weight(static_cast<const scalar_t*>(params.weight), s.groups, members, taps, weight.get());
+  if (params.bias) {
+    pack_weight(static_cast<const scalar_t*>(params.bias), s.groups, members, 1, bias.get());
+  }
+  correlate(
+      Correlation<scalar_t>{
+          {static_cast<const scalar_t*>(params.input), s.channels_last, s.groups, 1, s.in_height, s.in_width},
+          {static_cast<scalar_t*>(params.output), s.channels_last, s.groups, members, s.out_height, s.out_width},
+          Axis::forward(s.window_height, s.in_height, s.out_height),
+          Axis::forward(s.window_width, s.in_width, s.out_width),
+          weight.get(), params.bias ? bias.get() : nullptr},
+      s.batch);
+}
+
+template <typename scalar_t>
+void grad_input(const Conv2dGradInputParams& params) {
+  using acc = acc_t<scalar_t>;
+  const Conv2dShape& s = params.shape;
+  const int64_t members = s.out_channels / s.groups, taps = s.window_height.size * s.window_width.size;
+  Scratch<acc> weight(divide_up(s.groups, kLanes<acc>) * kLanes<acc> * members * taps);
+  pack_weight(static_cast<const scalar_t*>(params.weight), s.groups, members, taps, weight.get());
+  correlate(
+      Correlation<scalar_t>{
+          {static_cast<const scalar_t*>(params.grad_output), s.channels_last, s.groups, members, s.out_height, s.out_width},
+          {static_cast<scalar_t*>(params.grad_input), s.channels_last, s.groups, 1, s.in_height, s.in_width},
+          Axis::grad_input(s.window_height, s.in_height, s.out_height),
+          Axis::grad_input(s.window_width, s.in_width, s.out_width),
+          weight.get(), nullptr},
+      s.batch);
+}
+
+}  // namespace
+
+void conv2d_depthwise(const Conv2dParams& p) {
+  dispatch_dtype(p.shape.dtype, [&](auto scalar) { forward<typename decltype(scalar)::type>(p); });
+}
+
+void conv2d_depthwise_grad_input(const Conv2dGradInputParams& p) {
+  dispatch_dtype(p.shape.dtype, [&](auto scalar) { grad_input<typename decltype(scalar)::type>(p); });
+}
+
+}  // namespace torchops::cpu::TORCHOPS_ISA

@@ -17,15 +17,17 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 INSTALL_TORCH = f"{sys.executable} -m pip install 'torch>=2.11'"
+INSTALL_TOOLS = f"{sys.executable} -m pip install 'setuptools>=77' 'cmake>=3.24' ninja pybind11"
 
 
-def fail(problem: str, remedy: str) -> None:
+def fail(problem: str, remedy: str) -> NoReturn:
     sys.exit(f"\ntorchops cannot be built: {problem}\nTo mend it, run:  {remedy}\n")
 
 
@@ -49,10 +51,43 @@ def find_torch() -> tuple[Path, str]:
 
 
 def find_compiler() -> str:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None or shutil.which(compiler.split()[0]) is None:
-        fail("no C++ compiler was found.", "apt-get install g++   (or set CXX to a C++20 compiler)")
-    return compiler
+    """The compiler for CMake, a semicolon-separated list where CXX holds arguments too."""
+    remedy = "apt-get install g++   (or set CXX to a C++20 compiler, such as g++ 11 or newer)"
+    command = (os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "").split()
+    if not command:
+        fail("no C++ compiler was found.", remedy)
+    if shutil.which(command[0]) is None:
+        fail(f"CXX={os.environ['CXX']}, but there is no program {command[0]}.", remedy)
+    probe = [*command, "-std=c++20", "-x", "c++", "-fsyntax-only", "-"]
+    if subprocess.run(probe, input=b"#include <bit>\n", capture_output=True).returncode != 0:
+        fail(f"{' '.join(command)} does not compile C++20.", remedy)
+    return ";".join(command)
+
+
+def find_tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        fail(f"{name} is not installed.", INSTALL_TOOLS)
+    return path
+
+
+def find_pybind11() -> str:
+    try:
+        import pybind11
+    except ModuleNotFoundError:
+        fail("pybind11 is not installed.", INSTALL_TOOLS)
+    return pybind11.get_include()
+
+
+def find_python_headers() -> str:
+    include = sysconfig.get_path("include")
+    if not (Path(include) / "Python.h").exists():
+        version = "{}.{}".format(*sys.version_info)
+        fail(
+            f"the headers of Python {version} are not in {include}.",
+            f"apt-get install python{version}-dev",
+        )
+    return include
 
 
 def cuda_archs() -> str:
@@ -62,18 +97,40 @@ def cuda_archs() -> str:
         fail(f"TORCHOPS_CUDA={switch} is not one of auto, 0, 1.", "unset TORCHOPS_CUDA")
     nvcc = shutil.which("nvcc")
     if switch == "1" and nvcc is None:
-        fail("TORCHOPS_CUDA=1, but nvcc is not on the PATH.",
-             "export PATH=/usr/local/cuda/bin:$PATH   (or TORCHOPS_CUDA=0)")
+        fail(
+            "TORCHOPS_CUDA=1, but nvcc is not on the PATH.",
+            "export PATH=/usr/local/cuda/bin:$PATH   (or TORCHOPS_CUDA=0)",
+        )
     if switch == "0" or nvcc is None or not (ROOT / "cmake" / "cuda.cmake").exists():
         return ""
     return os.environ.get("TORCHOPS_CUDA_ARCHS", "80;90a")
 
 
 def compile_jobs() -> int:
-    if "MAX_JOBS" in os.environ:
-        return int(os.environ["MAX_JOBS"])
-    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(os.cpu_count() or 1, free_bytes // 2_000_000_000))
+    jobs = os.environ.get("MAX_JOBS")
+    if jobs is None:
+        return max(1, min(os.cpu_count() or 1, available_memory() // 2_000_000_000))
+    if not jobs.isdecimal() or int(jobs) < 1:
+        fail(f"MAX_JOBS={jobs} is not a number of compile jobs.", "unset MAX_JOBS")
+    return int(jobs)
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping; MemAvailable counts the page cache, which can go."""
+    meminfo = Path("/proc/meminfo")
+    found = meminfo.exists() and re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())
+    if found:
+        return 1024 * int(found.group(1))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def build_variant() -> dict[str, str]:
+    """The settings that keep a build folder of their own, so that none overwrites another's."""
+    debug = os.environ.get("TORCHOPS_DEBUG", "0") == "1"
+    return {
+        "CMAKE_BUILD_TYPE": "Debug" if debug else "Release",
+        "TORCHOPS_SANITIZE": os.environ.get("TORCHOPS_SANITIZE", ""),
+    }
 
 
 class CMakeBuild(build_ext):
@@ -83,39 +140,35 @@ class CMakeBuild(build_ext):
             self.copy_file(str(library), str(ROOT / "torchops" / library.name))
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         torch_root, torch_version = find_torch()
-        output = Path(self.build_lib).resolve() / "torchops"
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
-        debug = os.environ.get("TORCHOPS_DEBUG", "0") == "1"
+        variant = build_variant()
+        build = Path(self.build_temp).resolve() / "-".join(filter(None, variant.values()))
+        cmake = find_tool("cmake")
         settings = {
-            "CMAKE_BUILD_TYPE": "Debug" if debug else "Release",
+            **variant,
+            # Given on every build: pip's isolated environment lives only until the build is done.
+            "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
             "CMAKE_CXX_COMPILER": find_compiler(),
-            "TORCHOPS_OUTPUT_DIRECTORY": output,
+            "TORCHOPS_OUTPUT_DIRECTORY": Path(self.build_lib).resolve() / "torchops",
             "TORCHOPS_TORCH_ROOT": torch_root,
             "TORCHOPS_TORCH_VERSION": torch_version,
-            "TORCHOPS_PYBIND11_INCLUDE": pybind11.get_include(),
-            "TORCHOPS_PYTHON_INCLUDE": sysconfig.get_path("include"),
+            "TORCHOPS_PYBIND11_INCLUDE": find_pybind11(),
+            "TORCHOPS_PYTHON_INCLUDE": find_python_headers(),
             "TORCHOPS_PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "TORCHOPS_CUDA_ARCHS": cuda_archs(),
-            "TORCHOPS_SANITIZE": os.environ.get("TORCHOPS_SANITIZE", ""),
         }
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += [f"-D{name}={value}" for name, value in settings.items()]
         try:
             subprocess.run(configure, check=True)
             jobs = str(compile_jobs())
-            subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
-        except FileNotFoundError:
-            fail("cmake is not installed.", f"{sys.executable} -m pip install cmake ninja")
+            subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
         except subprocess.CalledProcessError as error:
-            fail(f"the compiler's own message is above (exit {error.returncode}).",
-                 "MAX_JOBS=1 pip install -v .   (one file at a time, full output)")
+            fail(
+                f"the compiler's own message is above (exit {error.returncode}).",
+                "MAX_JOBS=1 pip install -v .   (one file at a time, full output)",
+            )
 
 
-setup(
-    ext_modules=[Extension("torchops._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-)
+if __name__ == "__main__":  # pip's name for it too; tests import the functions above
+    setup(ext_modules=[Extension("torchops._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -142,7 +142,9 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch_root, torch_version = find_torch()
         variant = build_variant()
-        build = Path(self.build_temp).resolve() / "-".join(filter(None, variant.values()))
+        # Not setuptools' own build_temp, which an editable install deletes: rebuilds are quick.
+        folder = [sys.implementation.cache_tag, *filter(None, variant.values())]
+        build = ROOT / "build" / "-".join(folder).lower()
         cmake = find_tool("cmake")
         settings = {
             **variant,

@@ -93,6 +93,10 @@ bool same_device(const Tensor& a, const Tensor& b) {
   return raw_device_type(a) == raw_device_type(b) && a.get_device_index() == b.get_device_index();
 }
 
+bool has_dtype(const Tensor& tensor, Storage storage) {
+  return raw_dtype(tensor) == storage_dtype(storage, tensor);
+}
+
 Tensor empty(const IntList& sizes, MemoryFormat format, const Tensor& like, Storage storage) {
   const int64_t rank = static_cast<int64_t>(sizes.size());
   int64_t strides[8];

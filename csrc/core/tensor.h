@@ -38,6 +38,8 @@ bool same_device(const Tensor& a, const Tensor& b);
 
 enum class Storage : int32_t { like, uint8, int32, int64, float32 };
 
+bool has_dtype(const Tensor& tensor, Storage storage);
+
 // Uninitialised, on like's device; Storage::like takes like's dtype.
 Tensor empty(const IntList& sizes, MemoryFormat format, const Tensor& like,
              Storage storage = Storage::like);

@@ -95,7 +95,8 @@ void for_each_winner(const MaxPool2dParams& p, const void* offsets, const F& vis
         const int64_t kh = offset[o] / p.window_width.size, kw = offset[o] % p.window_width.size;
         const int64_t ih = p.window_height.start(i / p.out_width) + kh * p.window_height.dilation;
         const int64_t iw = p.window_width.start(i % p.out_width) + kw * p.window_width.dilation;
-        const int64_t pixel = ih * p.in_width + iw;
+        const bool inside = ih >= 0 && ih < p.in_height && iw >= 0 && iw < p.in_width;
+        const int64_t pixel = inside ? ih * p.in_width + iw : 0;  // offsets can come from anyone
         visit(o, p.channels_last ? (n * in_plane + pixel) * p.channels + c : plane * in_plane + pixel,
               pixel);
       }

@@ -52,6 +52,12 @@ void check_pooled(const char* what, const Tensor& tensor, const IntList& input_s
                  to_string(expected), ", but got ", to_string(sizes_of(tensor)));
 }
 
+void check_offsets(const Tensor& offsets, const IntList& input_size, const MaxPool2dParams& p) {
+  check_pooled("offsets", offsets, input_size, p);
+  TORCHOPS_CHECK(has_dtype(offsets, offset_storage(p)), "max_pool2d: expected offsets of dtype ",
+                 p.wide_offsets ? "int32" : "uint8");
+}
+
 Tensor pool(const Tensor& input, const IntList& kernel_size, const IntList& stride,
             const IntList& padding, const IntList& dilation, bool ceil_mode, Tensor* offsets) {
   const Window2d window = make_window2d("max_pool2d", kernel_size, stride, padding, dilation);
@@ -91,7 +97,7 @@ Tensor max_pool2d_backward(Tensor grad_output, Tensor offsets, IntList input_siz
   MaxPool2dBackwardParams p{};
   p.shape = make_params(dtype_of(grad_output, "max_pool2d"), input_size, window, ceil_mode, format);
   check_pooled("grad_output", grad_output, input_size, p.shape);
-  check_pooled("offsets", offsets, input_size, p.shape);
+  check_offsets(offsets, input_size, p.shape);
   const Tensor dense = contiguous(grad_output, format), dense_offsets = contiguous(offsets, format);
   Tensor grad_input = empty(input_size, format, grad_output);
   p.grad_output = dense.const_data_ptr();
@@ -107,7 +113,7 @@ Tensor max_pool2d_gather(Tensor input, Tensor offsets, IntList kernel_size, IntL
   const MemoryFormat format = suggest_memory_format(offsets);
   MaxPool2dGatherParams p{};
   p.shape = make_params(dtype_of(input, "max_pool2d"), sizes_of(input), window, ceil_mode, format);
-  check_pooled("offsets", offsets, sizes_of(input), p.shape);
+  check_offsets(offsets, sizes_of(input), p.shape);
   const Tensor dense = contiguous(input, format), dense_offsets = contiguous(offsets, format);
   Tensor output = empty(sizes_of(offsets), format, input);
   p.input = dense.const_data_ptr();
@@ -123,7 +129,7 @@ Tensor max_pool2d_indices(Tensor offsets, IntList input_size, IntList kernel_siz
   const MemoryFormat format = suggest_memory_format(offsets);
   MaxPool2dIndicesParams p{};
   p.shape = make_params(DType::f32, input_size, window, ceil_mode, format);
-  check_pooled("offsets", offsets, input_size, p.shape);
+  check_offsets(offsets, input_size, p.shape);
   const Tensor dense = contiguous(offsets, format);
   Tensor indices = empty(sizes_of(offsets), format, offsets, Storage::int64);
   p.offsets = dense.const_data_ptr();

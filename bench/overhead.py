@@ -19,7 +19,7 @@ import torchops
 import torchops.nn as tnn
 from torchops.bench.report import console, plain_table
 from torchops.bench.statistics import summarize
-from torchops.bench.timing import Effort, cpu_clock, measure, threads
+from torchops.bench.timing import Effort, measure, thread_clock, threads
 
 EFFORT = Effort(seconds=1.0, fewest=21, most=201, sample_seconds=2e-3, warm_up_seconds=0.1)
 
@@ -80,7 +80,7 @@ def main() -> int:
                 continue
             ours, native = (calls(getattr(library, name)(*arguments)) for library in (tnn, nn))
             for (way, our), (_, peer) in zip(ours, native, strict=True):
-                samples = measure({"ours": our, "native": peer}, cpu_clock, EFFORT)
+                samples = measure({"ours": our, "native": peer}, thread_clock, EFFORT)
                 pairs = zip(samples["ours"], samples["native"], strict=True)
                 ratio = summarize([a / b for a, b in pairs]).median
                 micro = [f"{summarize(times).median * 1e6:.1f}" for times in samples.values()]

@@ -10,7 +10,7 @@ from torchops.bench.match import match
 from torchops.bench.memory import peak_memory
 from torchops.bench.parse import parse
 from torchops.bench.problem import ACTIVATIONS, OPS
-from torchops.bench.steps import step
+from torchops.bench.steps import step, steps
 from torchops.bench.workload import LAYOUTS, Setting, Workload, forward, has_layout
 
 PROBLEMS = [
@@ -74,6 +74,23 @@ def test_steps_run_in_both_directions(text):
         ):
             assert one.shape == workloads[0].tensors[name].shape
             assert torch.equal(one, other) and torch.equal(one, third), name
+
+
+def test_contestants_do_not_read_what_the_other_has_just_read():
+    problem = parse("batch_norm:mb2_ic4ih9")
+    workloads = [Workload(problem, Setting(torch.float32)) for _ in range(4)]
+    read = []
+
+    def reader(name):
+        return lambda input, **tensors: read.append((name, id(input)))
+
+    calls = steps({"ours": reader("ours"), "eager": reader("eager")}, "fwd", workloads)
+    for _ in range(4):
+        for call in calls.values():
+            call()
+    inputs = [id(workload.tensors["input"]) for workload in workloads]
+    assert [input for name, input in read if name == "ours"] == inputs
+    assert [input for name, input in read if name == "eager"] == inputs[2:] + inputs[:2]
 
 
 def test_a_wrong_output_is_named():

@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from torchops.bench.statistics import (
     verdict,
 )
 from torchops.bench.steps import rotation
-from torchops.bench.timing import Effort, measure, threads
+from torchops.bench.timing import Effort, clock_for, measure, thread_clock, threads, wall_clock
 
 
 def test_summary():
@@ -127,6 +128,18 @@ def test_short_steps_are_called_several_times_per_sample():
 def test_rounds_end_with_the_time_or_the_limit():
     long = Effort(seconds=60.0, fewest=2, most=7, sample_seconds=0.0, warm_up_seconds=0.0)
     assert len(measure({"ours": lambda: "ours"}, FakeClock(ours=1.0), long)["ours"]) == 7
+
+
+def test_clocks():
+    def step():
+        time.sleep(5e-3)
+
+    assert wall_clock(step, 2) >= 5e-3
+    assert thread_clock(step, 2) < 2.5e-3
+    with threads(1):
+        assert clock_for("cpu") is thread_clock
+    with threads(2):
+        assert clock_for("cpu") is wall_clock
 
 
 def test_one_thread_is_pinned_and_released():

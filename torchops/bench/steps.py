@@ -3,16 +3,29 @@
 In a network the input of a layer has left the cache, or a whole batch of tensors has passed since.
 A benchmark that reads the same few megabytes again and again measures the cache instead. So a
 bandwidth-bound step walks through copies of its tensors that together exceed the last-level cache.
+Contestants start at different copies: the second would find in the cache what the first has read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import cycle
 
 import torch
 
 from torchops.bench.timing import Step
 from torchops.bench.workload import Forward, Workload
+
+
+def steps(
+    contestants: Mapping[str, Forward], direction: str, workloads: list[Workload]
+) -> dict[str, Step]:
+    """One step per contestant, on workloads that they share."""
+    found = {}
+    for index, (name, forward) in enumerate(contestants.items()):
+        start = index * len(workloads) // len(contestants)
+        found[name] = step(forward, direction, workloads[start:] + workloads[:start])
+    return found
 
 
 def step(forward: Forward, direction: str, workloads: list[Workload]) -> Step:

@@ -21,7 +21,7 @@ from torchops.bench.memory import peak_memory
 from torchops.bench.problem import Problem
 from torchops.bench.results import Match
 from torchops.bench.statistics import summarize
-from torchops.bench.steps import rotation, step
+from torchops.bench.steps import rotation, steps
 from torchops.bench.timing import Effort, clock_for, measure
 from torchops.bench.workload import Forward, Setting, Workload, forward
 
@@ -72,13 +72,10 @@ class Subject:
         outcome = self._matches[direction]
         copies = min(rotation(bytes_per_call, rotation_bytes), _MOST_COPIES)
         workloads = [self._workload, *(self._workload.copy() for _ in range(copies - 1))]
-        steps = {
-            name: step(contestant, direction, workloads)
-            for name, contestant in self._contestants.items()
-        }
+        calls = steps(self._contestants, direction, workloads)
         device = self._case.setting.device
-        samples = measure(steps, clock_for(device), effort)
-        peaks = {name: peak_memory(step, device) for name, step in steps.items()}
+        samples = measure(calls, clock_for(device), effort)
+        peaks = {name: peak_memory(call, device) for name, call in calls.items()}
         ours = samples["ours"]
         return {
             "times": {name: summarize(times) for name, times in samples.items()},

@@ -42,12 +42,25 @@ class Clock(Protocol):
     def __call__(self, step: Step, calls: int) -> float: ...
 
 
-def cpu_clock(step: Step, calls: int) -> float:
-    """Wall time."""
-    start = time.perf_counter_ns()
+def wall_clock(step: Step, calls: int) -> float:
+    """Elapsed time: the only one that counts all threads together."""
+    return _elapsed(time.perf_counter_ns, step, calls)
+
+
+def thread_clock(step: Step, calls: int) -> float:
+    """Processor time of the calling thread, for steps that run on it alone.
+
+    On a quiet machine this is the elapsed time. On a busy one it leaves out what other processes
+    do on the same core, which may be most of the elapsed time.
+    """
+    return _elapsed(time.thread_time_ns, step, calls)
+
+
+def _elapsed(now: Callable[[], int], step: Step, calls: int) -> float:
+    start = now()
     for _ in range(calls):
         step()
-    return (time.perf_counter_ns() - start) / calls * 1e-9
+    return (now() - start) / calls * 1e-9
 
 
 class CudaClock:
@@ -75,8 +88,10 @@ class CudaClock:
 
 
 def clock_for(device: str) -> Clock:
-    """The clock of a device."""
-    return CudaClock(device) if torch.device(device).type == "cuda" else cpu_clock
+    """The clock of a device, for torch's present thread count."""
+    if torch.device(device).type == "cuda":
+        return CudaClock(device)
+    return thread_clock if torch.get_num_threads() == 1 else wall_clock
 
 
 def measure(steps: Mapping[str, Step], clock: Clock, effort: Effort) -> dict[str, list[float]]:

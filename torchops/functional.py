@@ -1,5 +1,6 @@
 """The operators as functions: names and signatures of torch.nn.functional, plus our own."""
 
+from torchops.ops.avg_pool2d import avg_pool1d, avg_pool2d
 from torchops.ops.max_pool2d import max_pool1d, max_pool2d
 
-__all__ = ["max_pool1d", "max_pool2d"]
+__all__ = ["avg_pool1d", "avg_pool2d", "max_pool1d", "max_pool2d"]

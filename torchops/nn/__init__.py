@@ -1,5 +1,6 @@
 """The operators as layers: subclasses of their torch.nn twins, same names, arguments and keys."""
 
+from torchops.nn.avg_pool2d import AvgPool1d, AvgPool2d
 from torchops.nn.max_pool2d import MaxPool1d, MaxPool2d
 
-__all__ = ["MaxPool1d", "MaxPool2d"]
+__all__ = ["AvgPool1d", "AvgPool2d", "MaxPool1d", "MaxPool2d"]

@@ -16,6 +16,24 @@ def pair(value: Any) -> tuple[Any, ...]:
     return (value, value)
 
 
+def single(value: Any) -> tuple[Any]:
+    """An int, or a sequence of one, as torch's int[1] arguments take them."""
+    (value,) = value if isinstance(value, (tuple, list)) else (value,)
+    return (value,)
+
+
+def stride_or_kernel(stride: Any, kernel_size: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A pool's stride, which is its kernel_size where it is None or empty."""
+    if stride is None or (isinstance(stride, (tuple, list)) and not stride):
+        return kernel_size
+    return pair(stride)
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether torch's own operators give channels_last to what they compute from `tensor`."""
+    return suggest_memory_format(tensor) is torch.channels_last
+
+
 def suggest_memory_format(tensor: Tensor) -> torch.memory_format:
     """The format that torch's own operators give an output computed from `tensor`."""
     if tensor.dim() != 4:

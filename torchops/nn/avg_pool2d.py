@@ -1,0 +1,28 @@
+"""AvgPool1d and AvgPool2d: torch's modules on the kernels of this project."""
+
+from __future__ import annotations
+
+import torch.nn as nn
+from torch import Tensor
+
+from torchops.ops.avg_pool2d import avg_pool1d, avg_pool2d
+
+
+class AvgPool1d(nn.AvgPool1d):
+    __doc__ = nn.AvgPool1d.__doc__
+
+    def forward(self, input: Tensor) -> Tensor:
+        return avg_pool1d(
+            input, self.kernel_size, self.stride, self.padding, self.ceil_mode,
+            self.count_include_pad,
+        )  # fmt: skip
+
+
+class AvgPool2d(nn.AvgPool2d):
+    __doc__ = nn.AvgPool2d.__doc__
+
+    def forward(self, input: Tensor) -> Tensor:
+        return avg_pool2d(
+            input, self.kernel_size, self.stride, self.padding, self.ceil_mode,
+            self.count_include_pad, self.divisor_override,
+        )  # fmt: skip

@@ -1,0 +1,178 @@
+"""avg_pool2d and avg_pool1d: wrapper, autograd Functions, fake kernels, vmap rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchops.ops._autograd import (
+    Function,
+    differentiable,
+    fold_batch,
+    kernel,
+    register,
+    unfold_batch,
+)
+from torchops.ops._drop_in import drop_in
+from torchops.ops._shape import (
+    is_channels_last,
+    pair,
+    pooled_size,
+    single,
+    stride_or_kernel,
+    suggest_memory_format,
+)
+
+_avg_pool2d = kernel("avg_pool2d")
+_backward = kernel("avg_pool2d_backward")
+
+
+@drop_in(F.avg_pool2d)
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """Mean of each window; the same as torch.nn.functional.avg_pool2d.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; f64, f32, bf16 or f16; contiguous or channels_last.
+        kernel_size, stride, padding: int or pair; stride defaults to kernel_size.
+        ceil_mode: also count a last window that starts inside the input but ends outside.
+        count_include_pad: divide by the window's size even where part of it is padding.
+        divisor_override: divide by this instead.
+
+    Returns:
+        [N, C, H_out, W_out] in the input's format. Sums are fp32 (fp64 for double).
+
+    Raises:
+        RuntimeError: native's own, for a bad rank, an empty spatial size, a padding of more than
+            half the kernel, an output of size zero, or a divisor of zero.
+
+    Complexity: reads the input once and writes the output once; backward the reverse. Nothing is
+        saved for backward.
+    """
+    kernel_size = pair(kernel_size)
+    stride = stride_or_kernel(stride, kernel_size)
+    args = (kernel_size, stride, pair(padding), ceil_mode, count_include_pad, divisor_override)
+    if differentiable(input):
+        return AvgPool2dFunction.apply(input, *args)
+    return _avg_pool2d(input, *args)
+
+
+@drop_in(F.avg_pool1d)
+def avg_pool1d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:
+    """avg_pool2d over [N, C, L] or [C, L]; the same as torch.nn.functional.avg_pool1d."""
+    if input.dim() not in (2, 3):
+        raise RuntimeError(f"avg_pool1d: expected a 2-D or 3-D input, but got {input.dim()}-D")
+    kernel_size = single(kernel_size)
+    stride = kernel_size if stride is None or stride == [] or stride == () else single(stride)
+    output = avg_pool2d.__wrapped__(
+        input.unsqueeze(-2), (1, *kernel_size), (1, *stride), (0, *single(padding)),
+        ceil_mode, count_include_pad,
+    )  # fmt: skip
+    return output.squeeze(-2)
+
+
+class AvgPool2dFunction(Function):
+    """Linear in input; its adjoint spreads each output over its window."""
+
+    @staticmethod
+    def forward(input, *window):
+        return _avg_pool2d(input, *window)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, *ctx.window = inputs
+        ctx.input_size = input.shape
+        ctx.channels_last = is_channels_last(input)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_input = AvgPool2dBackwardFunction.apply(
+            grad_output, ctx.input_size, *ctx.window, ctx.channels_last
+        )
+        return grad_input, *(None,) * 6
+
+    @staticmethod
+    def tangent(ctx, input_tangent, *_):
+        return AvgPool2dFunction.apply(input_tangent, *ctx.window)
+
+
+class AvgPool2dBackwardFunction(Function):
+    """Linear in grad_output; its adjoint is the pooling."""
+
+    @staticmethod
+    def forward(grad_output, input_size, *window_and_format):
+        return _backward(grad_output, input_size, *window_and_format)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.input_size, *ctx.window, ctx.channels_last = inputs
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AvgPool2dFunction.apply(grad, *ctx.window), *(None,) * 8
+
+    @staticmethod
+    def tangent(ctx, grad_output_tangent, *_):
+        return AvgPool2dBackwardFunction.apply(
+            grad_output_tangent, ctx.input_size, *ctx.window, ctx.channels_last
+        )
+
+
+# ---- fake kernels ------------------------------------------------------------------------
+
+
+def _fake_avg_pool2d(input, kernel_size, stride, padding, ceil_mode, *_):
+    size = [
+        pooled_size(input.shape[axis], kernel_size[axis], stride[axis], padding[axis], 1, ceil_mode)
+        for axis in (-2, -1)
+    ]
+    return torch.empty(
+        (*input.shape[:-2], *size), dtype=input.dtype, device=input.device,
+        memory_format=suggest_memory_format(input),
+    )  # fmt: skip
+
+
+def _fake_backward(grad_output, input_size, *window_and_format):
+    channels_last = window_and_format[-1]
+    return torch.empty(
+        input_size, dtype=grad_output.dtype, device=grad_output.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )  # fmt: skip
+
+
+# ---- vmap: a further batch dimension is more images ----------------------------------------
+
+
+def _vmap_avg_pool2d(info, in_dims, input, *window):
+    images = fold_batch(input, in_dims[0], info.batch_size)
+    return unfold_batch(torch.ops.torchops.avg_pool2d(images, *window), info.batch_size), 0
+
+
+def _vmap_backward(info, in_dims, grad_output, input_size, *window_and_format):
+    grads = fold_batch(grad_output, in_dims[0], info.batch_size)
+    size = (info.batch_size * input_size[0], *input_size[1:])
+    grad_input = torch.ops.torchops.avg_pool2d_backward(grads, size, *window_and_format)
+    return unfold_batch(grad_input, info.batch_size), 0
+
+
+register("avg_pool2d", fake=_fake_avg_pool2d, vmap=_vmap_avg_pool2d,
+         autograd=AvgPool2dFunction.apply_here)  # fmt: skip
+register("avg_pool2d_backward", fake=_fake_backward, vmap=_vmap_backward,
+         autograd=AvgPool2dBackwardFunction.apply_here)  # fmt: skip

@@ -92,8 +92,10 @@ class AvgPool2dFunction(Function):
     """Linear in input; its adjoint spreads each output over its window."""
 
     @staticmethod
-    def forward(input, *window):
-        return _avg_pool2d(input, *window)
+    def forward(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
+        return _avg_pool2d(
+            input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -117,8 +119,14 @@ class AvgPool2dBackwardFunction(Function):
     """Linear in grad_output; its adjoint is the pooling."""
 
     @staticmethod
-    def forward(grad_output, input_size, *window_and_format):
-        return _backward(grad_output, input_size, *window_and_format)
+    def forward(
+        grad_output, input_size, kernel_size, stride, padding, ceil_mode, count_include_pad,
+        divisor_override, channels_last,
+    ):  # fmt: skip
+        return _backward(
+            grad_output, input_size, kernel_size, stride, padding, ceil_mode, count_include_pad,
+            divisor_override, channels_last,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -92,7 +92,9 @@ class AvgPool2dFunction(Function):
     """Linear in input; its adjoint spreads each output over its window."""
 
     @staticmethod
-    def forward(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
+    def forward(
+        input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+    ):
         return _avg_pool2d(
             input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
         )

@@ -12,14 +12,14 @@ namespace {
 template <typename T>
 struct Axis {
   Axis(const Window& w, int64_t length, int64_t outputs, bool include_pad)
-      : windows(outputs), covering(length), divisors(outputs) {
+      : windows(outputs), covering(length), divisors(outputs + kLanes<T>) {
     for (int64_t o = 0; o < outputs; ++o) {
-      windows[o] = span_of(w, o, length);
+      windows.get()[o] = span_of(w, o, length);
       const int64_t padded = length + w.padding - w.start(o);
-      const int64_t count = include_pad ? (padded < w.size ? padded : w.size) : windows[o].size();
-      divisors[o] = acc_t<T>(count > 0 ? count : 1);
+      const int64_t count = include_pad ? (padded < w.size ? padded : w.size) : windows.get()[o].size();
+      divisors.get()[o] = acc_t<T>(count > 0 ? count : 1);
     }
-    invert(windows.data(), outputs, covering.data(), length);
+    invert(windows.get(), outputs, covering.get(), length);
   }
   Scratch<Span> windows, covering;
   Scratch<acc_t<T>> divisors;
@@ -27,7 +27,7 @@ struct Axis {
 
 template <typename T>
 void set_all(Scratch<acc_t<T>>& scales, int64_t n, acc_t<T> value) {
-  for (int64_t i = 0; i < n; ++i) scales[i] = value;
+  for (int64_t i = 0; i < n; ++i) scales.get()[i] = value;
 }
 
 template <bool kBackward, typename T>
@@ -44,20 +44,20 @@ void pool(const AvgPool2dParams& p, const void* source, void* target) {
   box.channels_last = p.channels_last;
   box.batch = p.batch;
   box.channels = p.channels;
-  box.row_scale = height.divisors.data();
-  box.column_scale = width.divisors.data();
+  box.row_scale = height.divisors.get();
+  box.column_scale = width.divisors.get();
   box.window = p.window_width;
   box.regular = p.window_width.stride <= 2;
   if constexpr (kBackward) {
-    for (int64_t o = 0; o < p.out_height; ++o) height.divisors[o] = 1 / height.divisors[o];
-    for (int64_t o = 0; o < p.out_width; ++o) width.divisors[o] = 1 / width.divisors[o];
+    for (int64_t o = 0; o < p.out_height; ++o) height.divisors.get()[o] = 1 / height.divisors.get()[o];
+    for (int64_t o = 0; o < p.out_width; ++o) width.divisors.get()[o] = 1 / width.divisors.get()[o];
     box.source_height = p.out_height, box.source_width = p.out_width;
     box.target_height = p.in_height, box.target_width = p.in_width;
-    box.rows = height.covering.data(), box.columns = width.covering.data();
+    box.rows = height.covering.get(), box.columns = width.covering.get();
   } else {
     box.source_height = p.in_height, box.source_width = p.in_width;
     box.target_height = p.out_height, box.target_width = p.out_width;
-    box.rows = height.windows.data(), box.columns = width.windows.data();
+    box.rows = height.windows.get(), box.columns = width.windows.get();
   }
   box_sum<kBackward>(box);
 }

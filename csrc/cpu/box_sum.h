@@ -98,7 +98,7 @@ void box_rows_channels_last(const BoxSum<T>& p, int64_t begin, int64_t end) {
   // A tile: some targets of a row and some channels, such that its column sums stay in cache.
   const int64_t fit = kColumnBudget / widest / 64 * 64;
   const int64_t block = C <= fit ? C : (fit > 64 ? fit : 64);
-  Scratch<A> sums((kColumnBudget / block + widest + 1) * block);
+  Scratch<A> sums((kColumnBudget / block + widest + 1) * block + kLanes<T>);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / p.target_height, t = unit % p.target_height;
     const Span rows = p.rows[t];
@@ -122,16 +122,16 @@ void box_rows_channels_last(const BoxSum<T>& p, int64_t begin, int64_t end) {
         };
         if (channels == C) {
           add_up<kBackward>(source + x0 * C, source_row, rows.size(), row_weights, (x1 - x0) * C,
-                            keep(sums.data()));
+                            keep(sums.get()));
         } else {
           for (int64_t x = x0; x < x1; ++x) {
             add_up<kBackward>(source + x * C + c, source_row, rows.size(), row_weights, channels,
-                              keep(sums.data() + (x - x0) * channels));
+                              keep(sums.get() + (x - x0) * channels));
           }
         }
         for (int64_t u = first; u < last; ++u) {
           const Span columns = p.columns[u];
-          const A* from = sums.data() + (columns.begin - x0) * channels;
+          const A* from = sums.get() + (columns.begin - x0) * channels;
           T* to = target + u * C + c;
           if constexpr (kBackward) {
             add_up<true>(from, channels, columns.size(), p.column_scale + columns.begin, channels,
@@ -168,11 +168,11 @@ struct Bundle {
         pitch(planes * segment + reach + 4 * kLanes<T>),
         sums(planes * sum_step + pitch), phases(stride * pitch), results(stride * pitch),
         divisors(pitch) {
-    for (int64_t i = 0; i < planes * sum_step + pitch; ++i) sums[i] = 0;
-    for (int64_t i = 0; i < stride * pitch; ++i) phases[i] = 0;
+    for (int64_t i = 0; i < planes * sum_step + pitch; ++i) sums.get()[i] = 0;
+    for (int64_t i = 0; i < stride * pitch; ++i) phases.get()[i] = 0;
     for (int64_t i = 0; i < pitch; ++i) {
       const int64_t t = i % segment;
-      divisors[i] = !kBackward && t < p.target_width ? p.column_scale[t] : A(1);
+      divisors.get()[i] = !kBackward && t < p.target_width ? p.column_scale[t] : A(1);
     }
   }
 
@@ -201,24 +201,24 @@ void add_columns(const BoxSum<T>& p, Bundle<kBackward, T>& b, int64_t planes, in
   if constexpr (kBackward) {
     for (int64_t f = 0; f < stride; ++f) {
       const int64_t taps = f < size ? (size - f + stride - 1) / stride : 0;
-      A* result = b.results.data() + f * b.pitch;
-      add_up<false, A>(b.sums.data() + b.lead - (taps - 1), 1, taps, nullptr, length,
+      A* result = b.results.get() + f * b.pitch;
+      add_up<false, A>(b.sums.get() + b.lead - (taps - 1), 1, taps, nullptr, length,
                        [&](int64_t i, Vec<T> v, int) { store<A>(result + i, v); });
     }
     for (int64_t k = 0; k < planes; ++k) {
-      merge_phases(b.results.data() + k * b.segment, b.pitch, b.padding, stride,
+      merge_phases(b.results.get() + k * b.segment, b.pitch, b.padding, stride,
                    target + k * target_plane, p.target_width);
     }
     return;
   }
-  A* results = b.results.data();
-  const A* taps = b.sums.data();
+  A* results = b.results.get();
+  const A* taps = b.sums.get();
   if (b.split) {
     for (int64_t k = 0; k < planes; ++k) {
-      split_phases<A>(b.sums.data() + k * b.sum_step, p.source_width, b.padding, stride,
-                      b.phases.data() + k * b.segment, b.pitch, 0);
+      split_phases<A>(b.sums.get() + k * b.sum_step, p.source_width, b.padding, stride,
+                      b.phases.get() + k * b.segment, b.pitch, 0);
     }
-    taps = b.phases.data();
+    taps = b.phases.get();
     for (int64_t f = 1; f < stride && f < size; ++f) {
       add_up<false, A>(taps + f * b.pitch, 1, (size - f + stride - 1) / stride, nullptr, length,
                        [&](int64_t i, Vec<T> v, int) {
@@ -231,7 +231,7 @@ void add_columns(const BoxSum<T>& p, Bundle<kBackward, T>& b, int64_t planes, in
   add_up<false, A>(taps, 1, (size + stride - 1) / stride, nullptr, length,
                    [&](int64_t i, Vec<T> v, int) {
                      if (add) v += load<A>(results + i);
-                     store<A>(results + i, v / (row_divisor * load<A>(b.divisors.data() + i)));
+                     store<A>(results + i, v / (row_divisor * load<A>(b.divisors.get() + i)));
                    });
   for (int64_t k = 0; k < planes; ++k) {
     for_each_vec<T>(p.target_width, [&](int64_t i, int lanes) {
@@ -246,7 +246,7 @@ void add_columns_uneven(const BoxSum<T>& p, Bundle<kBackward, T>& b, int64_t pla
                         T* target, int64_t target_plane) {
   using A = acc_t<T>;
   for (int64_t k = 0; k < planes; ++k) {
-    const A* sums = b.sums.data() + k * b.sum_step + b.lead;
+    const A* sums = b.sums.get() + k * b.sum_step + b.lead;
     T* to = target + k * target_plane;
     if (p.target_width == 1) {
       const A sum = add_all(sums + p.columns[0].begin, p.columns[0].size());
@@ -280,7 +280,7 @@ void box_rows_contiguous(const BoxSum<T>& p, int64_t begin, int64_t end) {
       continue;
     }
     for (int64_t k = 0; k < planes; ++k) {
-      A* sums = bundle.sums.data() + k * bundle.sum_step + bundle.lead;
+      A* sums = bundle.sums.get() + k * bundle.sum_step + bundle.lead;
       add_up<kBackward>(p.source + (first + k) * source_plane + rows.begin * p.source_width,
                         p.source_width, rows.size(), kBackward ? p.row_scale + rows.begin : nullptr,
                         p.source_width, [&](int64_t i, Vec<T> v, int) {

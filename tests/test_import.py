@@ -1,0 +1,40 @@
+"""What `import torchops` costs, and what it leaves alone."""
+
+import subprocess
+import sys
+
+MEASURE = """
+import time, torch
+start = time.perf_counter()
+import torchops
+print(time.perf_counter() - start)
+"""
+
+
+def run(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_import_adds_under_100_ms_to_torch():
+    # The least of several: what other processes take away is not the import's cost.
+    assert min(float(run(MEASURE)) for _ in range(4)) < 0.1
+
+
+def test_import_leaves_optional_packages_alone():
+    loaded = run("import sys, torchops; print(*sys.modules)").split()
+    assert {"rich", "matplotlib", "torchops.bench", "torchops.demo", "torchops._verify"}.isdisjoint(
+        loaded
+    )
+
+
+def test_import_keeps_the_global_state_of_torch():
+    code = """
+import torch
+before = torch.get_num_threads(), torch.random.get_rng_state(), torch.is_grad_enabled()
+import torchops
+after = torch.get_num_threads(), torch.random.get_rng_state(), torch.is_grad_enabled()
+print(all(torch.equal(*map(torch.as_tensor, pair)) for pair in zip(before, after)))
+"""
+    assert run(code).strip() == "True"

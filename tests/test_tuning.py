@@ -1,0 +1,62 @@
+"""backend("auto") hands exactly the tuning table's families to native."""
+
+import pytest
+import torch
+
+import torchops
+import torchops.functional as TF
+from torchops import _tuning
+from torchops.ops import _drop_in
+
+
+def wide(input, kernel_size, *args, **kwargs):
+    return input.shape[-1] > 100
+
+
+@pytest.fixture
+def native_calls(monkeypatch):
+    """The operators that ran natively while the table held one debt."""
+    debt = _tuning.Debt("max_pool2d", "cpu", "rows of more than 100", wide, 1.5, "nowhere")
+    monkeypatch.setattr(_tuning, "DEBTS", (debt,))
+    asked = []
+
+    def record(operator, *args, **kwargs):
+        preferred = real(operator, *args, **kwargs)
+        asked.append((operator, preferred))
+        return preferred
+
+    real = _tuning.prefers_native
+    monkeypatch.setattr(_drop_in._tuning, "prefers_native", record)
+    return asked
+
+
+def test_auto_follows_the_table(native_calls):
+    with torchops.backend("auto"):
+        TF.max_pool2d(torch.zeros(1, 1, 4, 101), 2)
+        TF.max_pool2d(input=torch.zeros(1, 1, 4, 100), kernel_size=2)
+    assert native_calls == [("max_pool2d", True), ("max_pool2d", False)]
+
+
+def test_other_modes_do_not_ask(native_calls):
+    for mode in "own", "native":
+        with torchops.backend(mode):
+            TF.max_pool2d(torch.zeros(1, 1, 4, 101), 2)
+    assert native_calls == []
+
+
+def test_other_operators_and_devices_are_not_concerned(native_calls):
+    assert not _tuning.prefers_native("avg_pool2d", torch.zeros(1, 1, 4, 101), 2)
+    assert not _tuning.prefers_native("max_pool2d", torch.zeros(1, 1, 4, 101, device="meta"), 2)
+
+
+def test_nonsense_keeps_native_error_text(native_calls):
+    with torchops.backend("auto"), pytest.raises(RuntimeError, match="tensor expected for input"):
+        TF.max_pool2d(torch.zeros(()), 2)
+
+
+def test_every_committed_debt_is_about_a_kernel():
+    for debt in _tuning.DEBTS:
+        assert _drop_in.OPERATORS[debt.operator].own
+        assert debt.device in ("cpu", "cuda")
+        assert debt.ratio > 1
+        assert debt.family and debt.measured

@@ -1,6 +1,27 @@
 """The operators as layers: subclasses of their torch.nn twins, same names, arguments and keys."""
 
 from torchops.nn.avg_pool2d import AvgPool1d, AvgPool2d
+from torchops.nn.conv2d import (
+    Conv1d,
+    Conv1x1,
+    Conv2d,
+    Conv3d,
+    LazyConv1d,
+    LazyConv2d,
+    LazyConv3d,
+)
 from torchops.nn.max_pool2d import MaxPool1d, MaxPool2d
 
-__all__ = ["AvgPool1d", "AvgPool2d", "MaxPool1d", "MaxPool2d"]
+__all__ = [
+    "AvgPool1d",
+    "AvgPool2d",
+    "Conv1d",
+    "Conv1x1",
+    "Conv2d",
+    "Conv3d",
+    "LazyConv1d",
+    "LazyConv2d",
+    "LazyConv3d",
+    "MaxPool1d",
+    "MaxPool2d",
+]

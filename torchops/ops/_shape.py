@@ -48,3 +48,8 @@ def pooled_size(input: int, kernel: int, stride: int, padding: int, dilation: in
     if ceil_mode:
         output = torch.sym_min(output, (input + padding - 1) // stride + 1)
     return output
+
+
+def convolved_size(input: int, kernel: int, stride: int, padding: int, dilation: int):
+    """Number of windows that fit along an axis; works on symbolic sizes."""
+    return (input + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1

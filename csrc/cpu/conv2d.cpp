@@ -1,0 +1,293 @@
+// Convolution and the gradient of its input on the CPU, as a matrix product without im2col.
+//
+// Plan: a unit of work is a block of positions x a block of output channels. It copies the source of
+// its positions into a panel of at most 512 taps x channels at a time, in L2, multiplies it with the
+// weights, which were packed once per call, and writes each output once. channels_last: rows are
+// positions, vectors run over output channels. contiguous: rows are output channels, vectors run over
+// positions. grad_input is the same product with the weights' channels swapped and the taps reversed,
+// one per phase of the stride. The order of summation depends on nothing but the shape of the window.
+#include "ops/conv2d.h"
+
+#include "core/parallel.h"
+#include "core/scratch.h"
+#include "cpu/conv2d_gather.h"
+#include "cpu/gemm.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+namespace {
+
+constexpr int64_t kGrainFlops = 2'000'000;  // about 30 us
+
+int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Where the weight of (group, output column, tap, channel) lies.
+template <typename T>
+struct Weights {
+  const T* data;
+  int64_t group_stride, column_stride, channel_stride, height_stride;
+
+  const T* tap(const Correlation& c, int64_t group, int64_t th, int64_t tw) const {
+    return data + group * group_stride + (c.height.first_tap + th * c.height.tap_step) * height_stride
+           + c.width.first_tap + tw * c.width.tap_step;
+  }
+};
+
+// Depth is cut into equal blocks that fit a panel.
+struct DepthBlocks {
+  int64_t depth, count, size;
+  explicit DepthBlocks(int64_t depth)
+      : depth(depth), count(depth > kPanelDepth ? blocks(depth, kPanelDepth) : 1),
+        size(blocks(depth, count)) {}
+  int64_t begin(int64_t block) const { return smaller(block * size, depth); }
+  int64_t length(int64_t block) const { return begin(block + 1) - begin(block); }
+};
+
+// f(group, depth index, address of the weight of column 0, channel of that depth index)
+template <typename T, typename F>
+void for_each_depth(const Correlation& c, const Weights<T>& weights, const F& f) {
+  parallel_for(c.groups, kGrainFlops / (c.depth() * c.columns + 1) + 1, [&](int64_t g0, int64_t g1) {
+    for (int64_t g = g0; g < g1; ++g) {
+      int64_t k = 0;
+      for (int64_t th = 0; th < c.height.taps; ++th) {
+        for (int64_t tw = 0; tw < c.width.taps; ++tw) {
+          const T* tap = weights.tap(c, g, th, tw);
+          for (int64_t i = 0; i < c.channels; ++i) f(g, k++, tap + i * weights.channel_stride);
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+struct Problem {
+  const Correlation& c;
+  Weights<T> weights;
+  const T* source;
+  const T* bias;  // null, or one per output channel
+  T* out;
+};
+
+// ---- channels_last: position rows x output channel vectors ---------------------------------------
+
+// Columns are kept in panels of kTileColumns: [panel][depth][column], the last panel of a group only
+// as wide as it needs, in whole vectors.
+template <typename T>
+struct ColumnPanels {
+  static constexpr int64_t kWidth = kTileColumns<acc_t<T>>;
+  int64_t depth, columns, group_size;
+  Scratch<acc_t<T>> data;
+
+  explicit ColumnPanels(const Correlation& c)
+      : depth(c.depth()), columns(blocks(c.columns, kLanes<T>) * kLanes<T>),
+        group_size(depth * columns), data(c.groups * group_size) {}
+  int64_t width(int64_t panel) const { return smaller(kWidth, columns - panel * kWidth); }
+  acc_t<T>* at(int64_t group, int64_t panel, int64_t k) const {
+    return data.get() + group * group_size + panel * kWidth * depth + k * width(panel);
+  }
+};
+
+template <typename T>
+void pack_columns(const Problem<T>& p, const ColumnPanels<T>& packed) {
+  for_each_depth<T>(p.c, p.weights, [&](int64_t group, int64_t k, const T* weight) {
+    for (int64_t panel = 0; panel * packed.kWidth < p.c.columns; ++panel) {
+      acc_t<T>* row = packed.at(group, panel, k);
+      const int64_t width = packed.width(panel), first = panel * packed.kWidth;
+      const int64_t used = smaller(width, p.c.columns - first);
+      for (int64_t j = 0; j < used; ++j) row[j] = to_acc(weight[(first + j) * p.weights.column_stride]);
+      fill_zero(row + used, width - used);
+    }
+  });
+}
+
+// Adds the bias and writes rows of `columns` channels, from the tile to the output's pixels.
+template <typename T>
+void store_pixels(const Problem<T>& p, const Segment* segments, int64_t count, int64_t channel,
+                  int64_t columns, const acc_t<T>* tile, int64_t tile_stride) {
+  const int64_t pixel_stride = p.c.groups * p.c.columns;
+  for (int64_t s = 0; s < count; ++s) {
+    for (int64_t i = 0; i < segments[s].length; ++i) {
+      const acc_t<T>* from = tile + (segments[s].start + i) * tile_stride;
+      T* to = p.out + (segments[s].out + i * p.c.width.out_step) * pixel_stride + channel;
+      for_each_vec<T>(columns, [&](int64_t j, int n) {
+        Vec<T> value = load_partial<acc_t<T>>(from + j, n);
+        if (p.bias) value += load_partial(p.bias + channel + j, n);
+        store_partial(to + j, value, n);
+      });
+    }
+  }
+}
+
+constexpr int64_t kBlockRows = 8 * kTileRows;
+
+template <typename T>
+void correlate_channels_last(const Problem<T>& p) {
+  const Correlation& c = p.c;
+  constexpr int64_t kBlockColumns = 8 * kTileColumns<acc_t<T>>;
+  const ColumnPanels<T> weights(c);
+  pack_columns(p, weights);
+  const DepthBlocks depth(c.depth());
+  const int64_t row_blocks = blocks(c.positions(), kBlockRows);
+  const int64_t column_blocks = blocks(c.columns, kBlockColumns);
+  const int64_t flops = 2 * kBlockRows * smaller(c.columns, kBlockColumns) * (c.depth() + 1);
+  parallel_for(row_blocks * c.groups * column_blocks, kGrainFlops / flops + 1,
+               [&](int64_t begin, int64_t end) {
+    const Scratch<acc_t<T>> panel(kBlockRows * kPanelStride), tile(kBlockRows * kBlockColumns);
+    Segment segments[kBlockRows];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first_column = item % column_blocks * kBlockColumns;
+      const int64_t columns = smaller(kBlockColumns, c.columns - first_column);
+      const int64_t group = item / column_blocks % c.groups;
+      const int64_t row = item / column_blocks / c.groups * kBlockRows;
+      const int64_t rows = smaller(kBlockRows, c.positions() - row);
+      const int64_t count = make_segments(c, row, row + rows, segments);
+      for (int64_t block = 0; block < depth.count; ++block) {
+        const int64_t k = depth.begin(block), length = depth.length(block);
+        if (length) {
+          ChannelsLastGather<T>{c, p.source + group * c.channels, k, k + length}(segments, count,
+                                                                                 panel.get());
+        }
+        for (int64_t j = 0; j < columns; j += weights.kWidth) {
+          const int64_t index = (first_column + j) / weights.kWidth;
+          multiply<acc_t<T>, Panel::rows>(
+              {panel.get(), weights.at(group, index, k), tile.get() + j, weights.width(index),
+               kBlockColumns, length, block > 0},
+              rows, smaller(weights.kWidth, columns - j));
+        }
+      }
+      store_pixels(p, segments, count, group * c.columns + first_column, columns, tile.get(),
+                   kBlockColumns);
+    }
+  });
+}
+
+// ---- contiguous: output channel rows x position vectors ------------------------------------------
+
+// Weights as rows of the panel format: [group][depth block][column][depth in the block].
+template <typename T>
+struct RowPanels {
+  DepthBlocks blocks;
+  int64_t columns;
+  Scratch<acc_t<T>> data;
+
+  explicit RowPanels(const Correlation& c)
+      : blocks(c.depth()), columns(c.columns),
+        data(c.groups * blocks.count * columns * kPanelStride) {}
+  acc_t<T>* at(int64_t group, int64_t block, int64_t column) const {
+    return data.get() + ((group * blocks.count + block) * columns + column) * kPanelStride;
+  }
+};
+
+template <typename T>
+void pack_rows(const Problem<T>& p, const RowPanels<T>& packed) {
+  for_each_depth<T>(p.c, p.weights, [&](int64_t group, int64_t k, const T* weight) {
+    const int64_t block = k / packed.blocks.size;
+    acc_t<T>* to = packed.at(group, block, 0) + k - block * packed.blocks.size;
+    for (int64_t j = 0; j < p.c.columns; ++j) {
+      to[j * kPanelStride] = to_acc(weight[j * p.weights.column_stride]);
+    }
+  });
+}
+
+// Adds the bias and writes `rows` channels, from the tile to the output's planes.
+template <typename T>
+void store_planes(const Problem<T>& p, const Segment* segments, int64_t count, int64_t channel,
+                  int64_t rows, const acc_t<T>* tile, int64_t tile_stride) {
+  const int64_t plane = p.c.out_plane(), step = p.c.width.out_step;
+  for (int64_t r = 0; r < rows; ++r, tile += tile_stride) {
+    const acc_t<T> bias = p.bias ? to_acc(p.bias[channel + r]) : acc_t<T>{};
+    for (int64_t s = 0; s < count; ++s) {
+      const Segment& segment = segments[s];
+      const acc_t<T>* from = tile + segment.start;
+      // segment.out counts pixels over all images of one channel.
+      const int64_t others = segment.image * (p.c.groups * p.c.columns - 1) + channel + r;
+      T* to = p.out + others * plane + segment.out;
+      if (step == 1) {
+        for_each_vec<T>(segment.length, [&](int64_t i, int n) {
+          store_partial(to + i, load_partial<acc_t<T>>(from + i, n) + bias, n);
+        });
+      } else {
+        for (int64_t i = 0; i < segment.length; ++i) to[i * step] = from_acc<T>(from[i] + bias);
+      }
+    }
+  }
+}
+
+template <typename T>
+void correlate_contiguous(const Problem<T>& p) {
+  const Correlation& c = p.c;
+  constexpr int64_t kWidth = kTileColumns<acc_t<T>>, kPositions = 4 * kWidth;
+  const RowPanels<T> weights(c);
+  pack_rows(p, weights);
+  const DepthBlocks& depth = weights.blocks;
+  const int64_t row_blocks = blocks(c.columns, kBlockRows);
+  const int64_t position_blocks = blocks(c.positions(), kPositions);
+  const int64_t flops = 2 * kPositions * smaller(c.columns, kBlockRows) * (c.depth() + 1);
+  parallel_for(position_blocks * c.groups * row_blocks, kGrainFlops / flops + 1,
+               [&](int64_t begin, int64_t end) {
+    const Scratch<acc_t<T>> panel(kPanelDepth * kPositions), tile(kBlockRows * kPositions);
+    Segment segments[kPositions];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t row = item % row_blocks * kBlockRows;
+      const int64_t rows = smaller(kBlockRows, c.columns - row);
+      const int64_t group = item / row_blocks % c.groups;
+      const int64_t first = item / row_blocks / c.groups * kPositions;
+      const int64_t positions = smaller(kPositions, c.positions() - first);
+      const int64_t count = make_segments(c, first, first + positions, segments);
+      const T* source = p.source + group * c.channels * c.source_plane();
+      for (int64_t block = 0; block < depth.count; ++block) {
+        const int64_t k = depth.begin(block), length = depth.length(block);
+        PlanarGather<T>{c, source, k, k + length}(segments, count, panel.get(), kPositions);
+        for (int64_t j = 0; j < positions; j += kWidth) {
+          multiply<acc_t<T>, Panel::rows>(
+              {weights.at(group, block, row), panel.get() + j, tile.get() + j, kPositions,
+               kPositions, length, block > 0},
+              rows, smaller(kWidth, positions - j));
+        }
+      }
+      store_planes(p, segments, count, group * c.columns + row, rows, tile.get(), kPositions);
+    }
+  });
+}
+
+template <typename T>
+void correlate(const Problem<T>& p, bool channels_last) {
+  if (p.c.positions() == 0 || p.c.columns == 0) return;
+  if (channels_last) return correlate_channels_last(p);
+  correlate_contiguous(p);
+}
+
+}  // namespace
+
+void conv2d(const Conv2dParams& p) {
+  dispatch_dtype(p.shape.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Correlation c = forward_correlation(p.shape);
+    const int64_t taps = p.shape.window_height.size * p.shape.window_width.size;
+    const Weights<T> weights{static_cast<const T*>(p.weight), c.columns * c.channels * taps,
+                             c.channels * taps, taps, p.shape.window_width.size};
+    correlate<T>({c, weights, static_cast<const T*>(p.input), static_cast<const T*>(p.bias),
+                  static_cast<T*>(p.output)},
+                 p.shape.channels_last);
+  });
+}
+
+void conv2d_grad_input(const Conv2dGradInputParams& p) {
+  dispatch_dtype(p.shape.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Conv2dShape& s = p.shape;
+    const int64_t taps = s.window_height.size * s.window_width.size;
+    for (int64_t h = 0; h < smaller(s.window_height.stride, s.in_height); ++h) {
+      for (int64_t w = 0; w < smaller(s.window_width.stride, s.in_width); ++w) {
+        const Correlation c = grad_input_correlation(s, h, w);
+        const Weights<T> weights{static_cast<const T*>(p.weight), c.columns * c.channels * taps, taps,
+                                 c.columns * taps, s.window_width.size};
+        correlate<T>({c, weights, static_cast<const T*>(p.grad_output), nullptr,
+                      static_cast<T*>(p.grad_input)},
+                     s.channels_last);
+      }
+    }
+  });
+}
+
+}  // namespace torchops::cpu::TORCHOPS_ISA

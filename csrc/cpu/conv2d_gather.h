@@ -1,0 +1,191 @@
+// A convolution, or the gradient of its input, seen as a matrix product: which source element
+// meets which position under which tap, and the copying of small panels of it (implicit im2col).
+//
+// Positions are numbered over images, rows and columns; the depth index runs over taps along the
+// height, taps along the width and channels, the channel fastest.
+#pragma once
+
+#include "core/scratch.h"
+#include "core/vec.h"
+#include "cpu/gemm.h"
+#include "ops/conv2d.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+
+// Position i reads source element i * step + offset + t * tap_offset under its t-th tap, and is
+// written at out_start + i * out_step.
+struct Axis {
+  int64_t count, step, offset, source_length;
+  int64_t taps, tap_offset;
+  int64_t first_tap, tap_step;  // the t-th tap is element first_tap + t * tap_step of the window
+  int64_t out_start, out_step, out_length;
+};
+
+inline Axis forward_axis(const Window& w, int64_t in_length, int64_t out_length) {
+  return {out_length, w.stride, -w.padding, in_length, w.size, w.dilation, 0, 1, 0, 1, out_length};
+}
+
+// The input positions phase, phase + stride, ...: all of them meet the same taps, those whose
+// distance is a multiple of the stride. Without phases, a stride of s would multiply s * s times more
+// zeros than values.
+inline Axis grad_input_axis(const Window& w, int64_t in_length, int64_t out_length, int64_t phase) {
+  const int64_t count = in_length > phase ? (in_length - phase - 1) / w.stride + 1 : 0;
+  int64_t first = 0;
+  const auto misses = [&](int64_t tap) { return (phase + w.padding - tap * w.dilation) % w.stride; };
+  while (first < w.size && first < w.stride && misses(first)) ++first;
+  Axis axis{count, 1, 0, out_length, 0, 1, 0, 1, phase, w.stride, in_length};
+  if (first >= w.size || misses(first)) return axis;
+  int64_t tap_step = 1;
+  while (tap_step * w.dilation % w.stride) ++tap_step;
+  axis.taps = (w.size - 1 - first) / tap_step + 1;
+  // Later taps read earlier elements; the walk goes from the last tap to the first, so that the
+  // source is read forwards.
+  axis.first_tap = first + (axis.taps - 1) * tap_step;
+  axis.tap_step = -tap_step;
+  axis.offset = (phase + w.padding - axis.first_tap * w.dilation) / w.stride;
+  axis.tap_offset = tap_step * w.dilation / w.stride;
+  return axis;
+}
+
+// One group-wise correlation: output[position, column] = sum over taps and channels.
+struct Correlation {
+  Axis height, width;
+  int64_t batch, groups;
+  int64_t channels, columns;  // of one group: summed over, and computed
+
+  int64_t positions() const { return batch * height.count * width.count; }
+  int64_t depth() const { return height.taps * width.taps * channels; }
+  int64_t source_plane() const { return height.source_length * width.source_length; }
+  int64_t out_plane() const { return height.out_length * width.out_length; }
+};
+
+inline Correlation forward_correlation(const Conv2dShape& s) {
+  return {forward_axis(s.window_height, s.in_height, s.out_height),
+          forward_axis(s.window_width, s.in_width, s.out_width),
+          s.batch, s.groups, s.in_channels / s.groups, s.out_channels / s.groups};
+}
+
+inline Correlation grad_input_correlation(const Conv2dShape& s, int64_t phase_height,
+                                          int64_t phase_width) {
+  return {grad_input_axis(s.window_height, s.in_height, s.out_height, phase_height),
+          grad_input_axis(s.window_width, s.in_width, s.out_width, phase_width),
+          s.batch, s.groups, s.out_channels / s.groups, s.in_channels / s.groups};
+}
+
+// Consecutive positions in one row of one image.
+struct Segment {
+  int64_t start, length;   // within the block of positions
+  int64_t image;
+  int64_t height, width;   // source element of the first position under tap 0; may lie outside
+  int64_t out;             // pixel of the first position in the output
+};
+
+// Cuts the positions [begin, end) into segments; returns how many.
+inline int64_t make_segments(const Correlation& c, int64_t begin, int64_t end, Segment* segments) {
+  int64_t count = 0;
+  for (int64_t position = begin; position < end;) {
+    const int64_t row = position / c.width.count, w = position % c.width.count;
+    const int64_t image = row / c.height.count, h = row % c.height.count;
+    const int64_t rest = c.width.count - w, length = rest < end - position ? rest : end - position;
+    segments[count++] = {position - begin, length, image,
+                         h * c.height.step + c.height.offset, w * c.width.step + c.width.offset,
+                         (image * c.height.out_length + c.height.out_start + h * c.height.out_step)
+                             * c.width.out_length + c.width.out_start + w * c.width.out_step};
+    position += length;
+  }
+  return count;
+}
+
+inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
+  return value < low ? low : value > high ? high : value;
+}
+
+// Of `count` elements, `step` apart from `start` on, those in [first, last) lie in [0, length).
+struct Inside {
+  int64_t first, last;
+};
+inline Inside inside(int64_t start, int64_t step, int64_t count, int64_t length) {
+  const int64_t first = start >= 0 ? 0 : (-start + step - 1) / step;
+  const int64_t last = start >= length ? 0 : (length - start + step - 1) / step;
+  return {clamp(first, 0, count), clamp(last, 0, count)};
+}
+
+// channels_last: row `position` of the panel = depth indices [begin, end) of that position, which
+// are runs of neighbouring elements. `source` points at the group's first channel.
+template <typename T>
+struct ChannelsLastGather {
+  const Correlation& c;
+  const T* source;
+  int64_t begin, end;
+
+  void operator()(const Segment* segments, int64_t count, acc_t<T>* panel) const {
+    for (int64_t s = 0; s < count; ++s) {
+      for (int64_t i = 0; i < segments[s].length; ++i) {
+        gather_position(segments[s], segments[s].width + i * c.width.step,
+                        panel + (segments[s].start + i) * kPanelStride);
+      }
+    }
+  }
+
+ private:
+  void gather_position(const Segment& segment, int64_t width, acc_t<T>* row) const {
+    const int64_t pixel_stride = c.groups * c.channels;
+    // Taps side by side read one contiguous run.
+    const bool merged = c.groups == 1 && c.width.tap_offset == 1;
+    const int64_t run_taps = merged ? c.width.taps : 1, run = run_taps * c.channels;
+    for (int64_t r = begin / run; r * run < end; ++r) {
+      const int64_t low = clamp(begin - r * run, 0, run), high = clamp(end - r * run, 0, run);
+      const int64_t th = merged ? r : r / c.width.taps, tw = merged ? 0 : r % c.width.taps;
+      const int64_t h = segment.height + th * c.height.tap_offset;
+      const int64_t w = width + tw * c.width.tap_offset;
+      Inside taps = inside(w, 1, run_taps, c.width.source_length);
+      if (h < 0 || h >= c.height.source_length) taps = {0, 0};
+      const int64_t first = clamp(taps.first * c.channels, low, high);
+      const int64_t last = clamp(taps.last * c.channels, first, high);
+      const int64_t pixel = (segment.image * c.height.source_length + h) * c.width.source_length + w;
+      fill_zero(row, first - low);
+      copy_in(row + first - low, source + pixel * pixel_stride + first, last - first);
+      fill_zero(row + last - low, high - last);
+      row += high - low;
+    }
+  }
+};
+
+// contiguous: row k of the panel = depth index begin + k at all positions. `source` points at the
+// group's first plane of the first image.
+template <typename T>
+struct PlanarGather {
+  const Correlation& c;
+  const T* source;
+  int64_t begin, end;
+
+  void operator()(const Segment* segments, int64_t count, acc_t<T>* panel, int64_t stride) const {
+    const int64_t plane = c.source_plane(), image = c.groups * c.channels * plane;
+    for (int64_t k = begin; k < end; ++k, panel += stride) {
+      const int64_t tap = k / c.channels, th = tap / c.width.taps, tw = tap % c.width.taps;
+      for (int64_t s = 0; s < count; ++s) {
+        gather_row(segments[s], source + segments[s].image * image + k % c.channels * plane,
+                   th * c.height.tap_offset, tw * c.width.tap_offset, panel + segments[s].start);
+      }
+    }
+  }
+
+ private:
+  void gather_row(const Segment& segment, const T* plane, int64_t tap_height, int64_t tap_width,
+                  acc_t<T>* row) const {
+    const int64_t h = segment.height + tap_height, w = segment.width + tap_width, step = c.width.step;
+    if (h < 0 || h >= c.height.source_length) return fill_zero(row, segment.length);
+    const Inside valid = inside(w, step, segment.length, c.width.source_length);
+    const int64_t last = valid.last > valid.first ? valid.last : valid.first;
+    const T* from = plane + h * c.width.source_length + w;
+    fill_zero(row, valid.first);
+    if (step == 1) {
+      copy_in(row + valid.first, from + valid.first, last - valid.first);
+    } else {
+      for (int64_t i = valid.first; i < last; ++i) row[i] = to_acc(from[i * step]);
+    }
+    fill_zero(row + last, segment.length - last);
+  }
+};
+
+}  // namespace torchops::cpu::TORCHOPS_ISA

@@ -1,0 +1,172 @@
+// Gradient of a convolution's weight on the CPU: a matrix product that sums over all positions.
+//
+// Plan: a unit of work is a block of (tap, input channel) rows x a block of output channel columns x a
+// fixed share of the positions; it copies the input and grad_output of a few hundred positions at a
+// time into panels in L2. Shares are summed in order, so that the result does not depend on
+// threads. channels_last: both panels are copies, position by position. contiguous: grad_output is
+// transposed on its way into the panel.
+#include "core/parallel.h"
+#include "core/scratch.h"
+#include "cpu/conv2d_gather.h"
+#include "cpu/gemm.h"
+#include "ops/conv2d.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+namespace {
+
+int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Work is split at least this often where the shape allows: enough for the threads of a large CPU.
+// The split must not depend on their number.
+constexpr int64_t kUnits = 64;
+
+// How the product is cut up. Per layout: rows and positions of a block, so that both panels and the
+// tile stay in L2.
+template <typename T>
+struct Plan {
+  const Conv2dGradWeightParams& p;
+  Correlation c;
+  int64_t block_rows, block_positions;
+  int64_t row_blocks, column_blocks, position_blocks, shares;
+
+  static constexpr int64_t kBlockColumns = 4 * kTileColumns<acc_t<T>>;
+
+  explicit Plan(const Conv2dGradWeightParams& params)
+      : p(params), c(forward_correlation(params.shape)) {
+    const bool channels_last = p.shape.channels_last;
+    block_rows = channels_last ? kPanelDepth : 8 * kTileRows;
+    block_positions = channels_last ? 128 : kPanelDepth;
+    row_blocks = blocks(c.depth(), block_rows);
+    column_blocks = blocks(c.columns, kBlockColumns);
+    position_blocks = blocks(c.positions(), block_positions);
+    const int64_t units = c.groups * row_blocks * column_blocks;
+    shares = units ? smaller(blocks(kUnits, units), position_blocks) : 0;
+  }
+
+  // One share's sums: [group][row][column]
+  int64_t share_size() const { return c.groups * c.depth() * c.columns; }
+};
+
+template <typename T>
+struct Workspace {
+  static constexpr int64_t kBlockColumns = Plan<T>::kBlockColumns;
+  Scratch<acc_t<T>> input, grads, tile;
+  Scratch<Segment> segments;
+
+  explicit Workspace(const Plan<T>& plan)
+      : input((plan.p.shape.channels_last ? plan.block_positions : plan.block_rows) * kPanelStride),
+        grads(plan.block_positions * kBlockColumns),
+        tile(plan.block_rows * kBlockColumns),
+        segments(plan.block_positions) {}
+};
+
+// grads[position][column] of the block.
+template <typename T>
+void gather_grads(const Plan<T>& plan, int64_t first, int64_t positions, int64_t channel,
+                  int64_t columns, acc_t<T>* grads) {
+  const auto* source = static_cast<const T*>(plan.p.grad_output);
+  const int64_t channels = plan.p.shape.out_channels, plane = plan.c.out_plane();
+  const int64_t width = blocks(columns, kLanes<T>) * kLanes<T>;
+  for (int64_t i = 0; i < positions; ++i, grads += plan.kBlockColumns) {
+    const int64_t position = first + i;
+    if (plan.p.shape.channels_last) {
+      copy_in(grads, source + position * channels + channel, columns);
+    } else {
+      const T* from = source + (position / plane * channels + channel) * plane + position % plane;
+      for (int64_t j = 0; j < columns; ++j) grads[j] = to_acc(from[j * plane]);
+    }
+    fill_zero(grads + columns, width - columns);
+  }
+}
+
+// Adds the product of one block of positions to the tile.
+template <typename T>
+void add_block(const Plan<T>& plan, const Workspace<T>& work, int64_t group, int64_t row, int64_t rows,
+               int64_t columns, int64_t first, int64_t positions, bool accumulate) {
+  const Correlation& c = plan.c;
+  const auto* input = static_cast<const T*>(plan.p.input);
+  const int64_t count = make_segments(c, first, first + positions, work.segments.get());
+  const bool channels_last = plan.p.shape.channels_last;
+  if (channels_last) {
+    const ChannelsLastGather<T> gather{c, input + group * c.channels, row, row + rows};
+    gather(work.segments.get(), count, work.input.get());
+  } else {
+    const PlanarGather<T> gather{c, input + group * c.channels * c.source_plane(), row, row + rows};
+    gather(work.segments.get(), count, work.input.get(), kPanelStride);
+  }
+  for (int64_t j = 0; j < columns; j += kTileColumns<acc_t<T>>) {
+    const TileArguments<acc_t<T>> tile{work.input.get(), work.grads.get() + j, work.tile.get() + j,
+                                       plan.kBlockColumns, plan.kBlockColumns, positions, accumulate};
+    const int64_t width = smaller(kTileColumns<acc_t<T>>, columns - j);
+    if (channels_last) {
+      multiply<acc_t<T>, Panel::columns>(tile, rows, width);
+    } else {
+      multiply<acc_t<T>, Panel::rows>(tile, rows, width);
+    }
+  }
+}
+
+// One unit of work: fills rows x columns of one share.
+template <typename T>
+void sum_share(const Plan<T>& plan, const Workspace<T>& work, int64_t unit, acc_t<T>* sums) {
+  const Correlation& c = plan.c;
+  const int64_t column = unit % plan.column_blocks * plan.kBlockColumns;
+  const int64_t columns = smaller(plan.kBlockColumns, c.columns - column);
+  const int64_t row = unit / plan.column_blocks % plan.row_blocks * plan.block_rows;
+  const int64_t rows = smaller(plan.block_rows, c.depth() - row);
+  const int64_t group = unit / plan.column_blocks / plan.row_blocks % c.groups;
+  const int64_t share = unit / plan.column_blocks / plan.row_blocks / c.groups;
+  const int64_t begin = plan.position_blocks * share / plan.shares;
+  const int64_t end = plan.position_blocks * (share + 1) / plan.shares;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * plan.block_positions;
+    const int64_t positions = smaller(plan.block_positions, c.positions() - first);
+    gather_grads(plan, first, positions, group * c.columns + column, columns, work.grads.get());
+    add_block(plan, work, group, row, rows, columns, first, positions, block > begin);
+  }
+  sums += share * plan.share_size() + (group * c.depth() + row) * c.columns + column;
+  for (int64_t r = 0; r < rows; ++r) {
+    copy_in(sums + r * c.columns, work.tile.get() + r * plan.kBlockColumns, columns);
+  }
+}
+
+// Sums the shares in order, and brings [tap][channel][column] into the weight's own order.
+template <typename T>
+void combine(const Plan<T>& plan, const acc_t<T>* sums) {
+  auto* grad_weight = static_cast<T*>(plan.p.grad_weight);
+  const Correlation& c = plan.c;
+  const int64_t taps = c.height.taps * c.width.taps;
+  const int64_t channels = c.groups * c.columns, work = plan.shares * c.depth();
+  parallel_for(channels, 65536 / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      for (int64_t k = 0; k < c.depth(); ++k) {
+        const acc_t<T>* from = sums + (o / c.columns * c.depth() + k) * c.columns + o % c.columns;
+        acc_t<T> sum = 0;
+        for (int64_t share = 0; share < plan.shares; ++share) sum += from[share * plan.share_size()];
+        const int64_t channel = k % c.channels, tap = k / c.channels;
+        grad_weight[(o * c.channels + channel) * taps + tap] = from_acc<T>(sum);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
+  dispatch_dtype(p.shape.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Plan<T> plan(p);
+    if (plan.share_size() == 0) return;
+    const Scratch<acc_t<T>> sums(plan.shares * plan.share_size());
+    const int64_t units = plan.shares * plan.c.groups * plan.row_blocks * plan.column_blocks;
+    const int64_t flops = 2 * plan.c.positions() * plan.share_size() / (units + 1) + 1;
+    parallel_for(units, 2'000'000 / flops + 1, [&](int64_t begin, int64_t end) {
+      const Workspace<T> work(plan);
+      for (int64_t unit = begin; unit < end; ++unit) sum_share(plan, work, unit, sums.get());
+    });
+    combine(plan, sums.get());
+  });
+}
+
+}  // namespace torchops::cpu::TORCHOPS_ISA

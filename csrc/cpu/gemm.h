@@ -1,0 +1,108 @@
+// The register-blocked matrix product under all convolutions: C[rows x columns] (+)= A x B in
+// fp32 (fp64 for double), on small panels that the caller has copied out of its tensors.
+//
+// A tile of C stays in registers while `depth` runs: with 32 registers (AVX-512) 14 rows x 2
+// vectors take 28, and each step loads 2 vectors of B and 14 scalars of A for 28 multiply-adds; with 16
+// registers it is 6 x 2. A's row stride is a constant, so that one address register serves all rows.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "core/vec.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 14;
+#else
+constexpr int kTileRows = 6;
+#endif
+constexpr int kTileVecs = 2;
+template <typename T> constexpr int kTileColumns = kTileVecs * kLanes<T>;
+
+// Longest row of an A panel, and the distance of its rows: one cache line more than a power of two,
+// so that the rows of a tile do not fall into the same cache set.
+constexpr int64_t kPanelDepth = 512;
+constexpr int64_t kPanelStride = kPanelDepth + 16;
+
+// Which index of A runs along a panel's rows: A(row, k) = panel[row * stride + k], or, transposed,
+// panel[k * stride + row].
+enum class Panel { rows, columns };
+
+template <typename T>
+struct TileArguments {
+  const T* a;
+  const T* b;         // B(k, column) = b[k * b_stride + column]
+  T* c;               // C(row, column) = c[row * c_stride + column]
+  int64_t b_stride, c_stride, depth;
+  bool accumulate;    // add to c, or overwrite it
+};
+
+template <typename T, Panel panel, int kRows, int kVecs>
+void multiply_tile(const TileArguments<T>& t) {
+  Vec<T> sum[kRows][kVecs] = {};
+  const T *a = t.a, *b = t.b;
+  for (int64_t k = 0; k < t.depth; ++k) {
+    Vec<T> columns[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) columns[v] = load(b + v * kLanes<T>);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<T> value = broadcast<T>(panel == Panel::rows ? a[r * kPanelStride] : a[r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sum[r][v] += value * columns[v];
+    }
+    a += panel == Panel::rows ? 1 : kPanelStride;
+    b += t.b_stride;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      T* c = t.c + r * t.c_stride + v * kLanes<T>;
+      store(c, t.accumulate ? load<T>(c) + sum[r][v] : sum[r][v]);
+    }
+  }
+}
+
+template <typename T>
+using TileFunction = void (*)(const TileArguments<T>&);
+
+template <typename T, Panel panel, int kVecs, int... kRowsMinusOne>
+inline TileFunction<T> pick_tile(int rows, std::integer_sequence<int, kRowsMinusOne...>) {
+  static constexpr TileFunction<T> kTable[] = {multiply_tile<T, panel, kRowsMinusOne + 1, kVecs>...};
+  return kTable[rows - 1];
+}
+
+// C[rows x columns] (+)= A x B for any number of rows; columns <= kTileColumns. c is written in
+// whole vectors, so its rows need room for columns rounded up to a vector.
+template <typename T, Panel panel>
+void multiply(TileArguments<T> t, int64_t rows, int64_t columns) {
+  constexpr auto kRowCounts = std::make_integer_sequence<int, kTileRows>{};
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    // Tiles of nearly equal height: 16 rows as 8 + 8 cost less than as 14 + 2.
+    const int count = static_cast<int>((rows + tiles - 1 - tile) / tiles);
+    const auto function = columns > kLanes<T> ? pick_tile<T, panel, 2>(count, kRowCounts)
+                                              : pick_tile<T, panel, 1>(count, kRowCounts);
+    function(t);
+    t.a += count * (panel == Panel::rows ? kPanelStride : 1);
+    t.c += count * t.c_stride;
+  }
+}
+
+// Copies with conversion between a storage type and its arithmetic type.
+template <typename T>
+inline void copy_in(acc_t<T>* to, const T* from, int64_t count) {
+  for_each_vec<T>(count, [&](int64_t i, int n) {
+    store_partial<acc_t<T>>(to + i, load_partial(from + i, n), n);
+  });
+}
+
+template <typename T>
+inline void fill_zero(T* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = T{};
+}
+
+}  // namespace torchops::cpu::TORCHOPS_ISA

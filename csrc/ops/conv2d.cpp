@@ -1,0 +1,174 @@
+// conv2d and its gradients: schemas, checks, allocation and choice of kernel.
+#include "ops/conv2d.h"
+
+#include "core/device.h"
+#include "core/tensor.h"
+
+namespace torchops {
+namespace {
+
+// The strides of conv2d's arguments, checked as far as they can be without tensors.
+struct Arguments {
+  IntList stride, padding, dilation;
+  int64_t groups;
+};
+
+void check_tensor(const char* name, const Tensor& tensor, const Tensor& like) {
+  TORCHOPS_CHECK(tensor.dim() == 4, "conv2d: expected a 4-D ", name, ", but got sizes ",
+                 to_string(sizes_of(tensor)));
+  TORCHOPS_CHECK(same_dtype(tensor, like), "conv2d: ", name,
+                 " has another dtype than the other arguments");
+  TORCHOPS_CHECK(same_device(tensor, like), "conv2d: ", name,
+                 " is on another device than the other arguments");
+}
+
+// Everything that the sizes of input and weight must fulfil; fills in the shape of the output.
+Conv2dShape make_shape(const Tensor& like, const IntList& input, const IntList& weight,
+                       const Arguments& a, MemoryFormat format) {
+  TORCHOPS_CHECK(input.size() == 4 && weight.size() == 4,
+                 "conv2d: expected 4-D input and weight, but got sizes ", to_string(input), " and ",
+                 to_string(weight));
+  for (size_t d = 0; d < 4; ++d) {
+    TORCHOPS_CHECK(input[d] >= 0 && weight[d] >= 0, "conv2d: sizes should not be negative");
+  }
+  TORCHOPS_CHECK(a.groups > 0, "conv2d: expected groups to be greater than 0, but got ", a.groups);
+  TORCHOPS_CHECK(weight[0] >= a.groups && weight[0] % a.groups == 0,
+                 "conv2d: given groups=", a.groups, ", expected weight to be at least ", a.groups,
+                 " at dimension 0, and divisible by it, but got weight of size ", to_string(weight));
+  TORCHOPS_CHECK(input[1] == weight[1] * a.groups, "conv2d: given groups=", a.groups,
+                 ", weight of size ", to_string(weight), ", expected input to have ",
+                 weight[1] * a.groups, " channels, but got input of size ", to_string(input));
+  const Window2d window = make_window2d("conv2d", {weight[2], weight[3]}, a.stride, a.padding, a.dilation);
+  Conv2dShape s{dtype_of(like, "conv2d"), format == MemoryFormat::channels_last,
+                input[0], input[1], input[2], input[3], weight[0],
+                convolved_size(input[2], window.height), convolved_size(input[3], window.width),
+                a.groups, window.height, window.width};
+  TORCHOPS_CHECK(s.out_height > 0 && s.out_width > 0,
+                 "conv2d: the kernel (", window.height.extent(), " x ", window.width.extent(),
+                 ") is larger than the padded input (", input[2] + 2 * window.height.padding, " x ",
+                 input[3] + 2 * window.width.padding, ")");
+  return s;
+}
+
+// torch's rule: one channels_last argument is enough. (An empty batch leaves its kernels early.)
+MemoryFormat output_format(const Tensor& input, const Tensor& weight) {
+  return suggest_memory_format(input) == MemoryFormat::channels_last ||
+                 (input.size(0) > 0 && suggest_memory_format(weight) == MemoryFormat::channels_last)
+             ? MemoryFormat::channels_last
+             : MemoryFormat::contiguous;
+}
+
+MemoryFormat format_of(bool channels_last) {
+  return channels_last ? MemoryFormat::channels_last : MemoryFormat::contiguous;
+}
+
+void check_grad_output(const Tensor& grad_output, const Conv2dShape& s) {
+  const IntList expected{s.batch, s.out_channels, s.out_height, s.out_width};
+  TORCHOPS_CHECK(sizes_of(grad_output) == expected, "conv2d: expected grad_output of sizes ",
+                 to_string(expected), ", but got ", to_string(sizes_of(grad_output)));
+}
+
+bool is_pointwise(const Conv2dShape& s) {
+  return s.groups == 1 && s.window_height.size == 1 && s.window_width.size == 1 &&
+         s.window_height.padding == 0 && s.window_width.padding == 0;
+}
+
+Tensor conv2d(Tensor input, Tensor weight, OptionalTensor bias, IntList stride, IntList padding,
+              IntList dilation, int64_t groups) {
+  check_tensor("input", input, input);
+  check_tensor("weight", weight, input);
+  const MemoryFormat format = output_format(input, weight);
+  Conv2dParams p{};
+  p.shape = make_shape(input, sizes_of(input), sizes_of(weight), {stride, padding, dilation, groups}, format);
+  const Conv2dShape& s = p.shape;
+  if (bias) {
+    TORCHOPS_CHECK(bias->dim() == 1 && bias->size(0) == s.out_channels,
+                   "conv2d: expected bias of size [", s.out_channels, "], but got ",
+                   to_string(sizes_of(*bias)));
+    TORCHOPS_CHECK(same_dtype(*bias, input) && same_device(*bias, input),
+                   "conv2d: bias has another dtype or device than input");
+    bias = contiguous(*bias, MemoryFormat::contiguous);
+  }
+  const Tensor dense = contiguous(input, format);
+  const Tensor dense_weight = contiguous(weight, MemoryFormat::contiguous);
+  Tensor output = empty({s.batch, s.out_channels, s.out_height, s.out_width}, format, input);
+  p.input = dense.const_data_ptr();
+  p.weight = dense_weight.const_data_ptr();
+  p.bias = data_or_null<void>(bias);
+  p.output = output.mutable_data_ptr();
+  if (is_pointwise(s)) {
+    launch(input, p, cpu::conv2d_pointwise, cuda::conv2d_pointwise);
+  } else {
+    launch(input, p, cpu::conv2d, cuda::conv2d);
+  }
+  return output;
+}
+
+Tensor conv2d_grad_input(Tensor grad_output, Tensor weight, IntList input_size, IntList stride,
+                         IntList padding, IntList dilation, int64_t groups, bool channels_last) {
+  check_tensor("grad_output", grad_output, grad_output);
+  check_tensor("weight", weight, grad_output);
+  const MemoryFormat format = format_of(channels_last);
+  Conv2dGradInputParams p{};
+  p.shape = make_shape(grad_output, input_size, sizes_of(weight), {stride, padding, dilation, groups}, format);
+  check_grad_output(grad_output, p.shape);
+  const Tensor dense = contiguous(grad_output, format);
+  const Tensor dense_weight = contiguous(weight, MemoryFormat::contiguous);
+  Tensor grad_input = empty(input_size, format, grad_output);
+  p.grad_output = dense.const_data_ptr();
+  p.weight = dense_weight.const_data_ptr();
+  p.grad_input = grad_input.mutable_data_ptr();
+  if (is_pointwise(p.shape)) {
+    launch(grad_output, p, cpu::conv2d_pointwise_grad_input, cuda::conv2d_pointwise_grad_input);
+  } else {
+    launch(grad_output, p, cpu::conv2d_grad_input, cuda::conv2d_grad_input);
+  }
+  return grad_input;
+}
+
+Tensor conv2d_grad_weight(Tensor input, Tensor grad_output, IntList weight_size, IntList stride,
+                          IntList padding, IntList dilation, int64_t groups, bool channels_last) {
+  check_tensor("input", input, input);
+  check_tensor("grad_output", grad_output, input);
+  const MemoryFormat format = format_of(channels_last);
+  Conv2dGradWeightParams p{};
+  p.shape = make_shape(input, sizes_of(input), weight_size, {stride, padding, dilation, groups}, format);
+  check_grad_output(grad_output, p.shape);
+  const Tensor dense = contiguous(input, format), dense_grad = contiguous(grad_output, format);
+  Tensor grad_weight = empty(weight_size, MemoryFormat::contiguous, input);
+  p.input = dense.const_data_ptr();
+  p.grad_output = dense_grad.const_data_ptr();
+  p.grad_weight = grad_weight.mutable_data_ptr();
+  if (is_pointwise(p.shape)) {
+    launch(input, p, cpu::conv2d_pointwise_grad_weight, cuda::conv2d_pointwise_grad_weight);
+  } else {
+    launch(input, p, cpu::conv2d_grad_weight, cuda::conv2d_grad_weight);
+  }
+  if (!channels_last) return grad_weight;
+  // Native's double kernel keeps a layout that is both formats at once.
+  const bool either = weight_size[1] == 1 || (weight_size[2] == 1 && weight_size[3] == 1);
+  if (either && p.shape.dtype == DType::f64) return grad_weight;
+  Tensor formatted = empty(weight_size, format, input);
+  torch::stable::copy_(formatted, grad_weight);
+  return formatted;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(torchops, m) {
+  m.def("conv2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
+        "int[2] dilation, int groups) -> Tensor");
+  m.def("conv2d_grad_input(Tensor grad_output, Tensor weight, SymInt[] input_size, int[2] stride, "
+        "int[2] padding, int[2] dilation, int groups, bool channels_last) -> Tensor");
+  m.def("conv2d_grad_weight(Tensor input, Tensor grad_output, SymInt[] weight_size, "
+        "int[2] stride, int[2] padding, int[2] dilation, int groups, bool channels_last) "
+        "-> Tensor");
+}
+
+TORCHOPS_IMPL(m) {
+  m.impl("conv2d", TORCH_BOX(&conv2d));
+  m.impl("conv2d_grad_input", TORCH_BOX(&conv2d_grad_input));
+  m.impl("conv2d_grad_weight", TORCH_BOX(&conv2d_grad_weight));
+}
+
+}  // namespace torchops

@@ -1,0 +1,469 @@
+"""conv2d and its relatives: wrappers, autograd Functions, fake kernels, vmap rules.
+
+The convolution and the gradients of its input and its weight are bilinear, and each one's
+derivatives are the other two: three operators close all orders of differentiation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchops.ops._autograd import (
+    Function,
+    differentiable,
+    fold_batch,
+    kernel,
+    register,
+    unfold_batch,
+)
+from torchops.ops._drop_in import drop_in, native_only
+from torchops.ops._shape import convolved_size, pair
+
+_conv2d = kernel("conv2d")
+_grad_input = kernel("conv2d_grad_input")
+_grad_weight = kernel("conv2d_grad_weight")
+
+
+@drop_in(F.conv2d)
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Cross-correlation of images with a bank of kernels; the same as torch.nn.functional.conv2d.
+
+        output[n, o, y, x] = bias[o] + sum over c, i, j of
+            weight[o, c, i, j] * input[n, c, y * stride + i * dilation - padding, ...]
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; f64, f32, bf16 or f16; contiguous or channels_last.
+        weight: [O, C / groups, kH, kW], of the input's dtype.
+        bias: [O] or None.
+        stride, padding, dilation: int or pair; padding also "valid" or, with stride 1, "same".
+        groups: blocks of channels that do not see each other; divides C and O.
+
+    Returns:
+        [N, O, H_out, W_out]; channels_last where input or weight is. Sums are in float32 (float64
+        for double), the same bits for every thread count.
+
+    Raises:
+        RuntimeError, ValueError, TypeError: native's own, for shapes, dtypes, devices or arguments
+            that do not fit, before any memory is touched.
+
+    Complexity: 2 * N * O * H_out * W_out * C / groups * kH * kW operations; reads the input and the
+    weight once and writes the output once, and no copy of the unfolded input is made.
+    """
+    input, weight, bias = _autocast(input, weight, bias)
+    stride, dilation = pair(stride), pair(dilation)
+    if isinstance(padding, str):
+        input, padding = _named_padding(input, weight, stride, padding, dilation)
+    if input.dim() == 3:
+        images = input.unsqueeze(0)
+        return _convolve(images, weight, bias, stride, pair(padding), dilation, groups).squeeze(0)
+    return _convolve(input, weight, bias, stride, pair(padding), dilation, groups)
+
+
+cross_correlation2d = conv2d
+
+
+@drop_in(F.conv1d)
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """conv2d over [N, C, L] or [C, L]; the same as torch.nn.functional.conv1d."""
+    if input.dim() not in (2, 3) or weight.dim() != 3:
+        raise RuntimeError("conv1d: expected a 2-D or 3-D input and a 3-D weight")
+    if not isinstance(padding, str):
+        padding = (0, *_single(padding))
+    stride, dilation = (1, *_single(stride)), (1, *_single(dilation))
+    rows, kernels = input.unsqueeze(-2), weight.unsqueeze(-2)
+    return conv2d.__wrapped__(rows, kernels, bias, stride, padding, dilation, groups).squeeze(-2)
+
+
+def _native_convolution2d(input, weight, *args, **kwargs):
+    return F.conv2d(input, weight.flip((-2, -1)), *args, **kwargs)
+
+
+@drop_in(_native_convolution2d)
+def convolution2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The convolution of mathematics: conv2d with every kernel rotated by 180 degrees.
+
+    Arguments, result, errors and complexity are those of `conv2d`.
+    """
+    flipped = weight.flip((-2, -1))
+    return conv2d.__wrapped__(input, flipped, bias, stride, padding, dilation, groups)
+
+
+def _native_conv1x1(input, weight, bias=None, stride=1):
+    return F.conv2d(input, weight, bias, stride)
+
+
+@drop_in(_native_conv1x1)
+def conv1x1(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1) -> Tensor:
+    """The pointwise convolution: one matrix product over the channels of every pixel.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W], as `conv2d` takes it.
+        weight: [O, C, 1, 1].
+        bias: [O] or None.
+        stride: int or pair.
+
+    Returns:
+        What conv2d returns; conv2d picks the same kernel by itself.
+
+    Raises:
+        ValueError: for a weight whose window is not 1 x 1; otherwise as `conv2d`.
+    """
+    if tuple(weight.shape[2:]) != (1, 1):
+        raise ValueError(
+            f"conv1x1: expected a weight of shape [O, C, 1, 1], but got {list(weight.shape)}; "
+            "call conv2d for larger windows"
+        )
+    return conv2d.__wrapped__(input, weight, bias, stride)
+
+
+conv3d = native_only("conv3d", F.conv3d)
+
+
+def _single(value: Any) -> tuple[int]:
+    (value,) = value if isinstance(value, (tuple, list)) else (value,)
+    return (value,)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What torch's autocast does before its own convolution: all but float64 to the region's dtype."""
+    device = tensors[0].device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def _named_padding(
+    input: Tensor, weight: Tensor, stride: tuple, padding: str, dilation: tuple
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The input and the numbers for padding="valid" or "same".
+
+    "same" with an even extent needs one element more on the right; the input gets it beforehand.
+    """
+    if padding == "valid":
+        return input, (0, 0)
+    if padding != "same":
+        raise RuntimeError(f"Invalid padding string: '{padding}'")
+    if any(s != 1 for s in stride):
+        raise RuntimeError("padding='same' is not supported for strided convolutions")
+    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[-2:], strict=True)]
+    if any(t % 2 for t in total):
+        input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
+    return input, (total[0] // 2, total[1] // 2)
+
+
+def _convolve(input, weight, bias, stride, padding, dilation, groups):
+    if differentiable(input, weight, bias):
+        return Conv2dFunction.apply(input, weight, bias, stride, padding, dilation, groups)
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _convolve_grad_input(grad_output, weight, *arguments):
+    if differentiable(grad_output, weight):
+        return Conv2dGradInputFunction.apply(grad_output, weight, *arguments)
+    return _grad_input(grad_output, weight, *arguments)
+
+
+def _convolve_grad_weight(input, grad_output, *arguments):
+    if differentiable(input, grad_output):
+        return Conv2dGradWeightFunction.apply(input, grad_output, *arguments)
+    return _grad_weight(input, grad_output, *arguments)
+
+
+def _channels_last(input: Tensor, weight: Tensor) -> bool:
+    """torch's rule for convolutions: one channels_last argument is enough."""
+    return _is_channels_last(input) or _is_channels_last(weight)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    """torch's suggest_memory_format, in operations that Dynamo follows inside a backward."""
+    size, stride = tensor.shape, tensor.stride()
+    least = 0
+    if stride[1] == 0:
+        return False
+    for d in (1, 3, 2, 0):
+        if size[d] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
+            return False
+        least = stride[d] * size[d] if size[d] > 1 else stride[d]
+    return True
+
+
+def _sum(*terms: Tensor | None) -> Tensor | None:
+    present = [term for term in terms if term is not None]
+    return sum(present[1:], present[0]) if present else None
+
+
+class Conv2dFunction(Function):
+    """output = conv2d(input, weight) + bias."""
+
+    @staticmethod
+    def forward(input, weight, bias, stride, padding, dilation, groups):
+        return _conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, _, *ctx.window = inputs
+        ctx.save_for_backward(input, weight)
+        ctx.save_for_forward(input, weight)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, weight = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        channels_last = _channels_last(input, weight)
+        grad_input = grad_weight = grad_bias = None
+        if needs_input:
+            grad_input = _convolve_grad_input(
+                grad_output, weight, input.shape, *ctx.window, channels_last
+            )
+        if needs_weight:
+            grad_weight = _convolve_grad_weight(
+                input, grad_output, weight.shape, *ctx.window, channels_last
+            )
+        if needs_bias:
+            grad_bias = grad_output.sum((0, 2, 3))
+        return grad_input, grad_weight, grad_bias, None, None, None, None
+
+    @staticmethod
+    def tangent(ctx, input_tangent, weight_tangent, bias_tangent, *_):
+        input, weight = ctx.saved_tensors
+        return _sum(
+            None if input_tangent is None else _convolve(input_tangent, weight, None, *ctx.window),
+            None if weight_tangent is None else _convolve(input, weight_tangent, None, *ctx.window),
+            None if bias_tangent is None else _bias_image(bias_tangent, input, weight, ctx.window),
+        )
+
+
+def _bias_image(bias: Tensor, input: Tensor, weight: Tensor, window: list) -> Tensor:
+    batch, channels, height, width = _output_size(input.shape, weight.shape, *window[:3])
+    return bias.view(-1, 1, 1).expand(batch, channels, height, width)
+
+
+class Conv2dGradInputFunction(Function):
+    """grad_input, bilinear in grad_output and weight."""
+
+    @staticmethod
+    def forward(
+        grad_output, weight, input_size, stride, padding, dilation, groups, channels_last
+    ):
+        return _grad_input(
+            grad_output, weight, input_size, stride, padding, dilation, groups, channels_last
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_output, weight, ctx.input_size, *ctx.window, ctx.channels_last = inputs
+        ctx.save_for_backward(grad_output, weight)
+        ctx.save_for_forward(grad_output, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_output, weight = ctx.saved_tensors
+        needs_grad_output, needs_weight, *_ = ctx.needs_input_grad
+        for_grad_output = for_weight = None
+        if needs_grad_output:
+            for_grad_output = _convolve(grad, weight, None, *ctx.window)
+        if needs_weight:
+            for_weight = _convolve_grad_weight(
+                grad, grad_output, weight.shape, *ctx.window, ctx.channels_last
+            )
+        return for_grad_output, for_weight, *(None,) * 6
+
+    @staticmethod
+    def tangent(ctx, grad_output_tangent, weight_tangent, *_):
+        grad_output, weight = ctx.saved_tensors
+        rest = (ctx.input_size, *ctx.window, ctx.channels_last)
+        return _sum(
+            None
+            if grad_output_tangent is None
+            else _convolve_grad_input(grad_output_tangent, weight, *rest),
+            None
+            if weight_tangent is None
+            else _convolve_grad_input(grad_output, weight_tangent, *rest),
+        )
+
+
+class Conv2dGradWeightFunction(Function):
+    """grad_weight, bilinear in input and grad_output."""
+
+    @staticmethod
+    def forward(
+        input, grad_output, weight_size, stride, padding, dilation, groups, channels_last
+    ):
+        return _grad_weight(
+            input, grad_output, weight_size, stride, padding, dilation, groups, channels_last
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, grad_output, ctx.weight_size, *ctx.window, ctx.channels_last = inputs
+        ctx.save_for_backward(input, grad_output)
+        ctx.save_for_forward(input, grad_output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, grad_output = ctx.saved_tensors
+        needs_input, needs_grad_output, *_ = ctx.needs_input_grad
+        for_input = for_grad_output = None
+        if needs_input:
+            for_input = _convolve_grad_input(
+                grad_output, grad, input.shape, *ctx.window, ctx.channels_last
+            )
+        if needs_grad_output:
+            for_grad_output = _convolve(input, grad, None, *ctx.window)
+        return for_input, for_grad_output, *(None,) * 6
+
+    @staticmethod
+    def tangent(ctx, input_tangent, grad_output_tangent, *_):
+        input, grad_output = ctx.saved_tensors
+        rest = (ctx.weight_size, *ctx.window, ctx.channels_last)
+        return _sum(
+            None
+            if input_tangent is None
+            else _convolve_grad_weight(input_tangent, grad_output, *rest),
+            None
+            if grad_output_tangent is None
+            else _convolve_grad_weight(input, grad_output_tangent, *rest),
+        )
+
+
+# ---- fake kernels ------------------------------------------------------------------------
+
+
+def _output_size(input_size, weight_size, stride, padding, dilation):
+    spatial = [
+        convolved_size(input_size[2 + i], weight_size[2 + i], pair(stride)[i], pair(padding)[i],
+                       pair(dilation)[i])
+        for i in (0, 1)
+    ]  # fmt: skip
+    return (input_size[0], weight_size[0], *spatial)
+
+
+def _empty(size, like: Tensor, channels_last: bool) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def _fake_conv2d(input, weight, bias, stride, padding, dilation, groups):
+    torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "conv2d: expected 4-D tensors")
+    torch._check(
+        input.shape[1] == weight.shape[1] * groups and weight.shape[0] % groups == 0,
+        lambda: f"conv2d: {groups} groups do not fit input {input.shape} and weight {weight.shape}",
+    )
+    torch._check(input.dtype == weight.dtype, lambda: "conv2d: input and weight differ in dtype")
+    size = _output_size(input.shape, weight.shape, stride, padding, dilation)
+    torch._check(size[2] > 0 and size[3] > 0, lambda: "conv2d: the kernel is larger than the input")
+    # An empty batch stays contiguous.
+    return _empty(size, input, _channels_last(input, weight) and input.shape[0] > 0)
+
+
+def _fake_grad_input(grad_output, weight, input_size, stride, padding, dilation, groups, channels_last):
+    return _empty(input_size, grad_output, channels_last)
+
+
+def _fake_grad_weight(input, grad_output, weight_size, stride, padding, dilation, groups, channels_last):
+    # Native's double kernel keeps a layout that is both formats at once.
+    either = weight_size[1] == 1 or (weight_size[2] == 1 and weight_size[3] == 1)
+    keeps = input.dtype == torch.float64 and either
+    return _empty(weight_size, input, channels_last and not keeps)
+
+
+# ---- vmap: batched images are more images; batched weights are more groups -------------------
+
+
+def _fold_channels(tensor: Tensor, in_dim: int | None, batch_size: int) -> Tensor:
+    """[..., vmapped, ...] -> [N, vmapped * C, ...]; a tensor that is not vmapped is repeated."""
+    if in_dim is None:
+        tensor = tensor.unsqueeze(1).expand(-1, batch_size, *tensor.shape[1:])
+    else:
+        tensor = tensor.movedim(in_dim, 1)
+    return tensor.flatten(1, 2)
+
+
+def _vmap_conv2d(info, in_dims, input, weight, bias, stride, padding, dilation, groups):
+    op, batch_size = torch.ops.torchops.conv2d, info.batch_size
+    shared_bias = bias if len(in_dims) < 3 or in_dims[2] is None else None
+    if in_dims[1] is None:
+        images = fold_batch(input, in_dims[0], batch_size)
+        output = op(images, weight, shared_bias, stride, padding, dilation, groups)
+        output = unfold_batch(output, batch_size)
+    else:
+        output = op(
+            _fold_channels(input, in_dims[0], batch_size),
+            fold_batch(weight, in_dims[1], batch_size),
+            None if shared_bias is None else shared_bias.repeat(batch_size),
+            stride, padding, dilation, groups * batch_size,
+        )  # fmt: skip
+        output = output.unflatten(1, (batch_size, output.shape[1] // batch_size)).movedim(1, 0)
+    if bias is not None and shared_bias is None:
+        output = output + bias.movedim(in_dims[2], 0)[:, None, :, None, None]
+    return output, 0
+
+
+def _vmap_grad_input(
+    info, in_dims, grad_output, weight, input_size, stride, padding, dilation, groups, channels_last
+):
+    op, batch_size = torch.ops.torchops.conv2d_grad_input, info.batch_size
+    window = (stride, padding, dilation)
+    batch, channels, *spatial = input_size
+    if in_dims[1] is None:
+        grads = fold_batch(grad_output, in_dims[0], batch_size)
+        size = (batch_size * batch, channels, *spatial)
+        grad_input = op(grads, weight, size, *window, groups, channels_last)
+        return unfold_batch(grad_input, batch_size), 0
+    grads = _fold_channels(grad_output, in_dims[0], batch_size)
+    weights = fold_batch(weight, in_dims[1], batch_size)
+    size = (batch, batch_size * channels, *spatial)
+    grad_input = op(grads, weights, size, *window, groups * batch_size, channels_last)
+    return grad_input.unflatten(1, (batch_size, channels)), 1
+
+
+def _vmap_grad_weight(
+    info, in_dims, input, grad_output, weight_size, stride, padding, dilation, groups, channels_last
+):
+    batch_size = info.batch_size
+    images = _fold_channels(input, in_dims[0], batch_size)
+    grads = _fold_channels(grad_output, in_dims[1], batch_size)
+    size = (batch_size * weight_size[0], *weight_size[1:])
+    grad_weight = torch.ops.torchops.conv2d_grad_weight(
+        images, grads, size, stride, padding, dilation, groups * batch_size, channels_last
+    )
+    return unfold_batch(grad_weight, batch_size), 0
+
+
+register("conv2d", fake=_fake_conv2d, vmap=_vmap_conv2d, autograd=Conv2dFunction.apply_here)
+register("conv2d_grad_input", fake=_fake_grad_input, vmap=_vmap_grad_input,
+         autograd=Conv2dGradInputFunction.apply_here)  # fmt: skip
+register("conv2d_grad_weight", fake=_fake_grad_weight, vmap=_vmap_grad_weight,
+         autograd=Conv2dGradWeightFunction.apply_here)  # fmt: skip

@@ -10,7 +10,7 @@ from support import CASES
 
 
 def raised(call):
-    with pytest.raises(Exception) as caught:  # noqa: PT011  (the type is what is compared)
+    with pytest.raises(Exception) as caught:
         call()
     return type(caught.value), str(caught.value)
 

@@ -68,9 +68,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--output",
         type=Path,
-        default=Path("torchops-demo"),
+        default=Path("demo-output"),
         metavar="DIR",
-        help="folder for demo.png, default torchops-demo",
+        help="folder for demo.png, default demo-output",
     )
     arguments = parser.parse_args(argv)
     arguments.epochs = arguments.epochs or (QUICK_EPOCHS if arguments.quick else EPOCHS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -29,6 +30,14 @@ INSTALL_TOOLS = f"{sys.executable} -m pip install 'setuptools>=77' 'cmake>=3.24'
 
 def fail(problem: str, remedy: str) -> NoReturn:
     sys.exit(f"\ntorchops cannot be built: {problem}\nTo mend it, run:  {remedy}\n")
+
+
+def check_python() -> None:
+    if sys.version_info < (3, 10):
+        fail(
+            f"Python {platform.python_version()} is too old; 3.10 or newer is needed.",
+            "python3.12 -m venv .venv && .venv/bin/pip install .   (or another newer Python)",
+        )
 
 
 def find_torch() -> tuple[Path, str]:
@@ -173,4 +182,5 @@ class CMakeBuild(build_ext):
 
 
 if __name__ == "__main__":  # pip's name for it too; tests import the functions above
+    check_python()
     setup(ext_modules=[Extension("torchops._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

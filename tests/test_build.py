@@ -48,6 +48,11 @@ def failure(call, *args):
 # ---- setup.py --------------------------------------------------------------------------------
 
 
+def test_with_an_old_python(setup, monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    assert "3.10 or newer is needed" in failure(setup.check_python)
+
+
 def test_finds_the_torch_that_is_running(setup):
     assert setup.find_torch() == (Path(torch.__file__).parent, torch.__version__)
 

@@ -85,11 +85,11 @@ def test_subnormals(case, sample, dtype):
 
 
 @each_nonempty_sample
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-def test_near_the_largest_number(case, sample, dtype):
-    tensors = case.tensors(sample, dtype)
+def test_near_the_largest_number(case, sample):
+    """Sums of float16 numbers are float32 sums: only a result that is too large is infinite."""
+    tensors = case.tensors(sample, torch.float16)
     largest = tensors[0].abs().max()
-    tensors[0].copy_((tensors[0] / largest).double() * torch.finfo(dtype).max)
+    tensors[0].copy_((tensors[0] / largest).double() * torch.finfo(torch.float16).max)
     assert_as_native(case, sample, tensors)
 
 

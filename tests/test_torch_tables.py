@@ -5,6 +5,7 @@ derivatives each entry supports. Entries keep their names; only what they call i
 """
 
 import copy
+import itertools
 import re
 import types
 
@@ -112,7 +113,7 @@ def test_noncontiguous_sample_inputs(op):
 @pytest.mark.filterwarnings("ignore::torchops.FallbackWarning")
 def test_dtypes_that_native_takes_and_no_kernel_here_does(op):
     for dtype in op.dtypes - set(ULPS):
-        for sample in op.sample_inputs("cpu", dtype):
+        for sample in itertools.islice(op.sample_inputs("cpu", dtype), 5):
             for ours, theirs in zip(apply(op.op, sample), apply(op.native, sample), strict=True):
                 assert torch.equal(ours, theirs), dtype
 
@@ -249,7 +250,7 @@ def test_module_inputs(info, training):
         if example.reference_fn is not None:
             with torch.no_grad():
                 expected = example.reference_fn(own, *args, **kwargs)
-                torch.testing.assert_close(own(*args, **kwargs), expected, exact_device=False)
+                torch.testing.assert_close(own(*args, **kwargs), expected)
         assert_same_training_step(own, native, args, kwargs)
 
 

@@ -283,8 +283,8 @@ void box_rows_contiguous(const BoxSum<T>& p, int64_t begin, int64_t end) {
       A* sums = bundle.sums.get() + k * bundle.sum_step + bundle.lead;
       add_up<kBackward>(p.source + (first + k) * source_plane + rows.begin * p.source_width,
                         p.source_width, rows.size(), kBackward ? p.row_scale + rows.begin : nullptr,
-                        p.source_width, [&](int64_t i, Vec<T> v, int) {
-                          if constexpr (kBackward) v *= load<A>(p.column_scale + i);
+                        p.source_width, [&](int64_t i, Vec<T> v, int lanes) {
+                          if constexpr (kBackward) v *= load_partial(p.column_scale + i, lanes);
                           store<A>(sums + i, v);
                         });
     }

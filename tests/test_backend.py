@@ -1,0 +1,156 @@
+"""backend("auto" | "own" | "native"): who really computes, and that a fallback never hides."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torchops
+import torchops.functional as TF
+from cases import all_cases
+from torchops import FallbackWarning, _backend
+from torchops.ops._drop_in import OPERATORS
+
+
+class Namespaces(TorchDispatchMode):
+    """Which libraries the operators of a block come from."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operators.append(function)
+        return function(*args, **kwargs or {})
+
+    @property
+    def own(self):
+        return [op for op in self.operators if op.namespace == "torchops"]
+
+
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("mode", ["own", "native"])
+def test_mode_decides_who_computes(case, mode):
+    sample = case.gradcheck_samples[0]
+    tensors = case.tensors(sample, torch.float32)
+    with torchops.backend(mode), torch.no_grad(), Namespaces() as seen:
+        case.own(*tensors, **sample.kwargs)
+    assert bool(seen.own) is (mode == "own")
+
+
+@pytest.mark.parametrize("operator", [o.name for o in OPERATORS.values() if o.own])
+def test_own_mode_calls_no_native_kernel_of_the_same_name(operator):
+    """An operator of ours that computed through aten would be a native call in disguise."""
+    cases = [case for case in all_cases() if case.name == operator]
+    for case in cases:
+        for sample in case.gradcheck_samples:
+            with torch.no_grad(), Namespaces() as seen:
+                case.own(*case.tensors(sample, torch.float32), **sample.kwargs)
+            native = {op.name() for op in seen.operators if op.namespace == "aten"}
+            assert not [
+                name for name in native if "pool" in name or "conv" in name or "norm" in name
+            ]
+
+
+def test_modes_nest_and_restore():
+    before = _backend.mode
+    with torchops.backend("native"):
+        with torchops.backend("auto"):
+            assert _backend.mode == "auto"
+        assert _backend.mode == "native"
+        with pytest.raises(KeyError), torchops.backend("own"):
+            raise KeyError
+        assert _backend.mode == "native"
+    assert _backend.mode == before
+
+
+def test_unknown_mode_names_the_known_ones():
+    with pytest.raises(ValueError, match="torchops.backend: expected one of 'auto', 'own', 'nat"):
+        torchops.backend("fast")
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("mode", ["auto", "own", "native"])
+def test_environment_variable(mode):
+    shown = python("import torchops; print(torchops._backend.mode)", TORCHOPS_BACKEND=mode)
+    assert shown.stdout.strip() == mode
+
+
+def test_environment_variable_with_a_typing_error():
+    shown = python("import torchops", TORCHOPS_BACKEND="owm")
+    assert shown.returncode != 0
+    assert "TORCHOPS_BACKEND: expected one of 'auto', 'own', 'native', got 'owm'" in shown.stderr
+
+
+@pytest.fixture
+def nothing_warned_yet(monkeypatch):
+    monkeypatch.setattr(_backend, "_warned", set())
+
+
+def fallbacks(*calls):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for call in calls:
+            call()
+    return [str(w.message) for w in caught if issubclass(w.category, FallbackWarning)]
+
+
+def pool(dtype):
+    return lambda: TF.max_pool2d(torch.ones(1, 1, 4, 4).to(dtype), 2)
+
+
+@pytest.mark.usefixtures("nothing_warned_yet")
+def test_fallback_warns_once_per_operator_and_reason():
+    assert fallbacks(pool(torch.int32), pool(torch.int32)) == [
+        "torchops.max_pool2d ran natively: no kernel for torch.int32"
+    ]
+    assert len(fallbacks(pool(torch.int32), pool(torch.int64))) == 1
+
+
+@pytest.mark.usefixtures("nothing_warned_yet")
+@pytest.mark.parametrize("mode", ["auto", "native"])
+def test_fallback_is_silent_in_other_modes(mode):
+    with torchops.backend(mode):
+        assert fallbacks(pool(torch.int32)) == []
+
+
+@pytest.mark.usefixtures("nothing_warned_yet")
+def test_fallback_warning_points_at_the_caller():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        TF.max_pool2d(torch.ones(1, 1, 4, 4, dtype=torch.int32), 2)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.usefixtures("nothing_warned_yet")
+@pytest.mark.parametrize("operator", [o for o in OPERATORS.values() if not o.own])
+def test_operators_that_torch_computes_say_so(operator):
+    shape = (1, 2, *[5] * int(operator.name[-2]))
+    arguments = (
+        (torch.randn(2, 2, *[3] * int(operator.name[-2])),) if "conv" in operator.name else (2,)
+    )
+    input = torch.randn(shape)
+    own = getattr(TF, operator.name)
+    assert len(fallbacks(lambda: own(input, *arguments))) == 1
+    torch.testing.assert_close(own(input, *arguments), operator.native(input, *arguments))
+
+
+def test_compiled_code_follows_the_mode():
+    compiled = torch.compile(lambda x: TF.max_pool2d(x, 2), backend="aot_eager", fullgraph=True)
+    input = torch.randn(1, 2, 4, 4)
+    for mode, ours in (("own", True), ("native", False), ("own", True)):
+        with torchops.backend(mode), torch.no_grad(), Namespaces() as seen:
+            compiled(input)
+        assert bool(seen.own) is ours

@@ -68,11 +68,17 @@ def test_raw_operator_refuses_a_wrong_dtype(operator):
                 assert_refused(wrong, f"argument {position} of {dtype}")
 
 
+# Arguments that decide the output's size: a larger window or more channels is another problem.
+FREE = {("conv2d", 1), ("conv2d_grad_input", 1)}
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_raw_operator_refuses_tensors_that_do_not_fit_together(operator):
     """One more row or channel in any tensor but the first, which the others are measured by."""
     for call in calls_of(operator):
         for position in tensor_positions(call)[1:]:
+            if (operator, position) in FREE:
+                continue
             tensor = call.arguments[position]
             for axis in range(tensor.dim()):
                 larger = torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)

@@ -61,6 +61,8 @@ def conv2d(
     Complexity: 2 * N * O * H_out * W_out * C / groups * kH * kW operations; reads the input and the
     weight once and writes the output once, and no copy of the unfolded input is made.
     """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"conv2d: weight must be a Tensor, not {type(weight).__name__}")
     input, weight, bias = _autocast(input, weight, bias)
     stride, dilation = pair(stride), pair(dilation)
     if isinstance(padding, str):
@@ -90,7 +92,8 @@ def conv1d(
     if not isinstance(padding, str):
         padding = (0, *_single(padding))
     stride, dilation = (1, *_single(stride)), (1, *_single(dilation))
-    rows, kernels = input.unsqueeze(-2), weight.unsqueeze(-2)
+    # Contiguous, as torch does it: a transposed sequence is no channels_last image.
+    rows, kernels = input.contiguous().unsqueeze(-2), weight.unsqueeze(-2)
     return conv2d.__wrapped__(rows, kernels, bias, stride, padding, dilation, groups).squeeze(-2)
 
 
@@ -183,20 +186,28 @@ def _named_padding(
     return input, (total[0] // 2, total[1] // 2)
 
 
+def _differentiable(*tensors: Tensor | None) -> bool:
+    """Whether to go through a Function. Compiled code never does: there the raw operators'
+    Autograd kernels serve, because Dynamo gives silent zeros for a Function inside torch.func.grad
+    one of whose arguments requires grad outside of it.
+    """
+    return not torch.compiler.is_compiling() and differentiable(*tensors)
+
+
 def _convolve(input, weight, bias, stride, padding, dilation, groups):
-    if differentiable(input, weight, bias):
+    if _differentiable(input, weight, bias):
         return Conv2dFunction.apply(input, weight, bias, stride, padding, dilation, groups)
     return _conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _convolve_grad_input(grad_output, weight, *arguments):
-    if differentiable(grad_output, weight):
+    if _differentiable(grad_output, weight):
         return Conv2dGradInputFunction.apply(grad_output, weight, *arguments)
     return _grad_input(grad_output, weight, *arguments)
 
 
 def _convolve_grad_weight(input, grad_output, *arguments):
-    if differentiable(input, grad_output):
+    if _differentiable(input, grad_output):
         return Conv2dGradWeightFunction.apply(input, grad_output, *arguments)
     return _grad_weight(input, grad_output, *arguments)
 
@@ -241,6 +252,10 @@ class Conv2dFunction(Function):
     def backward(ctx, grad_output):
         input, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        if input.shape[0] == 0:  # torch answers in the layouts of the arguments
+            grad_bias = weight.new_zeros(weight.shape[0]) if needs_bias else None
+            zeros = torch.zeros_like(input), torch.zeros_like(weight)
+            return *zeros, grad_bias, None, None, None, None
         channels_last = _channels_last(input, weight)
         grad_input = grad_weight = grad_bias = None
         if needs_input:
@@ -274,9 +289,7 @@ class Conv2dGradInputFunction(Function):
     """grad_input, bilinear in grad_output and weight."""
 
     @staticmethod
-    def forward(
-        grad_output, weight, input_size, stride, padding, dilation, groups, channels_last
-    ):
+    def forward(grad_output, weight, input_size, stride, padding, dilation, groups, channels_last):
         return _grad_input(
             grad_output, weight, input_size, stride, padding, dilation, groups, channels_last
         )
@@ -318,9 +331,7 @@ class Conv2dGradWeightFunction(Function):
     """grad_weight, bilinear in input and grad_output."""
 
     @staticmethod
-    def forward(
-        input, grad_output, weight_size, stride, padding, dilation, groups, channels_last
-    ):
+    def forward(input, grad_output, weight_size, stride, padding, dilation, groups, channels_last):
         return _grad_weight(
             input, grad_output, weight_size, stride, padding, dilation, groups, channels_last
         )
@@ -388,11 +399,15 @@ def _fake_conv2d(input, weight, bias, stride, padding, dilation, groups):
     return _empty(size, input, _channels_last(input, weight) and input.shape[0] > 0)
 
 
-def _fake_grad_input(grad_output, weight, input_size, stride, padding, dilation, groups, channels_last):
+def _fake_grad_input(
+    grad_output, weight, input_size, stride, padding, dilation, groups, channels_last
+):
     return _empty(input_size, grad_output, channels_last)
 
 
-def _fake_grad_weight(input, grad_output, weight_size, stride, padding, dilation, groups, channels_last):
+def _fake_grad_weight(
+    input, grad_output, weight_size, stride, padding, dilation, groups, channels_last
+):
     # Native's double kernel keeps a layout that is both formats at once.
     either = weight_size[1] == 1 or (weight_size[2] == 1 and weight_size[3] == 1)
     keeps = input.dtype == torch.float64 and either

@@ -23,7 +23,7 @@ import torchops
 from torchops.bench import units
 from torchops.bench.memory import peak_memory
 from torchops.bench.models import NETWORKS
-from torchops.bench.report import console, plain_table
+from torchops.bench.report import console, table
 from torchops.bench.statistics import summarize
 from torchops.bench.suites import network_name
 from torchops.bench.timing import Effort, clock_for, measure, threads
@@ -115,18 +115,21 @@ def speed(samples: dict[str, list[float]], who: str) -> float:
 
 
 def show(rows: list[dict[str, Any]], tolerance: float) -> None:
-    names = ("train", "speed", "infer", "speed ", "peak", "loss differs by")
-    table = plain_table({"network": "left", "run": "left"} | dict.fromkeys(names, "right"))
-    for row in rows:
-        agrees = row["loss_difference"] <= tolerance
-        table.add_row(
-            *(row["network"], row["run"]),
-            *(units.seconds(row["train"]), f"{row['train_speed']:.2f}x"),
-            *(units.seconds(row["infer"]), f"{row['infer_speed']:.2f}x"),
-            "–" if row["peak_memory"] is None else units.size(row["peak_memory"]),
-            f"{row['loss_difference']:.1e} {'✓' if agrees else '✗'}",
-        )
-    console().print(table)
+    cells = [
+        {
+            "network": row["network"],
+            "run": row["run"],
+            "training step": units.seconds(row["train"]),
+            "speed": f"{row['train_speed']:.2f}x",
+            "inference": units.seconds(row["infer"]),
+            "its speed": f"{row['infer_speed']:.2f}x",
+            "peak memory": "–" if row["peak_memory"] is None else units.size(row["peak_memory"]),
+            "loss differs by": f"{row['loss_difference']:.1e}",
+            "": "✓" if row["loss_difference"] <= tolerance else "✗",
+        }
+        for row in rows
+    ]
+    console().print(table(cells))
 
 
 def main() -> int:

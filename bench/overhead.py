@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import torchops
 import torchops.nn as tnn
-from torchops.bench.report import console, plain_table
+from torchops.bench.report import console, table
 from torchops.bench.statistics import summarize
 from torchops.bench.timing import Effort, measure, thread_clock, threads
 
@@ -64,31 +64,26 @@ def calls(layer: nn.Module) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "forward+backward", forward_backward
 
 
+def compare(name: str, arguments: tuple[int, ...], limit: float) -> Iterator[dict[str, str]]:
+    """One row of the table per way to call the layer."""
+    ours, native = (calls(getattr(library, name)(*arguments)) for library in (tnn, nn))
+    for (way, our), (_, peer) in zip(ours, native, strict=True):
+        samples = measure({"ours": our, "native": peer}, thread_clock, EFFORT)
+        pairs = zip(samples["ours"], samples["native"], strict=True)
+        ratio = summarize([a / b for a, b in pairs]).median
+        micro = {f"{who} µs": f"{summarize(samples[who]).median * 1e6:.1f}" for who in samples}
+        over = {"limit": str(limit), "over": "over" if ratio > limit else ""}
+        yield {"layer": name, "call": way, **micro, "ratio": f"{ratio:.2f}", **over}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layer", default="", help="only layers whose name contains this")
     chosen = parser.parse_args().layer.lower()
-    table = plain_table(
-        {"layer": "left", "call": "left"}
-        | dict.fromkeys(("ours µs", "native µs", "ratio", "limit"), "right")
-        | {"": "left"}
-    )
-    over = False
     with torchops.backend("own"), threads(1):
-        for name, arguments, limit in LAYERS:
-            if chosen not in name.lower():
-                continue
-            ours, native = (calls(getattr(library, name)(*arguments)) for library in (tnn, nn))
-            for (way, our), (_, peer) in zip(ours, native, strict=True):
-                samples = measure({"ours": our, "native": peer}, thread_clock, EFFORT)
-                pairs = zip(samples["ours"], samples["native"], strict=True)
-                ratio = summarize([a / b for a, b in pairs]).median
-                micro = [f"{summarize(times).median * 1e6:.1f}" for times in samples.values()]
-                mark = "over" if ratio > limit else "✓"
-                table.add_row(name, way, *micro, f"{ratio:.2f}", str(limit), mark)
-                over |= ratio > limit
-    console().print(table)
-    return 1 if over else 0
+        rows = [row for layer in LAYERS if chosen in layer.name.lower() for row in compare(*layer)]
+    console().print(table(rows))
+    return 1 if any(row["over"] for row in rows) else 0
 
 
 if __name__ == "__main__":

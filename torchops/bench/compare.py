@@ -8,7 +8,7 @@ from typing import Any
 
 from torchops.bench import units
 from torchops.bench.extras import extra
-from torchops.bench.report import STYLES, console, plain_table
+from torchops.bench.report import STYLES, console, table
 from torchops.bench.results import Report, Row
 from torchops.bench.statistics import (
     SLOWER,
@@ -93,20 +93,24 @@ def print_changes(before: Report, after: Report, found: Sequence[Change], by: st
 
 def _table(found: Sequence[Change]) -> Any:
     text = extra("rich.text").Text
-    names = ("problem", "dtype", "layout", "dir", "thr", "before", "after", "speed", "verdict")
-    table = plain_table(dict.fromkeys(names[:4], "left") | dict.fromkeys(names[4:8], "right"))
-    table.add_column(names[8])
+    rows = []
     for change in sorted(found, key=lambda change: change.speed.ratio):
         row, speed = change.after, change.speed
         ends = f"[{units.significant(speed.low)}–{units.significant(speed.high)}]"
-        table.add_row(
-            *(row.problem, row.dtype, row.layout, row.direction, str(row.threads)),
-            units.seconds(change.before.times["ours"].median),
-            units.seconds(row.times["ours"].median),
-            f"{units.significant(speed.ratio)}x {ends}",
-            text(change.verdict, style=STYLES[change.verdict]),
+        rows.append(
+            {
+                "problem": row.problem,
+                "dtype": row.dtype,
+                "layout": row.layout,
+                "dir": row.direction,
+                "thr": str(row.threads),
+                "before": units.seconds(change.before.times["ours"].median),
+                "after": units.seconds(row.times["ours"].median),
+                "speed": f"{units.significant(speed.ratio)}x {ends}",
+                "verdict": text(change.verdict, style=STYLES[change.verdict]),
+            }
         )
-    return table
+    return table(rows)
 
 
 def regressed(found: Sequence[Change]) -> bool:

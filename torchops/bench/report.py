@@ -17,44 +17,25 @@ from torchops.bench.results import Report, Row
 from torchops.bench.statistics import FASTER, SAME, SLOWER, UNCERTAIN, verdict
 from torchops.bench.totals import Total, totals
 
-_COLUMNS = {
-    "problem": "left",
-    "×": "right",
-    "dtype": "left",
-    "layout": "left",
-    "dir": "left",
-    "thr": "right",
-    "ours [IQR]": "right",
-}
-_LAST_COLUMNS = {
-    "rate": "right",
-    "of roof": "right",
-    "min bytes": "right",
-    "peak": "right",
-    "match": "left",
-}
-_TOTAL_COLUMNS = {
-    **dict.fromkeys(("suite", "family", "dtype", "layout", "dir"), "left"),
-    **dict.fromkeys(("thr", "rows", "lost", "ours", "peer", "of total"), "right"),
-    **dict.fromkeys(("mean ratio", "worst"), "right"),
-}
+_LEFT = ("problem", "suite", "family", "dtype", "layout", "dir", "match")
+_SETTINGS = ("dtype", "layout", "thr")
 STYLES = {FASTER: "green", SAME: "", SLOWER: "bold red", UNCERTAIN: "yellow"}
 
-# Wide enough for every column on one line; only a terminal knows its own width.
-_PLAIN_WIDTH = 220
+# Wide enough for every column on one line: a terminal folds what is cut off otherwise.
+_WIDTH = 220
 
 
 def console() -> Any:
-    """Standard output, as wide as the table where it is not a terminal."""
+    """Standard output for whole tables."""
     rich = extra("rich.console")
-    out = rich.Console(highlight=False)
-    return out if out.is_terminal else rich.Console(highlight=False, width=_PLAIN_WIDTH)
+    width = rich.Console().width
+    return rich.Console(highlight=False, width=max(width, _WIDTH))
 
 
 @contextmanager
 def progress(total: int, peers: Sequence[str]) -> Iterator[Any]:
     """Yields the callback that shows each finished row."""
-    out = console()
+    out = extra("rich.console").Console(highlight=False)
     if out.is_terminal:
         with _live(out, total, peers) as on_row:
             yield on_row
@@ -75,13 +56,14 @@ def _live(out: Any, total: int, peers: Sequence[str]) -> Iterator[Any]:
     )
     task = bar.add_task("measuring", total=total)
     rows: list[Row] = []
-    with extra("rich.live").Live(bar, console=out, transient=True) as live:
+    # Drawn between the rows only: a thread that draws would take time from the one that is timed.
+    with extra("rich.live").Live(bar, console=out, transient=True, auto_refresh=False) as live:
 
         def on_row(row: Row) -> None:
             rows.append(row)
             bar.advance(task)
             room = max(1, out.height - 8)
-            live.update(group(rows_table(rows[-room:], peers), bar))
+            live.update(group(rows_table(rows[-room:], peers), bar), refresh=True)
 
         yield on_row
 
@@ -89,8 +71,7 @@ def _live(out: Any, total: int, peers: Sequence[str]) -> Iterator[Any]:
 def print_report(report: Report) -> None:
     """The environment, every row, and the totals per family."""
     out = console()
-    table = rows_table(report.rows, report.peers)
-    out.print(table)
+    out.print(rows_table(report.rows, report.peers))
     for peer in report.peers:
         out.print(totals_table(totals(report.rows, peer), peer))
     for text in environment_lines(report):
@@ -108,6 +89,8 @@ def environment_lines(report: Report) -> list[str]:
         f"{where.gpu or where.cpu}, {where.isa}, {where.cores} cores, load {where.load:.1f}"
     )
     lines.append(f"torch {where.torch}, Python {where.python}, {where.system}")
+    settings = [{row.dtype for row in report.rows}, {row.layout for row in report.rows}]
+    lines.append(", ".join("/".join(sorted(names)) for names in settings))
     for name, roof in report.rooflines.items():
         copy = units.rate(roof.bytes_per_second, "B/s")
         matmul = units.rate(roof.flops_per_second, "FLOP/s")
@@ -130,53 +113,73 @@ def line(row: Row) -> str:
 
 
 def rows_table(rows: Sequence[Row], peers: Sequence[str]) -> Any:
-    """The rich table of `rows`."""
-    compared = {name: "right" for peer in peers for name in (peer, f"vs {peer}")}
-    table = plain_table({**_COLUMNS, **compared, **_LAST_COLUMNS})
-    for row in rows:
-        table.add_row(*_cells(row, peers))
-    return table
+    """The rich table of `rows`; a setting that all of them share has no column."""
+    return table([_cells(row, peers) for row in rows], optional=_SETTINGS)
 
 
-def _cells(row: Row, peers: Sequence[str]) -> list[Any]:
+def _cells(row: Row, peers: Sequence[str]) -> dict[str, Any]:
     text = extra("rich.text").Text
     calls = ",".join(str(count) for count in dict.fromkeys(row.multiplicity.values())) or "1"
-    cells = [row.problem, calls, row.dtype, row.layout, row.direction, str(row.threads)]
+    cells = {"problem": row.problem, "×": calls, "dtype": row.dtype, "layout": row.layout}
+    cells |= {"dir": row.direction, "thr": str(row.threads), "ours [IQR]": ""}
     if row.error:
-        return [*cells, text("failed", style="bold red")]
+        return cells | {"ours [IQR]": text("failed", style="bold red")}
     times = row.times["ours"]
-    cells.append(units.spread(times.median, times.q1, times.q3))
+    cells["ours [IQR]"] = units.spread(times.median, times.q1, times.q3)
     for peer in peers:
-        cells.append(units.seconds(row.times[peer].median))
-        cells.append(text(_ratio(row, peer), style=STYLES[verdict(row.speed(peer))]))
-    cells += [achieved(row), f"{row.fraction:.0%}", units.size(row.bytes)]
-    cells.append(units.size(row.peak_memory["ours"]) if "ours" in row.peak_memory else "–")
+        cells[peer] = units.seconds(row.times[peer].median)
+        style = STYLES[verdict(row.speed(peer))]
+        cells[f"vs {peer}"] = text(_ratio(row, peer), style=style)
     matched = row.match is not None and row.match.ok
-    cells.append(text("✓" if matched else "✗", style="green" if matched else "bold red"))
-    return cells
+    return cells | {
+        "rate": achieved(row),
+        "of roof": f"{row.fraction:.0%}",
+        "min bytes": units.size(row.bytes),
+        "peak": units.size(row.peak_memory["ours"]) if "ours" in row.peak_memory else "–",
+        "match": text("✓" if matched else "✗", style="green" if matched else "bold red"),
+    }
 
 
 def totals_table(groups: Sequence[Total], peer: str) -> Any:
     """The rich table of `groups`: a network's time per family, ours and the peer's."""
-    table = plain_table(_TOTAL_COLUMNS, title=f"ours against {peer}, by family")
-    for total in groups:
-        table.add_row(
-            *(total.suite or "–", total.family, total.dtype, total.layout, total.direction),
-            *(str(total.threads), str(total.rows), str(total.lost)),
-            *(units.seconds(total.ours), units.seconds(total.peer)),
-            *(units.significant(total.peer / total.ours),),
-            *(units.significant(total.ratio), units.significant(total.worst)),
-        )
-    return table
+    cells = [
+        {
+            "suite": total.suite or "–",
+            "family": total.family,
+            "dtype": total.dtype,
+            "layout": total.layout,
+            "dir": total.direction,
+            "thr": str(total.threads),
+            "rows": str(total.rows),
+            "lost": str(total.lost),
+            "ours": units.seconds(total.ours),
+            peer: units.seconds(total.peer),
+            "of total": f"{units.significant(total.peer / total.ours)}x",
+            "mean": f"{units.significant(total.ratio)}x",
+            "worst": f"{units.significant(total.worst)}x",
+        }
+        for total in groups
+    ]
+    title = f"times as fast as {peer}, by family"
+    return table(cells, optional=_SETTINGS, title=title)
 
 
-def plain_table(columns: Mapping[str, str], **options: Any) -> Any:
-    """A rich table of `columns`, each with the side it is aligned to, that never folds a cell."""
+def table(
+    rows: Sequence[Mapping[str, Any]], *, optional: Sequence[str] = (), **options: Any
+) -> Any:
+    """A rich table with a column per key; `optional` ones only where their cells differ."""
     box = extra("rich.box").SIMPLE_HEAD
-    table = extra("rich.table").Table(box=box, pad_edge=False, title_justify="left", **options)
-    for name, side in columns.items():
-        table.add_column(name, justify=side, no_wrap=True)
-    return table
+    made = extra("rich.table").Table(box=box, pad_edge=False, title_justify="left", **options)
+    names = [
+        name
+        for name in dict.fromkeys(name for row in rows for name in row)
+        if name not in optional or len({row[name] for row in rows}) > 1
+    ]
+    for name in names:
+        made.add_column(name, justify="left" if name in _LEFT else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*(row.get(name, "") for name in names))
+    return made
 
 
 def _ratio(row: Row, peer: str) -> str:

@@ -6,7 +6,8 @@ on average. The copy counts bytes read plus bytes written, between buffers that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,19 @@ def measure_rooflines(device: str, dtypes: Sequence[torch.dtype]) -> dict[torch.
     """Copy bandwidth, and the matmul rate of each dtype, with torch's present thread count."""
     clock = clock_for(device)
     copy = _copy_rate(device, clock)
-    return {dtype: Roofline(copy, _matmul_rate(device, dtype, clock)) for dtype in dtypes}
+    with _tf32_as_in_convolutions():
+        return {dtype: Roofline(copy, _matmul_rate(device, dtype, clock)) for dtype in dtypes}
+
+
+@contextmanager
+def _tf32_as_in_convolutions() -> Iterator[None]:
+    """On a GPU a float32 convolution may use tf32 by default, a matmul not."""
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def _copy_rate(device: str, clock: Clock) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import groupby
@@ -54,7 +55,7 @@ def run(plan: Plan, on_row: Callable[[Row], None] = lambda row: None) -> Report:
     where = environment(plan.device)
     rooflines: dict[str, Roofline] = {}
     rows: list[Row] = []
-    with torchops.backend("own"):
+    with torchops.backend("own"), _cudnn_benchmark():
         for thread_count, group in groupby(plan.cases, key=lambda case: case.threads):
             cases = list(group)
             dtypes = list(dict.fromkeys(case.setting.dtype for case in cases))
@@ -76,6 +77,17 @@ def run(plan: Plan, on_row: Callable[[Row], None] = lambda row: None) -> Report:
         quick=plan.quick,
         rows=rows,
     )
+
+
+@contextmanager
+def _cudnn_benchmark() -> Iterator[None]:
+    """Lets cuDNN try its algorithms, as who trains on a GPU does: the peer at its best."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def dtype_name(dtype: torch.dtype) -> str:

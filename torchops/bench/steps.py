@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from itertools import cycle
 
 import torch
+from torch import Tensor
 
 from torchops.bench.timing import Step
 from torchops.bench.workload import Forward, Workload
@@ -48,22 +49,24 @@ def _forward_step(forward: Forward, workloads: list[Workload]) -> Step:
 
 
 def _backward_step(forward: Forward, workloads: list[Workload]) -> Step:
-    graphs = cycle(
-        [
-            (
-                forward(**workload.tensors),
-                [workload.tensors[name] for name in workload.differentiable],
-                workload.grad_output,
-            )
-            for workload in workloads
-        ]
-    )
+    graphs = cycle([_graph(forward, workload) for workload in workloads])
 
     def backward() -> object:
         output, inputs, grad_output = next(graphs)
         return torch.autograd.grad(output, inputs, grad_output, retain_graph=True)
 
     return backward
+
+
+def _graph(forward: Forward, workload: Workload) -> tuple[Tensor, list[Tensor], Tensor]:
+    # A compiled batch-norm keeps its running statistics for backward, and the forward of another
+    # contestant would change them.
+    tensors = {
+        name: tensor.clone() if name.startswith("running_") else tensor
+        for name, tensor in workload.tensors.items()
+    }
+    inputs = [tensors[name] for name in workload.differentiable]
+    return forward(**tensors), inputs, workload.grad_output
 
 
 def rotation(bytes_per_call: int, target: int) -> int:

@@ -104,9 +104,19 @@ template <> inline f16 from_acc<f16>(float v) {
 template <typename T>
 inline Vec<T> load(const T* p) {
   if constexpr (std::is_same_v<T, bf16>) {
+#if defined(__AVX512BW__)
+    // One permutation into the upper halves; widening and shifting are two.
+    typedef uint16_t VecU16 __attribute__((vector_size(64)));
+    constexpr VecU16 upper = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                              0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return bit_cast<VecF32>(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, bit_cast<__m512i>(upper),
+                                                           _mm512_castsi256_si512(half)));
+#else
     VecU16Half half;
     std::memcpy(&half, p, sizeof(half));
     return bit_cast<VecF32>(__builtin_convertvector(half, VecU32) << 16);
+#endif
   } else if constexpr (std::is_same_v<T, f16>) {
 #if defined(__AVX512F__)
     return bit_cast<VecF32>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));

@@ -2,6 +2,7 @@
 // write of the other.
 #include "core/parallel.h"
 #include "cpu/conv2d_depthwise.h"
+#include "cpu/conv2d_depthwise_rows.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -95,11 +96,13 @@ class Slab {
  public:
   Slab(const Correlation<scalar_t>& problem, int64_t vectors, int64_t step_rows)
       : p_(problem),
+        kernel_(p_.height.transposed || p_.input.members > 1 ? nullptr : rows_kernel<acc>(p_.height.window, p_.width.window)),
         step_rows_(step_rows),
         input_(input_rows(problem, vectors, step_rows)),
         output_{nullptr, p_.output.members, vectors, step_rows, 0, p_.output.width},
         input_memory_(input_.count()),
         output_memory_(output_.count()),
+        edge_(input_memory_.get(), input_memory_.get() + input_.count()),
         tap_rows_(step_rows * max_tap_rows()),
         tap_row_counts_(step_rows) {
     input_.data = input_memory_.get();
@@ -124,7 +127,11 @@ class Slab {
       for (int64_t r = y; r < y_end; ++r) find_tap_rows(r, r - y);
       for (int64_t v = 0; v < vectors; ++v) {
         for (int64_t m = 0; m < p_.output.members; ++m) {
-          for (int64_t r = 0; r < y_end - y; ++r) correlate_row(first, v, m, r);
+          if (kernel_) {
+            for (int64_t r = y; r < y_end; r += 2) correlate_pair(first, v, m, r, y, y_end);
+          } else {
+            for (int64_t r = 0; r < y_end - y; ++r) correlate_row(first, v, m, r);
+          }
         }
       }
       p_.output.store_rows(n, first, y, y_end, output_);
@@ -167,10 +174,30 @@ class Slab {
     }
   }
 
+  void correlate_pair(int64_t first, int64_t v, int64_t member, int64_t y, int64_t begin, int64_t end) {
+    const int64_t group = (first + v) * members() + member;
+    RowPair<acc> pair{};
+    pair.find_rows(p_.height, y, y + 1 < end, [&](int64_t row) { return input_.at(0, v, row); });
+    pair.first = -p_.width.window.padding;
+    pair.begin = input_.left;
+    pair.end = input_.left + input_.width;
+    pair.pixel = pair.output_pixel = pair.channels = kSize;
+    pair.last_whole = edge_.last_whole;
+    pair.edge = edge_.elements;
+    pair.weight = p_.weight + group * taps() * kSize;
+    pair.bias = p_.bias ? p_.bias + group * kSize : nullptr;
+    pair.outputs[0] = output_.at(member, v, y - begin);
+    pair.outputs[1] = y + 1 < end ? output_.at(member, v, y + 1 - begin) : nullptr;
+    pair.output_width = p_.output.width;
+    kernel_(pair);
+  }
+
   const Correlation<scalar_t>& p_;
+  RowsKernel<acc> kernel_;
   int64_t step_rows_;
   Rows<acc> input_, output_;
   Scratch<acc> input_memory_, output_memory_;
+  Edge<acc> edge_;
   Scratch<TapRow<acc>> tap_rows_;
   Scratch<int64_t> tap_row_counts_;
 };
@@ -185,10 +212,43 @@ int64_t slab_vectors(const Correlation<scalar_t>& p, int64_t vectors, int64_t st
   return divide_up(vectors, slabs);
 }
 
+// NHWC in place: pairs of output rows, straight from tensor to tensor.
+template <typename scalar_t>
+void correlate_nhwc(const Correlation<scalar_t>& p, int64_t batch, RowsKernel<scalar_t> kernel) {
+  const int64_t pairs = divide_up(p.output.height, 2);
+  const int64_t kernel_rows = p.height.window.size;
+  const int64_t work = 2 * p.output.width * p.output.channels() * (kernel_rows * kernel_rows + 8);
+  const Edge<scalar_t> edge(p.input.at(0, 0, 0, 0), p.input.at(batch, 0, 0, 0));
+  parallel_for(batch * pairs, kGrainTaps / work + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const int64_t n = pair / pairs, y = pair % pairs * 2;
+      RowPair<scalar_t> rows{};
+      rows.find_rows(p.height, y, y + 1 < p.output.height, [&](int64_t row) { return p.input.at(n, 0, 0, row); });
+      rows.first = -p.width.window.padding;
+      rows.end = p.input.width;
+      rows.pixel = p.input.channels();
+      rows.last_whole = edge.last_whole;
+      rows.edge = edge.elements;
+      rows.weight = p.weight;
+      rows.bias = p.bias;
+      for (int64_t r = 0; r < smaller(2, p.output.height - y); ++r) {
+        rows.outputs[r] = p.output.at(n, 0, 0, y + r);
+      }
+      rows.output_pixel = rows.channels = p.output.channels();
+      rows.output_width = p.output.width;
+      kernel(rows);
+    }
+  });
+}
+
 template <typename scalar_t>
 void correlate(const Correlation<scalar_t>& p, int64_t batch) {
   const int64_t rows = p.output.height, vectors = divide_up(p.input.groups, kLanes<scalar_t>);
   if (batch * vectors * rows * p.output.width == 0) return;
+  if (p.input.channels_last && p.input.members * p.output.members == 1 && !p.height.transposed) {
+    const auto kernel = rows_kernel<scalar_t>(p.height.window, p.width.window);
+    if (kernel) return correlate_nhwc(p, batch, kernel);
+  }
   const int64_t step_rows = smaller(rows, divide_up(kStepPixels, p.output.width));
   const int64_t slab = slab_vectors(p, vectors, step_rows), slabs = divide_up(vectors, slab);
   const int64_t taps = p.height.window.size * p.width.window.size;
@@ -232,12 +292,18 @@ void grad_input(const Conv2dGradInputParams& params) {
   const int64_t members = s.out_channels / s.groups, taps = s.window_height.size * s.window_width.size;
   Scratch<acc> weight(divide_up(s.groups, kLanes<acc>) * kLanes<acc> * members * taps);
   pack_weight(static_cast<const scalar_t*>(params.weight), s.groups, members, taps, weight.get());
+  const bool dense = s.window_height.stride == 1 && s.window_width.stride == 1;
+  if (dense) reverse_taps(weight.get(), taps, divide_up(s.groups, kLanes<acc>) * members);
+  const auto axis = [&](const Window& w, int64_t in, int64_t out) {
+    return dense ? Axis::forward({w.size, 1, w.extent() - 1 - w.padding, w.dilation}, out, in)
+                 : Axis::grad_input(w, in, out);
+  };
   correlate(
       Correlation<scalar_t>{
           {static_cast<const scalar_t*>(params.grad_output), s.channels_last, s.groups, members, s.out_height, s.out_width},
           {static_cast<scalar_t*>(params.grad_input), s.channels_last, s.groups, 1, s.in_height, s.in_width},
-          Axis::grad_input(s.window_height, s.in_height, s.out_height),
-          Axis::grad_input(s.window_width, s.in_width, s.out_width),
+          axis(s.window_height, s.in_height, s.out_height),
+          axis(s.window_width, s.in_width, s.out_width),
           weight.get(), nullptr},
       s.batch);
 }

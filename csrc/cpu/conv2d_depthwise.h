@@ -148,7 +148,20 @@ void pack_weight(const scalar_t* weight, int64_t groups, int64_t members, int64_
   }
 }
 
-// The reverse.
+// Turns the windows of packed weights round: taps in descending order.
+template <typename acc>
+void reverse_taps(acc* packed, int64_t taps, int64_t windows) {
+  constexpr int size = kLanes<acc>;
+  for (int64_t w = 0; w < windows; ++w, packed += taps * size) {
+    for (int64_t i = 0, j = taps - 1; i < j; ++i, --j) {
+      const Vec<acc> front = load(packed + i * size);
+      store(packed + i * size, load(packed + j * size));
+      store(packed + j * size, front);
+    }
+  }
+}
+
+// The reverse of pack_weight.
 template <typename scalar_t>
 void unpack_weight(const acc_t<scalar_t>* packed, int64_t groups, int64_t members, int64_t taps, scalar_t* weight) {
   constexpr int size = kLanes<scalar_t>;

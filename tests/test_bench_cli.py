@@ -85,8 +85,7 @@ def test_problem_strings_alone_bring_no_suite(capsys):
     [
         (["conv2d:ic3"], "conv2d needs ic, oc, ih, kh; missing: oc, ih, kh"),
         (["conv9d"], "unknown operator or family 'conv9d'; known: "),
-        (["depthwise", "--suite", "lenet"], "unknown operator or family 'depthwise'; known: "),
-        (["batch_norm", "--suite", "lenet"], "suite lenet has no batch_norm"),
+        (["depthwise", "batch_norm", "--suite", "lenet"], "lenet has no depthwise or batch_norm"),
         (["--suite", "alexnet"], "--suite: suite 'alexnet' is unknown: lenet, "),
         (["--dtype", "int8"], "--dtype: unknown 'int8'; known: float32, "),
         (["--layout", "nhwc"], "--layout: unknown 'nhwc'; known: contiguous, channels_last"),

@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from torchops.bench.parse import parse
-from torchops.bench.problem import ACTIVATIONS, OPS, Problem, ProblemError
+from torchops.bench.problem import ACTIVATIONS, FAMILIES, OPS, Problem, ProblemError
 
 EXAMPLES = [
     "conv1d:mb8_g64ic64iw128oc64kw4pw3_bias",
@@ -170,3 +170,4 @@ def test_output_size_is_torchs(size, kernel, stride, dilation, padded, ceil):
 )
 def test_family(text, family):
     assert parse(text).family == family
+    assert family.removesuffix(" eval") in FAMILIES

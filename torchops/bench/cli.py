@@ -14,7 +14,7 @@ import torch
 from torchops.bench import compare, page, plot, report, results
 from torchops.bench.extras import MissingExtra
 from torchops.bench.parse import parse
-from torchops.bench.problem import OPS, Problem, ProblemError
+from torchops.bench.problem import FAMILIES, OPS, Problem, ProblemError
 from torchops.bench.run import Plan, dtype_name, run
 from torchops.bench.statistics import BAND
 from torchops.bench.subject import PEERS, Case
@@ -175,15 +175,14 @@ def _problems(arguments: argparse.Namespace, batch: int) -> dict[Problem, dict[s
     problems: dict[Problem, dict[str, int]] = {parse(text, batch=batch): {} for text in strings}
     if strings and not filters and not arguments.suite:
         return problems
-    name = arguments.suite or ("all" if filters else "resnet50")
-    listed = _suites(name, batch, not arguments.eval)
-    families = {problem.family for problem in listed}
     for text in filters:
-        if text not in OPS and text not in families:
-            known = ", ".join([*sorted(families), *OPS])
+        if text not in OPS and text not in FAMILIES:
+            known = ", ".join([*FAMILIES, *OPS])
             raise UsageError(f"unknown operator or family {text!r}; known: {known}")
-    for problem, multiplicity in listed.items():
-        if not filters or problem.op in filters or problem.family in filters:
+    name = arguments.suite or ("all" if filters else "resnet50")
+    for problem, multiplicity in _suites(name, batch, not arguments.eval).items():
+        family = problem.family.removesuffix(" eval")
+        if not filters or problem.op in filters or family in filters:
             problems[problem] = multiplicity
     if not problems:
         raise UsageError(f"suite {name} has no {' or '.join(filters)}")

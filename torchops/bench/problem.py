@@ -18,6 +18,11 @@ ADAPTIVE_POOLS = tuple(f"adaptive_{kind}_pool{n}d" for kind in ("avg", "max") fo
 CHANNEL_POOLS = ("channel_max_pool", "channel_avg_pool")
 OPS = (*CONVS, *POOLS, *ADAPTIVE_POOLS, *CHANNEL_POOLS, "batch_norm")
 
+FAMILIES = (
+    *("dense", "pointwise", "depthwise", "grouped", "conv+bn+act"),
+    *("pooling", "channel pooling", "batch_norm", "batch_norm+act"),
+)
+
 
 class ProblemError(ValueError):
     """A problem that cannot be run, or a problem string that cannot be read."""
@@ -140,16 +145,15 @@ class Problem:
 
     @property
     def family(self) -> str:
-        """The group that totals and ratio bars are taken over."""
+        """The one of FAMILIES that totals are taken over; batch_norms apart in evaluation."""
         if self.op == "conv2d_bn_act":
             return "conv+bn+act"
         if self.op in CONVS:
             return self._conv_family()
         if self.op == "batch_norm":
             name = "batch_norm+act" if self.activation or self.residual else "batch_norm"
-        else:
-            name = "channel pooling" if self.op in CHANNEL_POOLS else "pooling"
-        return name if self.training else f"{name} eval"
+            return name if self.training else f"{name} eval"
+        return "channel pooling" if self.op in CHANNEL_POOLS else "pooling"
 
     def _conv_family(self) -> str:
         if self.groups > 1:

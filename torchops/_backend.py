@@ -54,5 +54,5 @@ def warn_fallback(operator: str, reason: str) -> None:
     if mode == "own" and (operator, reason) not in _warned:
         _warned.add((operator, reason))
         warnings.warn(
-            f"torchops.{operator} ran natively: no kernel for {reason}", FallbackWarning, stacklevel=4
+            f"torchops.{operator} ran natively: no kernel for {reason}", FallbackWarning, stacklevel=3
         )

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchops
@@ -148,7 +149,7 @@ def test_operators_that_torch_computes_say_so(operator):
 
 
 def test_compiled_code_follows_the_mode():
-    recorder = torch._dynamo.testing.EagerAndRecordGraphs()
+    recorder = EagerAndRecordGraphs()
     compiled = torch.compile(lambda x: TF.max_pool2d(x, 2), backend=recorder, fullgraph=True)
     input = torch.randn(1, 2, 4, 4)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, jvp, vmap
 
 from raw_calls import OPERATORS, raw_calls
@@ -33,7 +34,7 @@ def test_one_dynamic_graph_serves_every_batch_size(case, sample):
         pytest.skip("the sample has no batch dimension")
     own, native, inputs = pair(case, sample)
     same_batch = [i.shape[0] == inputs[0].shape[0] and i.dim() == inputs[0].dim() for i in inputs]
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(own, fullgraph=True, dynamic=True, backend=counter)
     for repeats in (2, 3, 5):
         larger = [

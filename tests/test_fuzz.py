@@ -58,8 +58,9 @@ def step(function, tensors, kwargs):
         return type(error), str(error)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(7)
-    grad_output = torch.randn(outputs[0].shape, generator=generator, dtype=torch.float64)
-    grads = torch.autograd.grad(outputs[0], leaves, grad_output.to(tensors[0].dtype).to(outputs[0]))
+    # of values that every dtype holds exactly
+    grad_output = torch.randn(outputs[0].shape, generator=generator).bfloat16().to(outputs[0])
+    grads = torch.autograd.grad(outputs[0], leaves, grad_output)
     return [*outputs, *grads]
 
 
@@ -77,7 +78,7 @@ def compare(own, native, tensors, kwargs, dtype, scale=None, run_native=True):
             assert_close(ours, expected, theirs, scale=scale, name=f"result {index}")
         else:
             assert torch.equal(ours, expected)
-        if theirs is not None:
+        if theirs is not None and ours.numel() > 0:
             assert ours.stride() == theirs.stride()
 
 

@@ -17,7 +17,10 @@ from torchops.bench.results import Report, Row
 from torchops.bench.statistics import FASTER, SAME, SLOWER, UNCERTAIN, verdict
 from torchops.bench.totals import Total, totals
 
-_LEFT = ("problem", "suite", "family", "dtype", "layout", "dir", "match")
+_LEFT = (
+    *("problem", "suite", "family", "dtype", "layout", "dir", "match", "verdict"),
+    *("network", "run", "layer", "call"),
+)
 _SETTINGS = ("dtype", "layout", "thr")
 STYLES = {FASTER: "green", SAME: "", SLOWER: "bold red", UNCERTAIN: "yellow"}
 

@@ -170,6 +170,18 @@ def test_a_native_call_is_not_reported_as_our_own(fast, capsys, monkeypatch):
     assert "FallbackWarning: torchops.max_pool2d ran natively" in capsys.readouterr().out
 
 
+def test_an_interrupt_keeps_what_was_measured(fast, capsys, monkeypatch, tmp_path):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torchops.functional, "max_pool1d", interrupted)
+    path = tmp_path / "a.json"
+    arguments = [POOL, "max_pool1d:mb2_ic4iw9kw3", "--quick", "--threads", "1"]
+    assert main([*arguments, "--json", str(path)]) == 1
+    assert [row.problem for row in results.load(path).rows] == [POOL, POOL]
+    assert "interrupted: 2 rows were not measured" in capsys.readouterr().err
+
+
 def test_compile_is_a_peer(fast, capsys, monkeypatch):
     monkeypatch.setattr(subject, "_compiled", lambda peer: torch.compile(peer, backend="eager"))
     assert main([POOL, "--quick", "--threads", "1", "--vs", "eager,compile"]) == 0

@@ -79,7 +79,10 @@ def _bench(argv: Sequence[str]) -> int:
     if arguments.plot:
         plot.save(measured, arguments.plot)
     report.print_report(measured)
-    return 0 if all(row.ok for row in measured.rows) else 1
+    missing = len(plan.rows()) - len(measured.rows)
+    if missing:
+        print(f"interrupted: {missing} rows were not measured", file=sys.stderr)
+    return 1 if missing or not all(row.ok for row in measured.rows) else 0
 
 
 def _parser() -> argparse.ArgumentParser:

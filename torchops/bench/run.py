@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import groupby
@@ -50,12 +50,15 @@ class Plan:
 
 
 def run(plan: Plan, on_row: Callable[[Row], None] = lambda row: None) -> Report:
-    """Measure every row of `plan` and report it; `on_row` sees each as soon as it is there."""
+    """Measure every row of `plan` and report it; `on_row` sees each as soon as it is there.
+
+    An interrupt ends the run early: the report holds the rows that were finished.
+    """
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     where = environment(plan.device)
     rooflines: dict[str, Roofline] = {}
     rows: list[Row] = []
-    with torchops.backend("own"), _cudnn_benchmark():
+    with suppress(KeyboardInterrupt), torchops.backend("own"), _cudnn_benchmark():
         for thread_count, group in groupby(plan.cases, key=lambda case: case.threads):
             cases = list(group)
             dtypes = list(dict.fromkeys(case.setting.dtype for case in cases))

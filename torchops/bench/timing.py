@@ -33,7 +33,7 @@ class Effort:
     warm_up_seconds: float
 
 
-FULL = Effort(seconds=3.0, fewest=11, most=101, sample_seconds=5e-3, warm_up_seconds=0.2)
+FULL = Effort(seconds=2.0, fewest=11, most=101, sample_seconds=5e-3, warm_up_seconds=0.2)
 QUICK = Effort(seconds=0.4, fewest=5, most=31, sample_seconds=1e-3, warm_up_seconds=0.02)
 
 

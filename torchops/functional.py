@@ -1,6 +1,7 @@
 """The operators as functions: names and signatures of torch.nn.functional, plus our own."""
 
 from torchops.ops.avg_pool2d import avg_pool1d, avg_pool2d
+from torchops.ops.batch_norm import batch_norm
 from torchops.ops.conv2d import (
     conv1d,
     conv1x1,
@@ -14,6 +15,7 @@ from torchops.ops.max_pool2d import max_pool1d, max_pool2d
 __all__ = [
     "avg_pool1d",
     "avg_pool2d",
+    "batch_norm",
     "conv1d",
     "conv1x1",
     "conv2d",

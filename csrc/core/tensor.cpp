@@ -23,6 +23,7 @@ int32_t storage_dtype(Storage storage, const Tensor& like) {
     case Storage::int32: return aoti_torch_dtype_int32();
     case Storage::int64: return aoti_torch_dtype_int64();
     case Storage::float32: return aoti_torch_dtype_float32();
+    case Storage::float64: return aoti_torch_dtype_float64();
     default: return raw_dtype(like);
   }
 }

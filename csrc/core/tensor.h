@@ -36,7 +36,7 @@ DType dtype_of(const Tensor& tensor, const char* op);
 bool same_dtype(const Tensor& a, const Tensor& b);
 bool same_device(const Tensor& a, const Tensor& b);
 
-enum class Storage : int32_t { like, uint8, int32, int64, float32 };
+enum class Storage : int32_t { like, uint8, int32, int64, float32, float64 };
 
 bool has_dtype(const Tensor& tensor, Storage storage);
 

@@ -1,0 +1,88 @@
+"""BatchNorm1d/2d/3d and SyncBatchNorm on the kernels of this project, with activation and residual."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _LazyNormBase
+
+from torchops.ops._activation import activation_number
+from torchops.ops.batch_norm import batch_norm, native_batch_norm
+
+
+def _statistics(module: Any) -> tuple[Tensor | None, Tensor | None, bool, float]:
+    """running_mean, running_var, training and momentum of this call; counts the batch."""
+    momentum = 0.0 if module.momentum is None else module.momentum
+    if module.training and module.track_running_stats and module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+        if module.momentum is None:  # cumulative average
+            momentum = 1.0 / float(module.num_batches_tracked)
+    mean, var = module.running_mean, module.running_var
+    if not module.training:
+        return mean, var, mean is None and var is None, momentum
+    return (mean, var, True, momentum) if module.track_running_stats else (None, None, True, momentum)
+
+
+class _Fused:
+    """What is added to torch's modules: an activation, and a residual to add before it."""
+
+    activation: str | None = None
+
+    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
+        activation_number(activation)
+        super().__init__(*args, **kwargs)
+        self.activation = activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)  # type: ignore[attr-defined]
+        mean, var, training, momentum = _statistics(self)
+        return batch_norm(
+            input, mean, var, self.weight, self.bias, training, momentum, self.eps,  # type: ignore[attr-defined]
+            activation=self.activation, residual=residual,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()  # type: ignore[misc]
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"
+
+
+class BatchNorm1d(_Fused, nn.BatchNorm1d):
+    __doc__ = nn.BatchNorm1d.__doc__
+
+
+class BatchNorm2d(_Fused, nn.BatchNorm2d):
+    __doc__ = nn.BatchNorm2d.__doc__
+
+
+class BatchNorm3d(_Fused, nn.BatchNorm3d):
+    __doc__ = nn.BatchNorm3d.__doc__
+
+
+class LazyBatchNorm1d(_Fused, nn.LazyBatchNorm1d):
+    __doc__ = nn.LazyBatchNorm1d.__doc__
+    cls_to_become = BatchNorm1d  # type: ignore[assignment]
+
+
+class LazyBatchNorm2d(_Fused, nn.LazyBatchNorm2d):
+    __doc__ = nn.LazyBatchNorm2d.__doc__
+    cls_to_become = BatchNorm2d  # type: ignore[assignment]
+
+
+class LazyBatchNorm3d(_Fused, nn.LazyBatchNorm3d):
+    __doc__ = nn.LazyBatchNorm3d.__doc__
+    cls_to_become = BatchNorm3d  # type: ignore[assignment]
+
+
+class SyncBatchNorm(_Fused, nn.SyncBatchNorm):
+    __doc__ = nn.SyncBatchNorm.__doc__
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not self._synchronises():
+            self._check_non_zero_input_channels(input)
+            return super().forward(input, residual)
+        output = nn.SyncBatchNorm.forward(self, input)
+        return native_activation(output, self.activation, residual)

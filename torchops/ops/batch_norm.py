@@ -1,0 +1,407 @@
+"""batch_norm: wrapper, autograd Functions, fake kernels, vmap rules.
+
+Derivatives beyond the first, and forward mode, are in _batch_norm_derivatives.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchops.ops import _batch_norm_derivatives as derivatives
+from torchops.ops._activation import ACTIVATIONS, activation_number
+from torchops.ops._autograd import Function, differentiable, kernel, register
+from torchops.ops._drop_in import drop_in
+from torchops.ops._shape import suggest_memory_format
+
+_batch_norm = kernel("batch_norm")
+_apply = kernel("batch_norm_apply")
+_backward = kernel("batch_norm_backward")
+# Not below autograd: there, nothing would tell autograd that the running statistics have changed.
+_update = torch.ops.torchops.batch_norm_update.default
+
+# Bits of batch_norm_backward's output_mask.
+INPUT, WEIGHT, BIAS, RESIDUAL = 1, 2, 4, 8
+
+
+def native_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """torch's own composition of what batch_norm fuses."""
+    activation_number(activation)
+    output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if residual is not None:
+        check_residual(input, residual)
+        output = output + residual
+    return ACTIVATIONS[activation].native(output)
+
+
+@drop_in(native_batch_norm)
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """act(batch_norm(input) + residual); torch.nn.functional.batch_norm with two more arguments.
+
+    Args:
+        input: [N, C] or [N, C, *]; f64, f32, bf16 or f16; contiguous or channels_last.
+        running_mean, running_var: [C]. In training they are updated, both or neither may be None;
+            in evaluation they are what the input is normalised with.
+        weight, bias: [C] or None, in input's dtype, or float32 beside a bf16 or f16 input.
+        training: normalise with the mean and (biased) variance of this batch.
+        momentum: share of this batch in the new running statistics (their variance is unbiased).
+        activation: None, "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "hardswish", "gelu"
+            (exact) or "sigmoid".
+        residual: added before the activation; shape, dtype and device of input.
+
+    Returns:
+        A tensor like input, in its format. Gradients run through the statistics in training.
+
+    Raises:
+        ValueError: a single value per channel in training, or an unknown activation.
+        RuntimeError: native's own for bad sizes or dtypes; a residual unlike input.
+
+    Complexity: training reads input twice, evaluation once; residual is read once and the output
+    written once. Backward reads grad_output and input (and, under an activation, residual) twice,
+    and needs nothing else: no mask, no copy. Source: Ioffe and Szegedy, arXiv:1502.03167.
+    """
+    number = activation_number(activation)
+    _check(input, running_mean, running_var, weight, training)
+    if residual is not None:
+        check_residual(input, residual)
+        if residual is input and torch.compiler.is_compiling():
+            residual = input.view(input.shape)  # Dynamo refuses one tensor as two arguments
+    if input.dim() > 4:
+        shape = input.shape
+        flat = None if residual is None else residual.flatten(2, -2)
+        output = _normalize(
+            input.flatten(2, -2), running_mean, running_var, weight, bias, training, momentum, eps,
+            number, flat,
+        )  # fmt: skip
+        return output.unflatten(2, shape[2:-1])
+    return _normalize(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, number, residual
+    )
+
+
+def _check(input, running_mean, running_var, weight, training) -> None:
+    """What the operators cannot see; the text, where a user meets it, is native's (see drop_in)."""
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if running_mean is not None:
+        if weight is not None and weight.dtype is not running_mean.dtype:
+            raise RuntimeError("weight and running_mean must have the same dtype")
+        if running_mean.requires_grad or running_var.requires_grad:
+            raise RuntimeError("running_mean and running_var cannot have requires_grad True")
+        if training:
+            channels = input.shape[1]
+            for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+                if running.numel() != channels:
+                    raise RuntimeError(
+                        f"{name} should contain {channels} elements not {running.numel()}"
+                    )
+                if running.dtype is not input.dtype and (
+                    running.dtype is not torch.float32 or input.dtype is torch.float64
+                ):
+                    raise RuntimeError(f"{name} must have the dtype of input, or float32")
+    elif not training:
+        raise RuntimeError("running_mean must be defined in evaluation mode")
+    if training and input.numel() == input.shape[1]:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {input.shape}"
+        )
+
+
+def check_residual(input: Tensor, residual: Tensor) -> None:
+    if residual.shape != input.shape:
+        raise RuntimeError(
+            f"residual should have the shape of input, {tuple(input.shape)}, "
+            f"got {tuple(residual.shape)}"
+        )
+    if residual.dtype is not input.dtype:
+        raise RuntimeError(
+            f"residual should have the dtype of input, {input.dtype}, got {residual.dtype}"
+        )
+    if residual.device != input.device:
+        raise RuntimeError(
+            f"residual should be on the device of input, {input.device}, got {residual.device}"
+        )
+
+
+def _normalize(
+    input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
+) -> Tensor:
+    needs_function = differentiable(input, weight, bias, residual)
+    if not training:
+        apply = BatchNormApplyFunction.apply if needs_function else _apply
+        return apply(input, running_mean, running_var, weight, bias, residual, eps, activation)
+    train = BatchNormFunction.apply if needs_function else _batch_norm
+    output, mean, var = train(input, weight, bias, residual, eps, activation)
+    if running_mean is not None:
+        count = input.numel() // max(input.shape[1], 1)
+        _update(running_mean, running_var, mean, var, count, momentum)
+    return output
+
+
+def _needed(input: bool, weight: bool, bias: bool, residual: bool) -> int:
+    return input * INPUT | weight * WEIGHT | bias * BIAS | residual * RESIDUAL
+
+
+def _gradients(ctx, grad_output, mean, var, needs, training):
+    """Gradients of input, weight, bias and residual; `needs` says which."""
+    input, weight, bias, residual = ctx.saved_tensors[:4]
+    # Without an activation the residual's gradient is grad_output itself.
+    mask = _needed(*needs[:3], needs[3] and ctx.activation != 0)
+    gradients = BatchNormBackwardFunction.apply(
+        grad_output, input, mean, var, weight, bias, residual, ctx.eps, training, ctx.activation,
+        mask,
+    )  # fmt: skip
+    wanted = [gradient if mask & 1 << bit else None for bit, gradient in enumerate(gradients)]
+    if needs[3] and ctx.activation == 0:
+        wanted[3] = grad_output
+    return wanted
+
+
+class BatchNormFunction(Function):
+    """Training: (output, mean, var) with the statistics of this batch."""
+
+    @staticmethod
+    def forward(input, weight, bias, residual, eps, activation):
+        return _batch_norm(input, weight, bias, residual, eps, activation)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, bias, residual, ctx.eps, ctx.activation = inputs
+        _, mean, var = output
+        ctx.mark_non_differentiable(mean, var)
+        saved = (input, weight, bias, residual if ctx.activation else None, mean, var)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):
+        mean, var = ctx.saved_tensors[4:]
+        needs = ctx.needs_input_grad[:4]
+        return *_gradients(ctx, grad_output, mean, var, needs, True), None, None
+
+    @staticmethod
+    def tangent(ctx, input, weight, bias, residual, *_):
+        terms = derivatives.terms(*ctx.saved_tensors, ctx.eps, True, ctx.activation)
+        return derivatives.tangent(terms, input, weight, bias, residual), None, None
+
+
+class BatchNormApplyFunction(Function):
+    """Evaluation: the output for a given mean and var, which are constants to autograd."""
+
+    @staticmethod
+    def forward(input, mean, var, weight, bias, residual, eps, activation):
+        return _apply(input, mean, var, weight, bias, residual, eps, activation)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, mean, var, weight, bias, residual, ctx.eps, ctx.activation = inputs
+        saved = (input, weight, bias, residual if ctx.activation else None, mean, var)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        mean, var = ctx.saved_tensors[4:]
+        needs = ctx.needs_input_grad
+        input, *others = _gradients(ctx, grad_output, mean, var, (needs[0], *needs[3:6]), False)
+        return input, None, None, *others, None, None
+
+    @staticmethod
+    def tangent(ctx, input, mean, var, weight, bias, residual, *_):
+        terms = derivatives.terms(*ctx.saved_tensors, ctx.eps, False, ctx.activation)
+        return derivatives.tangent(terms, input, weight, bias, residual)
+
+
+class BatchNormBackwardFunction(Function):
+    """The gradients that output_mask asks for, the others empty.
+
+    mean and var are constants here: in training its derivatives run through the input that they
+    are the statistics of.
+    """
+
+    @staticmethod
+    def forward(
+        grad_output, input, mean, var, weight, bias, residual, eps, training, activation, mask
+    ):
+        return _backward(
+            grad_output, input, mean, var, weight, bias, residual, eps, training, activation, mask
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_output, input, mean, var, weight, bias, residual = inputs[:7]
+        ctx.eps, ctx.training, ctx.activation, ctx.mask = inputs[7:]
+        unused = [tensor for bit, tensor in enumerate(output) if not ctx.mask & 1 << bit]
+        ctx.mark_non_differentiable(*unused)
+        saved = (grad_output, input, weight, bias, residual, mean, var)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grad_output, *saved = ctx.saved_tensors
+        terms = derivatives.terms(*saved, ctx.eps, ctx.training, ctx.activation)
+        grads = [grad if ctx.mask & 1 << bit else None for bit, grad in enumerate(grads)]
+        grad_output, input, weight, bias, residual = derivatives.double_backward(
+            terms, grad_output, *grads
+        )
+        return grad_output, input, None, None, weight, bias, residual, None, None, None, None
+
+    @staticmethod
+    def tangent(ctx, grad_output_tangent, input, mean, var, weight, bias, residual, *_):
+        grad_output, *saved = ctx.saved_tensors
+        terms = derivatives.terms(*saved, ctx.eps, ctx.training, ctx.activation)
+        tangents = derivatives.backward_tangent(
+            terms, grad_output, grad_output_tangent, input, weight, bias, residual
+        )
+        return tuple(t if ctx.mask & 1 << bit else None for bit, t in enumerate(tangents))
+
+
+# ---- fake kernels ------------------------------------------------------------------------
+
+
+def _like_output(input):
+    dense = input.is_contiguous()
+    memory_format = torch.contiguous_format if dense else suggest_memory_format(input)
+    return torch.empty(
+        input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format
+    )
+
+
+def _fake_batch_norm(input, weight, bias, residual, eps, activation):
+    mean = input.new_empty(input.shape[1], dtype=torch.float64)
+    return _like_output(input), mean, torch.empty_like(mean)
+
+
+def _fake_apply(input, mean, var, weight, bias, residual, eps, activation):
+    return _like_output(input)
+
+
+def _fake_backward(
+    grad_output, input, mean, var, weight, bias, residual, eps, training, activation, mask
+):
+    def gradient(bit, like, shape):
+        if not mask & bit:
+            return like.new_empty(0)
+        return torch.empty(
+            shape, dtype=like.dtype, device=like.device, memory_format=suggest_memory_format(like)
+        )
+
+    channels = (input.shape[1],)
+    return (
+        gradient(INPUT, input, input.shape),
+        gradient(WEIGHT, mean if weight is None else weight, channels),
+        gradient(BIAS, mean if bias is None else bias, channels),
+        gradient(RESIDUAL, input, input.shape),
+    )
+
+
+def _fake_update(running_mean, running_var, mean, var, count, momentum):
+    return None
+
+
+# ---- vmap: a further batch dimension is more channels ---------------------------------------
+
+
+def _fold_channels(tensor: Tensor | None, in_dim: int | None, batch_size: int, axis: int):
+    """[..., vmapped, ..., C, ...] -> [..., vmapped * C, ...] with C at `axis`; not vmapped: repeated."""
+    if tensor is None:
+        return None
+    if in_dim is None:
+        tensor = tensor.unsqueeze(axis)
+        shape = list(tensor.shape)
+        shape[axis] = batch_size
+        tensor = tensor.expand(shape)
+    else:
+        tensor = tensor.movedim(in_dim, axis)
+    return tensor.flatten(axis, axis + 1)
+
+
+def _unfold_channels(tensor: Tensor, batch_size: int, axis: int) -> Tensor:
+    return tensor.unflatten(axis, (batch_size, tensor.shape[axis] // batch_size))
+
+
+def _fold_all(info, in_dims, tensors, axes):
+    return [
+        _fold_channels(tensor, in_dim, info.batch_size, axis)
+        for tensor, in_dim, axis in zip(tensors, in_dims, axes, strict=False)
+    ]
+
+
+def _vmap_batch_norm(info, in_dims, input, weight, bias, residual, eps, activation):
+    folded = _fold_all(info, in_dims, (input, weight, bias, residual), (1, 0, 0, 1))
+    outputs = torch.ops.torchops.batch_norm(*folded, eps, activation)
+    axes = (1, 0, 0)
+    unfolded = (_unfold_channels(t, info.batch_size, axis) for t, axis in zip(outputs, axes, strict=True))
+    return tuple(unfolded), axes
+
+
+def _vmap_apply(info, in_dims, input, mean, var, weight, bias, residual, eps, activation):
+    tensors = (input, mean, var, weight, bias, residual)
+    folded = _fold_all(info, in_dims, tensors, (1, 0, 0, 0, 0, 1))
+    output = torch.ops.torchops.batch_norm_apply(*folded, eps, activation)
+    return _unfold_channels(output, info.batch_size, 1), 1
+
+
+def _vmap_backward(
+    info, in_dims, grad_output, input, mean, var, weight, bias, residual, eps, training,
+    activation, mask,
+):  # fmt: skip
+    tensors = (grad_output, input, mean, var, weight, bias, residual)
+    folded = _fold_all(info, in_dims, tensors, (1, 1, 0, 0, 0, 0, 1))
+    gradients = torch.ops.torchops.batch_norm_backward(*folded, eps, training, activation, mask)
+    results, dims = [], []
+    for bit, (gradient, axis) in enumerate(zip(gradients, (1, 0, 0, 1), strict=True)):
+        wanted = mask & 1 << bit
+        results.append(_unfold_channels(gradient, info.batch_size, axis) if wanted else gradient)
+        dims.append(axis if wanted else None)
+    return tuple(results), tuple(dims)
+
+
+def _vmap_update(info, in_dims, running_mean, running_var, mean, var, count, momentum):
+    tensors = (running_mean, running_var, mean, var)
+    for running, in_dim in zip((running_mean, running_var), in_dims, strict=False):
+        if running is not None and in_dim is None and any(d is not None for d in in_dims[2:4]):
+            raise RuntimeError(
+                "Batch norm got a batched tensor as input while the running_mean or running_var, "
+                "which will be updated in place, were not batched."
+            )
+    moved = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, in_dims, strict=False)]
+    for index in range(info.batch_size):
+        one = [t if d is None else t[index] for t, d in zip(moved, in_dims, strict=False)]
+        torch.ops.torchops.batch_norm_update(*one, count, momentum)
+    return None, None
+
+
+register("batch_norm", fake=_fake_batch_norm, vmap=_vmap_batch_norm,
+         autograd=BatchNormFunction.apply_here)  # fmt: skip
+register("batch_norm_apply", fake=_fake_apply, vmap=_vmap_apply,
+         autograd=BatchNormApplyFunction.apply_here)  # fmt: skip
+register("batch_norm_backward", fake=_fake_backward, vmap=_vmap_backward,
+         autograd=BatchNormBackwardFunction.apply_here)  # fmt: skip
+register("batch_norm_update", fake=_fake_update, vmap=_vmap_update)

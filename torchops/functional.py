@@ -10,6 +10,7 @@ from torchops.ops.conv2d import (
     convolution2d,
     cross_correlation2d,
 )
+from torchops.ops.conv2d_bn_act import conv2d_bn_act
 from torchops.ops.max_pool2d import max_pool1d, max_pool2d
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "conv1d",
     "conv1x1",
     "conv2d",
+    "conv2d_bn_act",
     "conv3d",
     "convolution2d",
     "cross_correlation2d",

@@ -1,6 +1,15 @@
 """The operators as layers: subclasses of their torch.nn twins, same names, arguments and keys."""
 
 from torchops.nn.avg_pool2d import AvgPool1d, AvgPool2d
+from torchops.nn.batch_norm import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    SyncBatchNorm,
+)
 from torchops.nn.conv2d import (
     Conv1d,
     Conv1x1,
@@ -10,18 +19,27 @@ from torchops.nn.conv2d import (
     LazyConv2d,
     LazyConv3d,
 )
+from torchops.nn.conv2d_bn_act import ConvBNAct
 from torchops.nn.max_pool2d import MaxPool1d, MaxPool2d
 
 __all__ = [
     "AvgPool1d",
     "AvgPool2d",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "Conv1d",
     "Conv1x1",
     "Conv2d",
     "Conv3d",
+    "ConvBNAct",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
     "LazyConv1d",
     "LazyConv2d",
     "LazyConv3d",
     "MaxPool1d",
     "MaxPool2d",
+    "SyncBatchNorm",
 ]

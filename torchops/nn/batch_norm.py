@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.modules.batchnorm import _LazyNormBase
 
 from torchops.ops._activation import activation_number
-from torchops.ops.batch_norm import batch_norm, native_batch_norm
+from torchops.ops.batch_norm import batch_norm, native_ending
 
 
 def _statistics(module: Any) -> tuple[Tensor | None, Tensor | None, bool, float]:
@@ -62,17 +60,22 @@ class BatchNorm3d(_Fused, nn.BatchNorm3d):
     __doc__ = nn.BatchNorm3d.__doc__
 
 
-class LazyBatchNorm1d(_Fused, nn.LazyBatchNorm1d):
+class _LazyFused(_Fused):
+    def initialize_parameters(self, input: Tensor, residual: Tensor | None = None) -> None:
+        super().initialize_parameters(input)  # type: ignore[misc]
+
+
+class LazyBatchNorm1d(_LazyFused, nn.LazyBatchNorm1d):
     __doc__ = nn.LazyBatchNorm1d.__doc__
     cls_to_become = BatchNorm1d  # type: ignore[assignment]
 
 
-class LazyBatchNorm2d(_Fused, nn.LazyBatchNorm2d):
+class LazyBatchNorm2d(_LazyFused, nn.LazyBatchNorm2d):
     __doc__ = nn.LazyBatchNorm2d.__doc__
     cls_to_become = BatchNorm2d  # type: ignore[assignment]
 
 
-class LazyBatchNorm3d(_Fused, nn.LazyBatchNorm3d):
+class LazyBatchNorm3d(_LazyFused, nn.LazyBatchNorm3d):
     __doc__ = nn.LazyBatchNorm3d.__doc__
     cls_to_become = BatchNorm3d  # type: ignore[assignment]
 
@@ -81,8 +84,16 @@ class SyncBatchNorm(_Fused, nn.SyncBatchNorm):
     __doc__ = nn.SyncBatchNorm.__doc__
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not self._synchronises():
-            self._check_non_zero_input_channels(input)
-            return super().forward(input, residual)
-        output = nn.SyncBatchNorm.forward(self, input)
-        return native_activation(output, self.activation, residual)
+        if self.training and _world_size(self.process_group) > 1:
+            output = nn.SyncBatchNorm.forward(self, input)
+            return native_ending(output, self.activation, residual)
+        self._check_input_dim(input)
+        self._check_non_zero_input_channels(input)
+        return super().forward(input, residual)
+
+
+def _world_size(group: Any) -> int:
+    """Processes to share statistics with; 1 outside torch.distributed."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return dist.get_world_size(group or dist.group.WORLD)

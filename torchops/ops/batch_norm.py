@@ -41,8 +41,13 @@ def native_batch_norm(
     """torch's own composition of what batch_norm fuses."""
     activation_number(activation)
     output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return native_ending(output, activation, residual)
+
+
+def native_ending(output: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
+    """The residual and the activation by torch's own operators."""
     if residual is not None:
-        check_residual(input, residual)
+        check_residual(output, residual)
         output = output + residual
     return ACTIVATIONS[activation].native(output)
 

@@ -91,7 +91,7 @@ def batch_norm(
     and needs nothing else: no mask, no copy. Source: Ioffe and Szegedy, arXiv:1502.03167.
     """
     number = activation_number(activation)
-    _check(input, running_mean, running_var, weight, training)
+    _check(input, running_mean, running_var, weight, training, momentum)
     if residual is not None:
         check_residual(input, residual)
         if residual is input and torch.compiler.is_compiling():
@@ -109,15 +109,21 @@ def batch_norm(
     )
 
 
-def _check(input, running_mean, running_var, weight, training) -> None:
+def _check(input, running_mean, running_var, weight, training, momentum) -> None:
     """What the operators cannot see; the text, where a user meets it, is native's (see drop_in)."""
+    if momentum is None:
+        raise TypeError("batch_norm(): momentum must be a float, not None")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if running_mean is not None:
         if weight is not None and weight.dtype is not running_mean.dtype:
             raise RuntimeError("weight and running_mean must have the same dtype")
-        if running_mean.requires_grad or running_var.requires_grad:
-            raise RuntimeError("running_mean and running_var cannot have requires_grad True")
+        for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+            if running.requires_grad:
+                raise RuntimeError(
+                    "The function 'native_batch_norm' is not differentiable with respect to "
+                    f"argument '{name}'. This input cannot have requires_grad True."
+                )
         if training:
             channels = input.shape[1]
             for name, running in (("running_mean", running_mean), ("running_var", running_var)):

@@ -33,7 +33,7 @@ def fail(problem: str, remedy: str) -> NoReturn:
 
 
 def check_python() -> None:
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036
         fail(
             f"Python {platform.python_version()} is too old; 3.10 or newer is needed.",
             "python3.12 -m venv .venv && .venv/bin/pip install .   (or another newer Python)",

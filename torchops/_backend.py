@@ -22,7 +22,7 @@ def checked(mode: str, source: str) -> str:
 mode = checked(os.environ.get("TORCHOPS_BACKEND", "auto"), "TORCHOPS_BACKEND")
 
 
-class backend:  # noqa: N801  (reads as a function: with torchops.backend("own"): ...)
+class backend:  # reads as a function: with torchops.backend("own"): ...
     """Chooses who computes, for the whole process, until the block ends.
 
     Args:
@@ -54,5 +54,7 @@ def warn_fallback(operator: str, reason: str) -> None:
     if mode == "own" and (operator, reason) not in _warned:
         _warned.add((operator, reason))
         warnings.warn(
-            f"torchops.{operator} ran natively: no kernel for {reason}", FallbackWarning, stacklevel=3
+            f"torchops.{operator} ran natively: no kernel for {reason}",
+            FallbackWarning,
+            stacklevel=3,
         )

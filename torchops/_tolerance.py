@@ -1,4 +1,4 @@
-"""The tolerance rule: how far from the exact result an answer may be. Tests, verify and bench all ask here.
+"""The tolerance rule of tests, verify and bench: how far from the exact result an answer may be.
 
     error(ours) <= 2 * min(error(native), CAP * k ulps) + k ulps
 

@@ -53,10 +53,10 @@ def refuse_forward_mode() -> None:
         )
 
 
-def drop_in(native: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def drop_in(native: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Decorates our function of the same signature as `native`."""
 
-    def decorate(own: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(own: Callable[..., Any]) -> Any:
         name = own.__name__
         OPERATORS[name] = Operator(name, native, own=True)
 
@@ -73,9 +73,9 @@ def drop_in(native: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
             if reason is not None:
                 _backend.warn_fallback(name, reason)
                 return native(*args, **kwargs)
-            if _tuning.DEBTS and _backend.mode == "auto":
-                if _tuning.prefers_native(name, *args, **kwargs):
-                    return native(*args, **kwargs)
+            handed_over = _tuning.DEBTS and _backend.mode == "auto"
+            if handed_over and _tuning.prefers_native(name, *args, **kwargs):
+                return native(*args, **kwargs)
             if torch.compiler.is_compiling():
                 refuse_forward_mode()
                 return own(*args, **kwargs)

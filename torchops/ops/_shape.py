@@ -42,7 +42,7 @@ def suggest_memory_format(tensor: Tensor) -> torch.memory_format:
 
 
 def pooled_size(input: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool):
-    """Number of windows along an axis; works on symbolic sizes (csrc/core/window.h has the rule)."""
+    """Number of windows along an axis, also symbolic; csrc/core/window.h has the rule."""
     span = input + 2 * padding - dilation * (kernel - 1) - 1 + (stride - 1 if ceil_mode else 0)
     output = span // stride + 1
     if ceil_mode:

@@ -7,6 +7,16 @@ _library.load()
 from torchops import functional, nn  # noqa: E402
 from torchops._backend import FallbackWarning, backend  # noqa: E402
 from torchops._info import info  # noqa: E402
+from torchops.convert import convert, revert  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["FallbackWarning", "__version__", "backend", "functional", "info", "nn"]
+__all__ = [
+    "FallbackWarning",
+    "__version__",
+    "backend",
+    "convert",
+    "functional",
+    "info",
+    "nn",
+    "revert",
+]

@@ -187,10 +187,12 @@ def test_a_hook_keeps_the_activation_apart(watched: int) -> None:
 
 
 def test_a_batch_norm_with_two_places_is_not_fused() -> None:
-    shared = nn.BatchNorm2d(3)
+    shared, twice = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
     model = nn.Sequential(nn.Sequential(shared, nn.ReLU()), nn.Sequential(shared, nn.Sigmoid()))
     torchops.convert(model)
+    torchops.convert(nn.Sequential(twice, nn.ReLU(), twice))
     assert shared.activation is None
+    assert twice.activation is None
 
 
 def test_unlike_activations_are_not_fused() -> None:

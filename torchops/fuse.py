@@ -70,7 +70,7 @@ def fuse(model: nn.Module) -> list[str]:
     """Folds every activation it can; returns a line for each."""
     from torchops import fuse_traced
 
-    uses = Counter(id(child) for parent in model.modules() for child in parent.children())
+    uses = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
     sites = []
     for name, sequential in list(_sequentials(model)):
         for key, batch_norm, activation in _neighbours(sequential):

@@ -159,3 +159,30 @@ def test_compiled_code_follows_the_mode():
     own, native = ([str(node.target) for node in graph.graph.nodes] for graph in recorder.graphs)
     assert any("torchops" in target for target in own)
     assert not any("torchops" in target for target in native)
+
+
+class TorchOnly(torch.Tensor):
+    """A tensor subclass that knows torch's operators and no others, as DTensor does."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function.namespace != "aten":
+            raise NotImplementedError(f"{cls.__name__} does not know {function}")
+        plain = [a.inner if isinstance(a, TorchOnly) else a for a in args]
+        return function(*plain, **(kwargs or {}))
+
+
+def test_a_tensor_subclass_that_knows_only_torch_runs_natively():
+    input, weight = torch.randn(1, 3, 5, 5), torch.randn(4, 3, 3, 3)
+    with pytest.warns(FallbackWarning, match="conv2d ran natively: .* tensors of class TorchOnly"):
+        output = TF.conv2d(input, TorchOnly(weight))
+    torch.testing.assert_close(output, torch.nn.functional.conv2d(input, weight))

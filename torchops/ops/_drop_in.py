@@ -82,20 +82,27 @@ def drop_in(native: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
             try:
                 return own(*args, **kwargs)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                raise_native(native, args, kwargs, error)
+                return settle(name, native, args, kwargs, error)
 
         return call
 
     return decorate
 
 
-def raise_native(native: Callable[..., Any], args: Any, kwargs: Any, error: Exception) -> None:
-    """Raises what native raises for these arguments; `error` where native accepts them."""
+def settle(name: str, native: Callable[..., Any], args: Any, kwargs: Any, error: Exception) -> Any:
+    """What becomes of a call that ours refused: native's own exception where it refuses, too.
+
+    Where it does not, a tensor subclass that knows torch's operators but not ours (DTensor, a
+    quantised weight) gets native's result; for plain tensors the `error` is ours.
+    """
     try:
-        with torch.no_grad():
-            native(*args, **kwargs)
+        result = native(*args, **kwargs)
     except Exception as native_error:
         raise native_error from None
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, Tensor) and type(argument) not in (Tensor, torch.nn.Parameter):
+            _backend.warn_fallback(name, f"tensors of class {type(argument).__name__}")
+            return result
     raise error
 
 

@@ -33,16 +33,14 @@ def layer_norm_2d(channels: int) -> nn.Sequential:
 def convnext_block(channels: int) -> Residual:
     """Depthwise 7x7, then two linear layers per pixel."""
     return Residual(
-        nn.Sequential(
-            nn.Conv2d(channels, channels, 7, padding=3, groups=channels),
-            Permute(0, 2, 3, 1),
-            nn.LayerNorm(channels, eps=1e-6),
-            nn.Linear(channels, 4 * channels),
-            nn.GELU(),
-            nn.Linear(4 * channels, channels),
-            Permute(0, 3, 1, 2),
-            LayerScale(channels),
-        )
+        nn.Conv2d(channels, channels, 7, padding=3, groups=channels),
+        Permute(0, 2, 3, 1),
+        nn.LayerNorm(channels, eps=1e-6),
+        nn.Linear(channels, 4 * channels),
+        nn.GELU(),
+        nn.Linear(4 * channels, channels),
+        Permute(0, 3, 1, 2),
+        LayerScale(channels),
     )
 
 

@@ -3,6 +3,16 @@
 from torch import Tensor, nn
 
 
+def conv(
+    in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
+    """A convolution for a batch-norm to follow: no bias; output size = input size / stride."""
+    padding = kernel_size // 2
+    return nn.Conv2d(
+        in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False
+    )
+
+
 def conv_bn(
     in_channels: int,
     out_channels: int,
@@ -12,12 +22,9 @@ def conv_bn(
     activation: type[nn.Module] | None = nn.ReLU,
     eps: float = 1e-5,
 ) -> nn.Sequential:
-    """Convolution (no bias, output size = input size / stride), batch-norm, activation."""
-    padding = kernel_size // 2
+    """Convolution, batch-norm, activation."""
     layers: list[nn.Module] = [
-        nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False
-        ),
+        conv(in_channels, out_channels, kernel_size, stride, groups),
         nn.BatchNorm2d(out_channels, eps),
     ]
     if activation is not None:
@@ -30,22 +37,11 @@ def classifier(channels: int, classes: int = 1000) -> nn.Sequential:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
-class Residual(nn.Module):
-    """activation(body(input) + shortcut(input))."""
-
-    def __init__(
-        self,
-        body: nn.Module,
-        shortcut: nn.Module | None = None,
-        activation: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.body = body
-        self.shortcut = shortcut or nn.Identity()
-        self.activation = activation or nn.Identity()
+class Residual(nn.Sequential):
+    """The layers' output plus their input."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.activation(self.body(input) + self.shortcut(input))
+        return super().forward(input) + input
 
 
 class SqueezeExcitation(nn.Module):

@@ -23,8 +23,8 @@ def inverted_residual(
     if squeeze:
         layers.append(SqueezeExcitation(width, in_channels // 4, activation))
     layers.append(conv_bn(width, out_channels, activation=None))
-    body = nn.Sequential(*layers)
-    return Residual(body) if stride == 1 and in_channels == out_channels else body
+    keeps_shape = stride == 1 and in_channels == out_channels
+    return Residual(*layers) if keeps_shape else nn.Sequential(*layers)
 
 
 def mobile_network(

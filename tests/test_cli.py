@@ -10,7 +10,8 @@ import torchops
 import torchops.functional as TF
 from torchops import _verify
 from torchops.__main__ import COMMANDS, main
-from torchops.ops._drop_in import OPERATORS, Operator
+from torchops._info import OPERATORS
+from torchops.ops._drop_in import Operator
 
 
 def own_operators():

@@ -9,11 +9,18 @@ from typing import Any
 
 import torch
 
-from torchops import _C, _backend, _tuning
-from torchops.ops._drop_in import KERNEL_DTYPES, OPERATORS, Operator
+from torchops import _C, _backend, _tuning, functional
+from torchops.ops import _drop_in
+from torchops.ops._drop_in import Operator
 
 CUDA_VERIFIED_ON: tuple[str, ...] = ()
 """GPUs on which `torchops verify --device cuda` was all ticks. Elsewhere CUDA is only compiled."""
+
+
+OPERATORS: dict[str, Operator] = {
+    name: _drop_in.OPERATORS[getattr(functional, name).__name__] for name in functional.__all__
+}
+"""By public name, of which an operator may have two: conv2d is cross_correlation2d."""
 
 
 class Info(dict[str, Any]):
@@ -38,7 +45,7 @@ def info() -> Info:
         torchops=torchops.__version__,
         built=_built(),
         running=_running(),
-        operators={name: _coverage(OPERATORS[name]) for name in sorted(OPERATORS)},
+        operators={name: _coverage(name, OPERATORS[name]) for name in sorted(OPERATORS)},
         debts=[
             {
                 "operator": debt.operator,
@@ -79,7 +86,7 @@ def _running() -> dict[str, Any]:
     }
 
 
-def _coverage(operator: Operator) -> dict[str, Any]:
+def _coverage(name: str, operator: Operator) -> dict[str, Any]:
     if not operator.own:
         return {"kernel": False, "dtypes": [], "formats": [], "devices": []}
     devices = ["cpu"]
@@ -87,8 +94,10 @@ def _coverage(operator: Operator) -> dict[str, Any]:
         devices.append("cuda" if CUDA_VERIFIED_ON else "cuda (compiled, not yet run on a GPU)")
     return {
         "kernel": True,
-        "dtypes": sorted((_short(dtype) for dtype in KERNEL_DTYPES), key=_width, reverse=True),
-        "formats": ["contiguous"] if operator.name.endswith("1d") else _FORMATS,
+        "dtypes": sorted(
+            (_short(dtype) for dtype in _drop_in.KERNEL_DTYPES), key=_width, reverse=True
+        ),
+        "formats": ["contiguous"] if name.endswith("1d") else _FORMATS,
         "devices": devices,
     }
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from torchops import _C, FallbackWarning, _tolerance, backend
 from torchops import functional as TF
+from torchops._info import OPERATORS
 from torchops.bench import native as peers
-from torchops.ops._drop_in import OPERATORS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -75,6 +75,8 @@ bool is_pointwise(const Conv2dShape& s) {
          s.window_height.padding == 0 && s.window_width.padding == 0;
 }
 
+bool is_depthwise(const Conv2dShape& s) { return s.groups == s.in_channels && s.groups > 1; }
+
 Tensor conv2d(Tensor input, Tensor weight, OptionalTensor bias, IntList stride, IntList padding,
               IntList dilation, int64_t groups) {
   check_tensor("input", input, input);
@@ -100,6 +102,8 @@ Tensor conv2d(Tensor input, Tensor weight, OptionalTensor bias, IntList stride, 
   p.output = output.mutable_data_ptr();
   if (is_pointwise(s)) {
     launch(input, p, cpu::conv2d_pointwise, cuda::conv2d_pointwise);
+  } else if (is_depthwise(s)) {
+    launch(input, p, cpu::conv2d_depthwise, cuda::conv2d_depthwise);
   } else {
     launch(input, p, cpu::conv2d, cuda::conv2d);
   }
@@ -122,6 +126,8 @@ Tensor conv2d_grad_input(Tensor grad_output, Tensor weight, IntList input_size, 
   p.grad_input = grad_input.mutable_data_ptr();
   if (is_pointwise(p.shape)) {
     launch(grad_output, p, cpu::conv2d_pointwise_grad_input, cuda::conv2d_pointwise_grad_input);
+  } else if (is_depthwise(p.shape)) {
+    launch(grad_output, p, cpu::conv2d_depthwise_grad_input, cuda::conv2d_depthwise_grad_input);
   } else {
     launch(grad_output, p, cpu::conv2d_grad_input, cuda::conv2d_grad_input);
   }
@@ -143,6 +149,8 @@ Tensor conv2d_grad_weight(Tensor input, Tensor grad_output, IntList weight_size,
   p.grad_weight = grad_weight.mutable_data_ptr();
   if (is_pointwise(p.shape)) {
     launch(input, p, cpu::conv2d_pointwise_grad_weight, cuda::conv2d_pointwise_grad_weight);
+  } else if (is_depthwise(p.shape)) {
+    launch(input, p, cpu::conv2d_depthwise_grad_weight, cuda::conv2d_depthwise_grad_weight);
   } else {
     launch(input, p, cpu::conv2d_grad_weight, cuda::conv2d_grad_weight);
   }

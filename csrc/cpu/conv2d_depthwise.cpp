@@ -177,13 +177,10 @@ class Slab {
   void correlate_pair(int64_t first, int64_t v, int64_t member, int64_t y, int64_t begin, int64_t end) {
     const int64_t group = (first + v) * members() + member;
     RowPair<acc> pair{};
-    pair.find_rows(p_.height, y, y + 1 < end, [&](int64_t row) { return input_.at(0, v, row); });
+    pair.window.find(p_.height, y, y + 1 < end, [&](int64_t row) { return input_.at(0, v, row); });
     pair.first = -p_.width.window.padding;
-    pair.begin = input_.left;
-    pair.end = input_.left + input_.width;
-    pair.pixel = pair.output_pixel = pair.channels = kSize;
-    pair.last_whole = edge_.last_whole;
-    pair.edge = edge_.elements;
+    pair.input = {input_.left, input_.left + input_.width, kSize, edge_.last_whole, edge_.elements};
+    pair.output_pixel = pair.channels = kSize;
     pair.weight = p_.weight + group * taps() * kSize;
     pair.bias = p_.bias ? p_.bias + group * kSize : nullptr;
     pair.outputs[0] = output_.at(member, v, y - begin);
@@ -223,12 +220,9 @@ void correlate_nhwc(const Correlation<scalar_t>& p, int64_t batch, RowsKernel<sc
     for (int64_t pair = begin; pair < end; ++pair) {
       const int64_t n = pair / pairs, y = pair % pairs * 2;
       RowPair<scalar_t> rows{};
-      rows.find_rows(p.height, y, y + 1 < p.output.height, [&](int64_t row) { return p.input.at(n, 0, 0, row); });
+      rows.window.find(p.height, y, y + 1 < p.output.height, [&](int64_t row) { return p.input.at(n, 0, 0, row); });
       rows.first = -p.width.window.padding;
-      rows.end = p.input.width;
-      rows.pixel = p.input.channels();
-      rows.last_whole = edge.last_whole;
-      rows.edge = edge.elements;
+      rows.input = {0, p.input.width, p.input.channels(), edge.last_whole, edge.elements};
       rows.weight = p.weight;
       rows.bias = p.bias;
       for (int64_t r = 0; r < smaller(2, p.output.height - y); ++r) {

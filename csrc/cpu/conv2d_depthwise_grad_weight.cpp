@@ -1,6 +1,7 @@
 // Gradient of a depthwise convolution's weight on the CPU: one read of input, one of grad_output.
 #include "core/parallel.h"
 #include "cpu/conv2d_depthwise.h"
+#include "cpu/conv2d_depthwise_rows.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -10,6 +11,88 @@ constexpr int64_t kStepPixels = 64;         // output pixels between loads of ro
 constexpr int64_t kRowsBytes = 192 * 1024;  // rows in the working form: within L2
 constexpr int64_t kUnits = 16;              // pieces of work, whatever the thread count
 constexpr int64_t kGrainTaps = 1 << 19;     // about 30 us of multiply-adds
+
+constexpr int64_t kSumsBytes = 16 * 1024;   // sums of a slab: within L1
+constexpr int64_t kPixelsPerTap = 8;        // of a block at least, so that sums stay a small part
+
+// One output row against the rows of its window.
+template <typename T>
+struct GradRow {
+  WindowRows<T> window;
+  Pixels<T> input, grad_output;
+  int64_t first;         // input column of output 0's first tap
+  const T* grad_output_row;
+  int64_t width, vectors;
+  acc_t<T>* sums;        // [vector][tap][lane]
+};
+
+// `size` output pixels from o on: grad_output stays in registers, each input pixel is loaded once.
+template <typename T, int kernel, int stride, int size, bool border>
+void accumulate_strip(const GradRow<T>& p, int64_t vector, int64_t o) {
+  constexpr int lanes = kLanes<T>, pixels = (size - 1) * stride + kernel;
+  Vec<T> grad[size];
+  const T* grad_pixel = p.grad_output_row + o * p.grad_output.stride + vector * lanes;
+#pragma GCC unroll 16
+  for (int i = 0; i < size; ++i, grad_pixel += p.grad_output.stride) {
+    grad[i] = p.grad_output.template at<border>(grad_pixel, o + i);
+  }
+  const int64_t column = p.first + o * stride;
+  for (int row = p.window.begin; row < p.window.end; ++row) {
+    const T* input = p.window.rows[row] + column * p.input.stride + vector * lanes;
+    Vec<T> sum[kernel] = {};
+#pragma GCC unroll 64
+    for (int x = 0; x < pixels; ++x, input += p.input.stride) {
+      const Vec<T> value = p.input.template at<border>(input, column + x);
+#pragma GCC unroll 8
+      for (int k = 0; k < kernel; ++k) {
+        const int i = (x - k) / stride;
+        if (x >= k && (x - k) % stride == 0 && i < size) sum[k] += value * grad[i];
+      }
+    }
+    acc_t<T>* total = p.sums + (vector * kernel + row) * kernel * lanes;
+#pragma GCC unroll 8
+    for (int k = 0; k < kernel; ++k) store(total + k * lanes, load(total + k * lanes) + sum[k]);
+  }
+}
+
+template <typename T, int kernel, int stride, int size>
+void accumulate_strips(const GradRow<T>& p, int64_t o) {
+  constexpr int64_t reach = (size - 1) * stride + kernel;
+  const int64_t column = p.first + o * stride, lanes = kLanes<T>;
+  const bool inside = column >= p.input.begin && column + reach <= p.input.end && o + size <= p.width;
+  const int64_t readable = p.window.readable(p.input) - (column + reach - 1) * p.input.stride;
+  const int64_t readable_grad =
+      p.grad_output.last_whole - p.grad_output_row - (o + size - 1) * p.grad_output.stride;
+  for (int64_t v = 0; v < p.vectors; ++v) {
+    if (inside && v * lanes <= smaller(readable, readable_grad)) {
+      accumulate_strip<T, kernel, stride, size, false>(p, v, o);
+    } else {
+      accumulate_strip<T, kernel, stride, size, true>(p, v, o);
+    }
+  }
+}
+
+template <typename T, int kernel, int stride>
+void accumulate_row(const GradRow<T>& p) {
+  int64_t o = 0;
+  for (; o + kStripPixels < p.width; o += 2 * kStripPixels) {
+    accumulate_strips<T, kernel, stride, 2 * kStripPixels>(p, o);
+  }
+  if (o < p.width) accumulate_strips<T, kernel, stride, kStripPixels>(p, o);
+}
+
+template <typename T>
+using GradRowKernel = void (*)(const GradRow<T>&);
+
+// Null where there is none.
+template <typename T>
+GradRowKernel<T> grad_row_kernel(const Window& height, const Window& width) {
+  GradRowKernel<T> found = nullptr;
+  if constexpr (!std::is_same_v<T, double>) {
+    dispatch_window(height, width, [&](auto kernel, auto stride) { found = accumulate_row<T, kernel, stride>; });
+  }
+  return found;
+}
 
 // sums[t] += the sum over `count` pixels of inputs[t][i * step] * grad_output[i]. The row's sum is
 // formed apart: two short sums are more exact than a long one.
@@ -52,11 +135,14 @@ class Slab {
  public:
   Slab(const GradWeight<scalar_t>& problem, int64_t vectors, int64_t step_rows)
       : p_(problem),
+        kernel_(grad_row_kernel<acc>(p_.height.window, p_.width.window)),
         step_rows_(step_rows),
         input_(input_rows(problem, vectors, step_rows)),
         grad_output_{nullptr, p_.grad_output.members, vectors, step_rows, 0, p_.grad_output.width},
         input_memory_(input_.count()),
-        grad_output_memory_(grad_output_.count()) {
+        grad_output_memory_(grad_output_.count()),
+        edge_(input_memory_.get(), input_memory_.get() + input_.count()),
+        grad_edge_(grad_output_memory_.get(), grad_output_memory_.get() + grad_output_.count()) {
     input_.data = input_memory_.get();
     grad_output_.data = grad_output_memory_.get();
     input_memory_.zero();
@@ -81,14 +167,30 @@ class Slab {
       for (int64_t v = 0; v < vectors; ++v) {
         for (int64_t m = 0; m < p_.grad_output.members; ++m) {
           acc* sum = sums + (v * p_.grad_output.members + m) * p_.taps() * kSize;
-          for (int64_t r = y; r < y_end; ++r) accumulate_row(v, r, grad_output_.at(m, v, r), sum);
+          for (int64_t r = y; r < y_end; ++r) {
+            const acc* grad_output = grad_output_.at(m, v, r);
+            kernel_ ? accumulate_window(v, r, grad_output, sum) : accumulate_any(v, r, grad_output, sum);
+          }
         }
       }
     }
   }
 
  private:
-  void accumulate_row(int64_t v, int64_t y, const acc* grad_output, acc* sum) {
+  void accumulate_window(int64_t v, int64_t y, const acc* grad_output, acc* sum) {
+    GradRow<acc> row;
+    row.window.find(p_.height, y, false, [&](int64_t in) { return input_.at(0, v, in); });
+    row.input = {input_.left, input_.left + input_.width, kSize, edge_.last_whole, edge_.elements};
+    row.grad_output = {0, grad_output_.width, kSize, grad_edge_.last_whole, grad_edge_.elements};
+    row.first = -p_.width.window.padding;
+    row.grad_output_row = grad_output;
+    row.width = grad_output_.width;
+    row.vectors = 1;
+    row.sums = sum;
+    kernel_(row);
+  }
+
+  void accumulate_any(int64_t v, int64_t y, const acc* grad_output, acc* sum) {
     const int64_t columns = p_.width.window.size, dilation = p_.height.window.dilation;
     const int64_t top = p_.height.window.start(y);
     const int64_t above = top < 0 ? divide_up(-top, dilation) : 0;
@@ -113,12 +215,37 @@ class Slab {
   }
 
   const GradWeight<scalar_t>& p_;
+  GradRowKernel<acc> kernel_;
   int64_t step_rows_;
   Rows<acc> input_, grad_output_;
   Scratch<acc> input_memory_, grad_output_memory_;
+  Edge<acc> edge_, grad_edge_;
 };
 
-// All channel vectors at once where their rows fit L2 in NHWC, one at a time in NCHW.
+// The same in NHWC for the windows that have a kernel: straight from the tensors.
+template <typename scalar_t>
+struct NhwcSlab {
+  const GradWeight<scalar_t>& p;
+  GradRowKernel<scalar_t> kernel;
+  const Edge<scalar_t>&edge, &grad_edge;
+
+  void run(int64_t n, int64_t first, int64_t vectors, int64_t begin, int64_t end, acc_t<scalar_t>* sums) {
+    GradRow<scalar_t> row;
+    row.input = {0, p.input.width, p.input.channels(), edge.last_whole, edge.elements};
+    row.grad_output = {0, p.grad_output.width, p.input.channels(), grad_edge.last_whole, grad_edge.elements};
+    row.first = -p.width.window.padding;
+    row.width = p.grad_output.width;
+    row.vectors = vectors;
+    row.sums = sums;
+    for (int64_t y = begin; y < end; ++y) {
+      row.window.find(p.height, y, false, [&](int64_t in) { return p.input.at(n, 0, first, in); });
+      row.grad_output_row = p.grad_output.at(n, 0, first, y);
+      kernel(row);
+    }
+  }
+};
+
+// Of the working form: all vectors at once where their rows fit L2 in NHWC, one at a time in NCHW.
 template <typename scalar_t>
 int64_t slab_vectors(const GradWeight<scalar_t>& p, int64_t vectors, int64_t step_rows) {
   if (!p.input.channels_last) return 1;
@@ -128,40 +255,30 @@ int64_t slab_vectors(const GradWeight<scalar_t>& p, int64_t vectors, int64_t ste
 }
 
 // The output rows of the batch are cut into blocks that depend on the problem alone; each block
-// sums apart, and the blocks are added in order.
-template <typename scalar_t>
-void grad_weight(const Conv2dGradWeightParams& params) {
+// sums apart, and the blocks are added in order. make_worker() gives what sums slabs.
+template <typename scalar_t, typename F>
+void sum_blocks(const GradWeight<scalar_t>& p, int64_t batch, int64_t slab, scalar_t* grad_weight, const F& make_worker) {
   using acc = acc_t<scalar_t>;
   constexpr int64_t lanes = kLanes<acc>;
-  const Conv2dShape& s = params.shape;
-  const int64_t members = s.out_channels / s.groups;
-  const GradWeight<scalar_t> p{
-      {static_cast<const scalar_t*>(params.input), s.channels_last, s.groups, 1, s.in_height, s.in_width},
-      {static_cast<const scalar_t*>(params.grad_output), s.channels_last, s.groups, members, s.out_height, s.out_width},
-      Axis::forward(s.window_height, s.in_height, s.out_height),
-      Axis::forward(s.window_width, s.in_width, s.out_width)};
-  const int64_t vectors = divide_up(s.groups, lanes);
-  if (vectors == 0) return;
-  const int64_t step_rows = larger(1, smaller(s.out_height, divide_up(kStepPixels, larger(1, s.out_width))));
-  const int64_t slab = slab_vectors(p, vectors, step_rows), slabs = divide_up(vectors, slab);
-  const int64_t rows = s.batch * s.out_height;
-  const int64_t block_rows = larger(1, divide_up(divide_up(rows, divide_up(kUnits, slabs)), step_rows)) * step_rows;
+  const int64_t height = p.grad_output.height, rows = batch * height, members = p.grad_output.members;
+  const int64_t vectors = divide_up(p.input.groups, lanes), slabs = divide_up(vectors, slab);
+  const int64_t most = rows * p.grad_output.width / (p.taps() * kPixelsPerTap);
+  const int64_t block_rows = larger(1, divide_up(rows, larger(1, smaller(most, divide_up(kUnits, slabs)))));
   const int64_t blocks = larger(1, divide_up(rows, block_rows));
   const int64_t vector_sums = members * p.taps() * lanes, sums = vectors * vector_sums;
   Scratch<acc> partial(blocks * sums);
   partial.zero();
 
-  const int64_t block_work = block_rows * s.out_width * slab * lanes * (p.taps() + 8);
-  parallel_for(blocks * slabs, kGrainTaps / block_work + 1, [&](int64_t begin, int64_t end) {
-    Slab<scalar_t> worker(p, slab, step_rows);
+  const int64_t block_work = block_rows * p.grad_output.width * slab * lanes * (p.taps() + 8);
+  parallel_for(blocks * slabs, kGrainTaps / (block_work + 1) + 1, [&](int64_t begin, int64_t end) {
+    auto worker = make_worker();
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t block = unit / slabs, first = unit % slabs * slab;
-      const int64_t count = smaller(slab, vectors - first);
+      const int64_t count = smaller(slab, vectors - first), last = smaller((block + 1) * block_rows, rows);
       acc* sum = partial.get() + block * sums + first * vector_sums;
-      const int64_t last_row = smaller((block + 1) * block_rows, rows);
-      for (int64_t row = block * block_rows; row < last_row;) {
-        const int64_t y = row % s.out_height, y_end = smaller(s.out_height, y + last_row - row);
-        worker.run(row / s.out_height, first, count, y, y_end, sum);
+      for (int64_t row = block * block_rows; row < last;) {
+        const int64_t y = row % height, y_end = smaller(height, y + last - row);
+        worker.run(row / height, first, count, y, y_end, sum);
         row += y_end - y;
       }
     }
@@ -172,7 +289,31 @@ void grad_weight(const Conv2dGradWeightParams& params) {
       store(partial.get() + i, load(partial.get() + i) + load(term + i));
     }
   }
-  unpack_weight(partial.get(), s.groups, members, p.taps(), static_cast<scalar_t*>(params.grad_weight));
+  unpack_weight(partial.get(), p.input.groups, members, p.taps(), grad_weight);
+}
+
+template <typename scalar_t>
+void grad_weight(const Conv2dGradWeightParams& params) {
+  const Conv2dShape& s = params.shape;
+  const int64_t members = s.out_channels / s.groups, vectors = divide_up(s.groups, kLanes<scalar_t>);
+  if (vectors == 0) return;
+  const GradWeight<scalar_t> p{
+      {static_cast<const scalar_t*>(params.input), s.channels_last, s.groups, 1, s.in_height, s.in_width},
+      {static_cast<const scalar_t*>(params.grad_output), s.channels_last, s.groups, members, s.out_height, s.out_width},
+      Axis::forward(s.window_height, s.in_height, s.out_height),
+      Axis::forward(s.window_width, s.in_width, s.out_width)};
+  auto* result = static_cast<scalar_t*>(params.grad_weight);
+  const auto kernel = grad_row_kernel<scalar_t>(s.window_height, s.window_width);
+  if (s.channels_last && members == 1 && kernel) {
+    const Edge<scalar_t> edge(p.input.at(0, 0, 0, 0), p.input.at(s.batch, 0, 0, 0));
+    const Edge<scalar_t> grad_edge(p.grad_output.at(0, 0, 0, 0), p.grad_output.at(s.batch, 0, 0, 0));
+    const int64_t fit = kSumsBytes / (p.taps() * kVecBytes);
+    const int64_t slab = divide_up(vectors, divide_up(vectors, fit));
+    return sum_blocks(p, s.batch, slab, result, [&] { return NhwcSlab<scalar_t>{p, kernel, edge, grad_edge}; });
+  }
+  const int64_t step_rows = larger(1, smaller(s.out_height, divide_up(kStepPixels, larger(1, s.out_width))));
+  const int64_t slab = slab_vectors(p, vectors, step_rows);
+  sum_blocks(p, s.batch, slab, result, [&] { return Slab<scalar_t>(p, slab, step_rows); });
 }
 
 }  // namespace

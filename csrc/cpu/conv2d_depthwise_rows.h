@@ -13,7 +13,7 @@ namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
 constexpr int kStripPixels = 7;
-constexpr int kMaxFastRows = 9;  // input rows under two output rows: 7 + stride 2
+constexpr int kMaxWindowRows = 9;  // rows under two windows: 7 + stride 2
 
 // The end of readable memory: a register's worth of its last elements, where loading past them is
 // safe, and zeros for the padding. So a border costs a choice of address and no branch.
@@ -28,28 +28,54 @@ struct Edge {
   }
 };
 
+// How a row of pixels lies in memory.
+template <typename T>
+struct Pixels {
+  int64_t begin, end;   // the columns that exist
+  int64_t stride;       // elements from one pixel to the next
+  const T* last_whole;  // see Edge
+  const T* edge;
+
+  // `border`: the column may not exist, or a whole register not be readable.
+  template <bool border>
+  [[gnu::always_inline]] Vec<T> at(const T* pixel, int64_t column) const {
+    const T* source = pixel;
+    if (border && pixel > last_whole) source = edge + (pixel - last_whole);
+    if (border && (column < begin || column >= end)) source = edge + kLanes<T>;
+    return load(source);
+  }
+};
+
+// Rows under a window at output row y, or under two such windows: column 0, from the top tap down.
+template <typename T>
+struct WindowRows {
+  const T* rows[kMaxWindowRows];
+  int begin, end;  // those inside the image
+
+  template <typename F>
+  void find(const Axis& height, int64_t y, bool two, const F& at) {
+    const int64_t top = height.window.start(y);
+    const int64_t reach = height.window.size + (two ? height.window.stride : 0);
+    end = int(larger(0, smaller(reach, height.input - top)));
+    begin = int(smaller(larger(0, -top), end));
+    for (int row = begin; row < end; ++row) rows[row] = at(top + row);
+  }
+  // Elements from the last row to the last address from which a register may be loaded.
+  int64_t readable(const Pixels<T>& pixels) const {
+    return begin < end ? pixels.last_whole - rows[end - 1] : INT64_MAX;
+  }
+};
+
 template <typename T>
 struct RowPair {
   using acc = acc_t<T>;
-  const T* rows[kMaxFastRows];  // column 0 of the input rows from the top tap down
-  int row_begin, row_end;       // those that exist and are needed
-  int64_t first, begin, end;    // column of the first tap; columns [begin, end) exist
-  int64_t pixel;                // elements from one input pixel to the next
-  const T* last_whole;          // see Edge
-  const T* edge;
-  const acc* weight;            // [vector][tap][lane]
-  const acc* bias;              // [vector][lane], or null
-  T* outputs[2];                // the second is null for a single row
+  WindowRows<T> window;
+  Pixels<T> input;
+  int64_t first;      // column of output 0's first tap
+  const acc* weight;  // [vector][tap][lane]
+  const acc* bias;    // [vector][lane], or null
+  T* outputs[2];      // the second is null for a single row
   int64_t output_pixel, output_width, channels;
-
-  // Of output row y, and of the next one if `two`.
-  template <typename F>
-  void find_rows(const Axis& height, int64_t y, bool two, const F& at) {
-    const int64_t top = height.window.start(y), reach = height.window.size + (two ? height.window.stride : 0);
-    row_end = int(larger(0, smaller(reach, height.input - top)));
-    row_begin = int(smaller(larger(0, -top), row_end));
-    for (int row = row_begin; row < row_end; ++row) rows[row] = at(top + row);
-  }
 };
 
 // The first `lanes` of a sum. vcvtneps2bf16 does in one instruction what takes ten; that it flushes
@@ -70,11 +96,8 @@ template <typename T, int kernel, int stride, bool upper, bool lower, bool borde
                                            const acc_t<T>* weight, Vec<T> (&sum)[2][kStripPixels]) {
   constexpr int pixels = (kStripPixels - 1) * stride + kernel;
 #pragma GCC unroll 32
-  for (int x = 0; x < pixels; ++x, input += p.pixel) {
-    const T* source = input;
-    if (border && input > p.last_whole) source = p.edge + (input - p.last_whole);
-    if (border && (column + x < p.begin || column + x >= p.end)) source = p.edge + kLanes<T>;
-    const Vec<T> value = load(source);
+  for (int x = 0; x < pixels; ++x, input += p.input.stride) {
+    const Vec<T> value = p.input.template at<border>(input, column + x);
 #pragma GCC unroll 8
     for (int k = 0; k < kernel; ++k) {
       const int i = (x - k) / stride;
@@ -96,13 +119,13 @@ void correlate_strip(const RowPair<T>& p, int64_t vector, int64_t o, int64_t cou
 #pragma GCC unroll 8
   for (int i = 0; i < kStripPixels; ++i) sum[0][i] = sum[1][i] = bias;
   const acc_t<T>* weight = p.weight + channel * kernel * kernel;
-  const int64_t offset = column * p.pixel + channel;
-  int row = border ? p.row_begin : 0;
+  const int64_t offset = column * p.input.stride + channel;
+  int row = border ? p.window.begin : 0;
   const auto add_rows = [&](auto upper, auto lower, int limit) {
-    const int end = border && p.row_end < limit ? p.row_end : limit;
+    const int end = border && p.window.end < limit ? p.window.end : limit;
 #pragma GCC unroll 2
     for (; row < end; ++row) {
-      add_row<T, kernel, stride, upper, lower, border>(p, p.rows[row] + offset, column,
+      add_row<T, kernel, stride, upper, lower, border>(p, p.window.rows[row] + offset, column,
                                                        weight + row * kernel * size, sum);
     }
   };
@@ -123,18 +146,17 @@ template <typename T, int kernel, int stride>
 void correlate_rows(const RowPair<T>& p) {
   constexpr int size = kLanes<T>;
   constexpr int64_t reach = (kStripPixels - 1) * stride + kernel;
-  const bool any = p.row_begin < p.row_end;
-  const bool all = p.row_begin == 0 && p.row_end == kernel + stride;
-  const int64_t last_offset = any ? p.last_whole - p.rows[p.row_end - 1] : INT64_MAX;
+  const bool all = p.window.begin == 0 && p.window.end == kernel + stride;
+  const int64_t readable = p.window.readable(p.input);
   for (int64_t o = 0; o < p.output_width; o += kStripPixels) {
     // The last strip steps back to be a whole one.
     const int64_t back = p.output_width - kStripPixels;
     const int64_t start = o <= back ? o : back > 0 ? back : 0;
     const int64_t count = p.output_width < kStripPixels ? p.output_width : kStripPixels;
     const int64_t column = p.first + start * stride;
-    const bool inside = all && column >= p.begin && column + reach <= p.end;
+    const bool inside = all && column >= p.input.begin && column + reach <= p.input.end;
     for (int64_t v = 0; v * size < p.channels; ++v) {
-      if (inside && (column + reach - 1) * p.pixel + v * size <= last_offset) {
+      if (inside && (column + reach - 1) * p.input.stride + v * size <= readable) {
         correlate_strip<T, kernel, stride, false>(p, v, start, count);
       } else {
         correlate_strip<T, kernel, stride, true>(p, v, start, count);
@@ -146,25 +168,31 @@ void correlate_rows(const RowPair<T>& p) {
 template <typename T>
 using RowsKernel = void (*)(const RowPair<T>&);
 
+// Calls f(kernel, stride), as compile-time constants, where the window is one of those above.
+template <typename F>
+bool dispatch_window(const Window& height, const Window& width, const F& f) {
+  if (height.size != width.size || height.stride != width.stride) return false;
+  if (height.dilation != 1 || width.dilation != 1 || height.stride > 2) return false;
+  const auto with_stride = [&](auto kernel) {
+    if (height.stride == 1) return f(kernel, std::integral_constant<int, 1>{});
+    f(kernel, std::integral_constant<int, 2>{});
+  };
+  switch (height.size) {
+    case 3: with_stride(std::integral_constant<int, 3>{}); return true;
+    case 5: with_stride(std::integral_constant<int, 5>{}); return true;
+    case 7: with_stride(std::integral_constant<int, 7>{}); return true;
+    default: return false;
+  }
+}
+
 // Null where there is none.
 template <typename T>
 RowsKernel<T> rows_kernel(const Window& height, const Window& width) {
-  if constexpr (std::is_same_v<T, double>) {
-    return nullptr;
-  } else {
-    if (height.size != width.size || height.stride != width.stride) return nullptr;
-    if (height.dilation != 1 || width.dilation != 1) return nullptr;
-    if (height.stride == 1) {
-      if (height.size == 3) return correlate_rows<T, 3, 1>;
-      if (height.size == 5) return correlate_rows<T, 5, 1>;
-      if (height.size == 7) return correlate_rows<T, 7, 1>;
-    } else if (height.stride == 2) {
-      if (height.size == 3) return correlate_rows<T, 3, 2>;
-      if (height.size == 5) return correlate_rows<T, 5, 2>;
-      if (height.size == 7) return correlate_rows<T, 7, 2>;
-    }
-    return nullptr;
+  RowsKernel<T> found = nullptr;
+  if constexpr (!std::is_same_v<T, double>) {
+    dispatch_window(height, width, [&](auto kernel, auto stride) { found = correlate_rows<T, kernel, stride>; });
   }
+  return found;
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o
 # What the installation depends on; Python sources are installed editable and need no rebuild.
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f 2>/dev/null)
 
-SANITIZE_TESTS := $(addprefix tests/test_,values.py gradients.py layouts.py bad_input.py)
+SANITIZE_TESTS := $(addprefix tests/test_,values.py gradients.py layouts.py bad_input.py isa.py)
 
 .PHONY: help install demo test verify bench lint format test-sanitize clean
 

@@ -50,7 +50,8 @@ class Case:
     `mutated` of those that a call updates in place, as running statistics are. `exact` operators
     select instead of computing: their outputs equal native's bit for bit. `native_dtypes` are those
     that native survives; elsewhere float64 alone is the reference. `scale(sample, tensors)` is the
-    magnitude of terms that cancel in the results, where the results do not show it.
+    magnitude of terms that cancel in the results, where the results do not show it. `reference` is
+    what derivatives beyond the first are compared with, where native's own are wrong.
     """
 
     name: str
@@ -66,6 +67,12 @@ class Case:
     exact: bool = False
     native_dtypes: tuple[torch.dtype, ...] = FLOATS
     scale: Callable[[Sample, list[Tensor | None]], float] | None = None
+    reference: Callable[..., Any] | None = None
+
+    def updates(self, sample: Sample) -> bool:
+        """Whether the call writes to one of its arguments."""
+        written = any(sample.shapes[position] is not None for position in self.mutated)
+        return written and sample.kwargs.get("training", True)
 
     def tensors(
         self,

@@ -107,13 +107,19 @@ def register(
     fake: Callable[..., Any],
     vmap: Callable[..., Any],
     autograd: Callable[..., Any] | None = None,
+    in_place: Callable[..., Any] | None = None,
 ) -> None:
-    """Fake kernel, vmap rule and Autograd kernel (`apply_here`) of torch.ops.torchops.<name>."""
+    """Fake kernel, vmap rule and Autograd kernel (`apply_here`) of torch.ops.torchops.<name>.
+
+    `in_place(keyset, *args)` is the ADInplaceOrView kernel of an operator that writes arguments.
+    """
     op = f"torchops::{name}"
     torch.library.register_fake(op, fake)
     torch.library.register_vmap(op, vmap)
     if autograd is not None:
         _library.impl(name, autograd, "Autograd")
+    if in_place is not None:
+        _library.impl(name, in_place, "ADInplaceOrView", with_keyset=True)
 
 
 def fold_batch(tensor: Tensor, in_dim: int | None, batch_size: int) -> Tensor:

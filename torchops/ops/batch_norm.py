@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from torchops.ops import _batch_norm_derivatives as derivatives
 from torchops.ops._activation import ACTIVATIONS, activation_number
@@ -332,6 +333,13 @@ def _fake_backward(
     )
 
 
+def _update_in_place(keyset, running_mean, running_var, mean, var, count, momentum):
+    """Tells autograd that the running statistics change, as ADInplaceOrView kernels do."""
+    increment_version([t for t in (running_mean, running_var) if t is not None])
+    after = keyset & torch._C._after_ADInplaceOrView_keyset
+    return _update.redispatch(after, running_mean, running_var, mean, var, count, momentum)
+
+
 def _fake_update(running_mean, running_var, mean, var, count, momentum):
     return None
 
@@ -415,4 +423,5 @@ register("batch_norm_apply", fake=_fake_apply, vmap=_vmap_apply,
          autograd=BatchNormApplyFunction.apply_here)  # fmt: skip
 register("batch_norm_backward", fake=_fake_backward, vmap=_vmap_backward,
          autograd=BatchNormBackwardFunction.apply_here)  # fmt: skip
-register("batch_norm_update", fake=_fake_update, vmap=_vmap_update)
+register("batch_norm_update", fake=_fake_update, vmap=_vmap_update,
+         in_place=_update_in_place)  # fmt: skip

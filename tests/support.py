@@ -91,8 +91,11 @@ def as_function(case, function, sample, tensors):
     return call, [tensors[position] for position in where]
 
 
-def gradients(case, function, sample, tensors, seed=1):
-    """The gradient of every differentiable argument, for one random grad_output."""
+def gradients(case, function, sample, tensors, seed=1, like_output=False):
+    """The gradient of every differentiable argument, for one random grad_output.
+
+    It is contiguous, or `like_output` has the output's own strides, as in a network.
+    """
     call, inputs = as_function(case, function, sample, tensors)
     inputs = [input.detach().requires_grad_() for input in inputs]
     outputs = call(*inputs)
@@ -103,6 +106,11 @@ def gradients(case, function, sample, tensors, seed=1):
         for output in outputs
     ]
     poison_free_memory()
+    if like_output:
+        grad_outputs = [
+            torch.empty_like(output).copy_(grad)
+            for output, grad in zip(outputs, grad_outputs, strict=True)
+        ]
     return torch.autograd.grad(outputs, inputs, grad_outputs)
 
 

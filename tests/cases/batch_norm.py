@@ -59,11 +59,6 @@ def make_tensors(sample, generator):
     return tensors
 
 
-def scale(sample, tensors):
-    """Gradients of weight and bias are sums over all pixels, and terms of grad_input cancel."""
-    return float(max(tensors[0].numel() / max(tensors[0].shape[1], 1), 1)) ** 0.5
-
-
 SAMPLES = [
     sample((2, 3, 8, 8)),
     sample((2, 5, 17, 19), activation="relu"),
@@ -159,7 +154,6 @@ CASES = [
         make_tensors=make_tensors,
         differentiable=(0, 3, 4, 5),
         mutated=(1, 2),
-        scale=scale,
         reference=reference,
     )
 ]

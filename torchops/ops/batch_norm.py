@@ -93,6 +93,11 @@ def batch_norm(
     """
     number = activation_number(activation)
     _check(input, running_mean, running_var, weight, training, momentum)
+    if input.numel() == 0:  # nothing to compute, and torch gives that nothing strides of its own
+        return native_batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps,
+            activation=activation, residual=residual,
+        )  # fmt: skip
     if residual is not None:
         check_residual(input, residual)
         if residual is input and torch.compiler.is_compiling():

@@ -94,9 +94,9 @@ def test_near_the_largest_number(case, sample):
 
 
 def outcome(compute):
-    """Shapes and strides of what a computation gives, or the type and text of what it raises."""
+    """Shapes of what a computation gives, or the type and text of what it raises."""
     try:
-        return [(result.shape, result.stride()) for result in compute()]
+        return [result.shape for result in compute()]
     except Exception as error:
         return type(error), str(error)
 
@@ -114,6 +114,12 @@ def test_zero_size(case, axis, compute):
         sample = Sample((tuple(shape), *original.shapes[1:]), original.kwargs)
         tensors = case.tensors(original, torch.float32)
         tensors[0] = torch.empty(shape)
+        if axis == 1:  # without channels there is nothing per channel either
+            channels = original.shapes[0][1:2]
+            tensors = [
+                t[:0] if t is not None and t.shape == channels and t.dim() == 1 else t
+                for t in tensors
+            ]
         own = outcome(lambda: compute(case, case.own, sample, tensors))  # noqa: B023
         native = outcome(lambda: compute(case, case.native, sample, tensors))  # noqa: B023
         assert own == native, sample

@@ -143,7 +143,11 @@ def _check(input, running_mean, running_var, weight, training, momentum) -> None
                     raise RuntimeError(f"{name} must have the dtype of input, or float32")
     elif not training:
         raise RuntimeError("running_mean must be defined in evaluation mode")
-    if training and input.numel() == input.shape[1]:
+    if (
+        training
+        and input.numel() == input.shape[1]
+        and all(size == 1 for size in (input.shape[0], *input.shape[2:]))
+    ):
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {input.shape}"
         )
@@ -381,7 +385,9 @@ def _vmap_batch_norm(info, in_dims, input, weight, bias, residual, eps, activati
     folded = _fold_all(info, in_dims, (input, weight, bias, residual), (1, 0, 0, 1))
     outputs = torch.ops.torchops.batch_norm(*folded, eps, activation)
     axes = (1, 0, 0)
-    unfolded = (_unfold_channels(t, info.batch_size, axis) for t, axis in zip(outputs, axes, strict=True))
+    unfolded = (
+        _unfold_channels(t, info.batch_size, axis) for t, axis in zip(outputs, axes, strict=True)
+    )
     return tuple(unfolded), axes
 
 

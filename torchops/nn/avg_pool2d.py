@@ -1,11 +1,11 @@
-"""AvgPool1d and AvgPool2d: torch's modules on the kernels of this project."""
+"""AvgPool1d, 2d and 3d: torch's modules on the kernels of this project."""
 
 from __future__ import annotations
 
 import torch.nn as nn
 from torch import Tensor
 
-from torchops.ops.avg_pool2d import avg_pool1d, avg_pool2d
+from torchops.ops.avg_pool2d import avg_pool1d, avg_pool2d, avg_pool3d
 
 
 class AvgPool1d(nn.AvgPool1d):
@@ -23,6 +23,16 @@ class AvgPool2d(nn.AvgPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         return avg_pool2d(
+            input, self.kernel_size, self.stride, self.padding, self.ceil_mode,
+            self.count_include_pad, self.divisor_override,
+        )  # fmt: skip
+
+
+class AvgPool3d(nn.AvgPool3d):
+    __doc__ = nn.AvgPool3d.__doc__
+
+    def forward(self, input: Tensor) -> Tensor:
+        return avg_pool3d(
             input, self.kernel_size, self.stride, self.padding, self.ceil_mode,
             self.count_include_pad, self.divisor_override,
         )  # fmt: skip

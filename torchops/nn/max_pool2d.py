@@ -1,11 +1,11 @@
-"""MaxPool1d and MaxPool2d: torch's modules on the kernels of this project."""
+"""MaxPool1d, 2d and 3d: torch's modules on the kernels of this project."""
 
 from __future__ import annotations
 
 import torch.nn as nn
 from torch import Tensor
 
-from torchops.ops.max_pool2d import max_pool1d, max_pool2d
+from torchops.ops.max_pool2d import max_pool1d, max_pool2d, max_pool3d
 
 
 class MaxPool1d(nn.MaxPool1d):
@@ -23,6 +23,16 @@ class MaxPool2d(nn.MaxPool2d):
 
     def forward(self, input: Tensor):
         return max_pool2d(
+            input, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.ceil_mode, self.return_indices,
+        )  # fmt: skip
+
+
+class MaxPool3d(nn.MaxPool3d):
+    __doc__ = nn.MaxPool3d.__doc__
+
+    def forward(self, input: Tensor):
+        return max_pool3d(
             input, self.kernel_size, self.stride, self.padding, self.dilation,
             self.ceil_mode, self.return_indices,
         )  # fmt: skip

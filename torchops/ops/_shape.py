@@ -29,6 +29,29 @@ def stride_or_kernel(stride: Any, kernel_size: tuple[Any, ...]) -> tuple[Any, ..
     return pair(stride)
 
 
+def adaptive_size(output_size: Any, input: Tensor) -> tuple[Any, ...]:
+    """An adaptive pool's output_size: an int, or a pair in which None keeps the input's size."""
+    if isinstance(output_size, (tuple, list)):
+        if len(output_size) != 2 or input.dim() < 3:
+            raise ValueError(f"expected an output_size of two for an image, but got {output_size}")
+        height, width = output_size
+        return (
+            input.shape[-2] if height is None else height,
+            input.shape[-1] if width is None else width,
+        )
+    if isinstance(output_size, bool) or not isinstance(output_size, (int, torch.SymInt)):
+        raise TypeError(f"expected output_size of ints, but got {type(output_size).__name__}")
+    return (output_size, output_size)
+
+
+def adaptive_size_1d(output_size: Any) -> tuple[Any, ...]:
+    """A 1-D adaptive pool's output_size as that of a map of height 1. None is no size here."""
+    (length,) = single(output_size)
+    if length is None:
+        raise TypeError("expected an output_size of one int, but got None")
+    return (1, length)
+
+
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether torch's own operators give channels_last to what they compute from `tensor`."""
     return suggest_memory_format(tensor) is torch.channels_last

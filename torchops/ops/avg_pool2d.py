@@ -1,4 +1,4 @@
-"""avg_pool2d and avg_pool1d: wrapper, autograd Functions, fake kernels, vmap rules."""
+"""avg_pool1d, 2d and 3d: wrapper, autograd Functions, fake kernels, vmap rules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchops.ops._autograd import (
     register,
     unfold_batch,
 )
-from torchops.ops._drop_in import drop_in
+from torchops.ops._drop_in import drop_in, native_only
 from torchops.ops._shape import (
     is_channels_last,
     pair,
@@ -86,6 +86,9 @@ def avg_pool1d(
         ceil_mode, count_include_pad,
     )  # fmt: skip
     return output.squeeze(-2)
+
+
+avg_pool3d = native_only("avg_pool3d", F.avg_pool3d)
 
 
 class AvgPool2dFunction(Function):

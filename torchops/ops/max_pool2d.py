@@ -1,4 +1,4 @@
-"""max_pool2d and max_pool1d: wrapper, autograd Functions, fake kernels, vmap rules."""
+"""max_pool1d, 2d and 3d: wrapper, autograd Functions, fake kernels, vmap rules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchops.ops._autograd import (
     register,
     unfold_batch,
 )
-from torchops.ops._drop_in import drop_in
+from torchops.ops._drop_in import drop_in, native_only
 from torchops.ops._shape import pair, pooled_size, suggest_memory_format
 
 _max_pool2d = kernel("max_pool2d")
@@ -102,6 +102,9 @@ def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mod
     return kernel_size, stride, pair(padding), pair(dilation), bool(ceil_mode)
 
 
+max_pool3d = native_only("max_pool3d", F.max_pool3d)
+
+
 class MaxPool2dFunction(Function):
     """(output, offsets) of the pooling; backward and tangent follow the winners."""
 
@@ -136,7 +139,9 @@ class MaxPool2dBackwardFunction(Function):
     """Scatter to the winners: linear in grad_output, its adjoint is the gather."""
 
     @staticmethod
-    def forward(grad_output, offsets, input_size, kernel_size, stride, padding, dilation, ceil_mode):
+    def forward(
+        grad_output, offsets, input_size, kernel_size, stride, padding, dilation, ceil_mode
+    ):
         return _backward(
             grad_output, offsets, input_size, kernel_size, stride, padding, dilation, ceil_mode
         )

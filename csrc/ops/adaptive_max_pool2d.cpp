@@ -1,0 +1,160 @@
+// adaptive_max_pool2d: schemas, checks, allocation and choice of kernel.
+#include "ops/adaptive_max_pool2d.h"
+
+#include "core/device.h"
+#include "core/tensor.h"
+
+namespace torchops {
+namespace {
+
+constexpr int64_t kMaxUint8Taps = 256;
+
+AdaptiveMaxPool2dParams make_params(DType dtype, const IntList& input_size, int64_t out_height,
+                                    int64_t out_width, MemoryFormat format) {
+  const size_t rank = input_size.size();
+  TORCHOPS_CHECK(rank == 3 || rank == 4, "adaptive_max_pool2d(): Expected 3D or 4D tensor, but got ",
+                 to_string(input_size));
+  AdaptiveMaxPool2dParams p{};
+  p.dtype = dtype;
+  p.channels_last = format == MemoryFormat::channels_last;
+  p.batch = rank == 4 ? input_size[0] : 1;
+  p.channels = input_size[rank - 3];
+  p.in_height = input_size[rank - 2];
+  p.in_width = input_size[rank - 1];
+  TORCHOPS_CHECK(p.batch >= 0 && p.channels > 0 && p.in_height > 0 && p.in_width > 0,
+                 "adaptive_max_pool2d(): Expected input to have non-zero size for non-batch "
+                 "dimensions, but input has sizes ", to_string(input_size));
+  // 2^31 keeps o * length far from overflow.
+  constexpr int64_t kLimit = int64_t{1} << 31;
+  TORCHOPS_CHECK(out_height >= 0 && out_width >= 0 && out_height < kLimit && out_width < kLimit &&
+                     p.in_height < kLimit && p.in_width < kLimit,
+                 "adaptive_max_pool2d: elements of output_size must be greater than or equal to 0 "
+                 "and below 2^31, but received {", out_height, ", ", out_width, "}");
+  p.out_height = out_height;
+  p.out_width = out_width;
+  p.taps_height = adaptive_taps(p.in_height, out_height);
+  p.taps_width = adaptive_taps(p.in_width, out_width);
+  p.wide_offsets = p.taps_height * p.taps_width > kMaxUint8Taps;
+  return p;
+}
+
+// The parameters that offsets of these sizes belong to.
+AdaptiveMaxPool2dParams params_of_offsets(DType dtype, const IntList& input_size,
+                                          const Tensor& offsets, MemoryFormat format) {
+  const int64_t rank = offsets.dim();
+  TORCHOPS_CHECK(rank >= 3 && input_size.size() == static_cast<size_t>(rank),
+                 "adaptive_max_pool2d: offsets and input must both be 3-D or 4-D, but got sizes ",
+                 to_string(sizes_of(offsets)), " and ", to_string(input_size));
+  return make_params(dtype, input_size, offsets.size(rank - 2), offsets.size(rank - 1), format);
+}
+
+Storage offset_storage(const AdaptiveMaxPool2dParams& p) {
+  return p.wide_offsets ? Storage::int32 : Storage::uint8;
+}
+
+void check_offsets(const Tensor& offsets, const IntList& input_size, const Tensor& values,
+                   const AdaptiveMaxPool2dParams& p) {
+  IntList expected = input_size;
+  expected[expected.size() - 2] = p.out_height;
+  expected[expected.size() - 1] = p.out_width;
+  TORCHOPS_CHECK(sizes_of(offsets) == expected, "adaptive_max_pool2d: expected offsets of sizes ",
+                 to_string(expected), ", but got ", to_string(sizes_of(offsets)));
+  TORCHOPS_CHECK(has_dtype(offsets, offset_storage(p)),
+                 "adaptive_max_pool2d: expected offsets of dtype ",
+                 p.wide_offsets ? "int32" : "uint8");
+  TORCHOPS_CHECK(same_device(offsets, values),
+                 "adaptive_max_pool2d: expected offsets on the device of the other tensor");
+}
+
+Tensor pool(const Tensor& input, const IntList& output_size, Tensor* offsets) {
+  TORCHOPS_CHECK(output_size.size() == 2, "adaptive_max_pool2d: output_size must be 2");
+  const MemoryFormat format = suggest_memory_format(input);
+  AdaptiveMaxPool2dParams p = make_params(dtype_of(input, "adaptive_max_pool2d"), sizes_of(input),
+                                          output_size[0], output_size[1], format);
+  const Tensor dense = contiguous(input, format);
+  const IntList sizes = with_spatial(input, p.out_height, p.out_width);
+  Tensor output = empty(sizes, format, input);
+  p.input = dense.const_data_ptr();
+  p.output = output.mutable_data_ptr();
+  if (offsets) {
+    *offsets = empty(sizes, format, input, offset_storage(p));
+    p.offsets = offsets->mutable_data_ptr();
+  }
+  launch(input, p, cpu::adaptive_max_pool2d, cuda::adaptive_max_pool2d);
+  return output;
+}
+
+Tensor adaptive_max_pool2d(Tensor input, IntList output_size) {
+  return pool(input, output_size, nullptr);
+}
+
+std::tuple<Tensor, Tensor> adaptive_max_pool2d_with_offsets(Tensor input, IntList output_size) {
+  Tensor offsets;
+  Tensor output = pool(input, output_size, &offsets);
+  return {output, offsets};
+}
+
+Tensor adaptive_max_pool2d_backward(Tensor grad_output, Tensor offsets, IntList input_size) {
+  const MemoryFormat format = suggest_memory_format(offsets);
+  AdaptiveMaxPool2dBackwardParams p{};
+  p.shape = params_of_offsets(dtype_of(grad_output, "adaptive_max_pool2d"), input_size, offsets, format);
+  check_offsets(offsets, input_size, grad_output, p.shape);
+  TORCHOPS_CHECK(sizes_of(grad_output) == sizes_of(offsets),
+                 "adaptive_max_pool2d: expected grad_output of sizes ", to_string(sizes_of(offsets)),
+                 ", but got ", to_string(sizes_of(grad_output)));
+  const Tensor dense = contiguous(grad_output, format), dense_offsets = contiguous(offsets, format);
+  Tensor grad_input = empty(input_size, format, grad_output);
+  p.grad_output = dense.const_data_ptr();
+  p.offsets = dense_offsets.const_data_ptr();
+  p.grad_input = grad_input.mutable_data_ptr();
+  launch(grad_output, p, cpu::adaptive_max_pool2d_backward, cuda::adaptive_max_pool2d_backward);
+  return grad_input;
+}
+
+Tensor adaptive_max_pool2d_gather(Tensor input, Tensor offsets) {
+  const MemoryFormat format = suggest_memory_format(offsets);
+  AdaptiveMaxPool2dGatherParams p{};
+  p.shape = params_of_offsets(dtype_of(input, "adaptive_max_pool2d"), sizes_of(input), offsets, format);
+  check_offsets(offsets, sizes_of(input), input, p.shape);
+  const Tensor dense = contiguous(input, format), dense_offsets = contiguous(offsets, format);
+  Tensor output = empty(sizes_of(offsets), format, input);
+  p.input = dense.const_data_ptr();
+  p.offsets = dense_offsets.const_data_ptr();
+  p.output = output.mutable_data_ptr();
+  launch(input, p, cpu::adaptive_max_pool2d_gather, cuda::adaptive_max_pool2d_gather);
+  return output;
+}
+
+Tensor adaptive_max_pool2d_indices(Tensor offsets, IntList input_size) {
+  const MemoryFormat format = suggest_memory_format(offsets);
+  AdaptiveMaxPool2dIndicesParams p{};
+  p.shape = params_of_offsets(DType::f32, input_size, offsets, format);
+  check_offsets(offsets, input_size, offsets, p.shape);
+  const Tensor dense = contiguous(offsets, format);
+  Tensor indices = empty(sizes_of(offsets), format, offsets, Storage::int64);
+  p.offsets = dense.const_data_ptr();
+  p.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
+  launch(offsets, p, cpu::adaptive_max_pool2d_indices, cuda::adaptive_max_pool2d_indices);
+  return indices;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(torchops, m) {
+  m.def("adaptive_max_pool2d(Tensor input, SymInt[] output_size) -> Tensor");
+  m.def("adaptive_max_pool2d_with_offsets(Tensor input, SymInt[] output_size) -> (Tensor, Tensor)");
+  m.def("adaptive_max_pool2d_backward(Tensor grad_output, Tensor offsets, SymInt[] input_size) "
+        "-> Tensor");
+  m.def("adaptive_max_pool2d_gather(Tensor input, Tensor offsets) -> Tensor");
+  m.def("adaptive_max_pool2d_indices(Tensor offsets, SymInt[] input_size) -> Tensor");
+}
+
+TORCHOPS_IMPL(m) {
+  m.impl("adaptive_max_pool2d", TORCH_BOX(&adaptive_max_pool2d));
+  m.impl("adaptive_max_pool2d_with_offsets", TORCH_BOX(&adaptive_max_pool2d_with_offsets));
+  m.impl("adaptive_max_pool2d_backward", TORCH_BOX(&adaptive_max_pool2d_backward));
+  m.impl("adaptive_max_pool2d_gather", TORCH_BOX(&adaptive_max_pool2d_gather));
+  m.impl("adaptive_max_pool2d_indices", TORCH_BOX(&adaptive_max_pool2d_indices));
+}
+
+}  // namespace torchops

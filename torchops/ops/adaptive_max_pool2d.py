@@ -1,0 +1,242 @@
+"""adaptive_max_pool1d, 2d and 3d: wrapper, autograd Functions, fake kernels, vmap rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchops.ops._autograd import (
+    Function,
+    differentiable,
+    fold_batch,
+    kernel,
+    register,
+    unfold_batch,
+)
+from torchops.ops._drop_in import drop_in, native_only
+from torchops.ops._shape import adaptive_size, adaptive_size_1d, suggest_memory_format
+
+_adaptive_max_pool2d = kernel("adaptive_max_pool2d")
+_with_offsets = kernel("adaptive_max_pool2d_with_offsets")
+_backward = kernel("adaptive_max_pool2d_backward")
+_gather = kernel("adaptive_max_pool2d_gather")
+_indices = kernel("adaptive_max_pool2d_indices")
+
+
+@drop_in(F.adaptive_max_pool2d)
+def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
+    """Largest values of windows that share the input out evenly; as torch.nn.functional's.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; f64, f32, bf16 or f16; contiguous or channels_last.
+        output_size: int or pair; a None in a pair keeps that side of the input.
+        return_indices: also return the int64 position of each maximum in its input plane.
+
+    Returns:
+        [N, C, *output_size] in the input's format; the windows are adaptive_avg_pool2d's. A NaN in
+        a window wins; on ties the first.
+
+    Raises:
+        RuntimeError: native's own, for a bad rank, an empty dimension or a negative output_size.
+
+    Complexity: reads the input once, writes the output once, and for backward one byte per output
+    (four where the largest window may have more than 256 taps) instead of native's eight.
+    """
+    size = adaptive_size(output_size, input)
+    if not return_indices:
+        if differentiable(input):
+            return AdaptiveMaxPool2dFunction.apply(input, size)[0]
+        return _adaptive_max_pool2d(input, size)
+    if differentiable(input):
+        output, offsets = AdaptiveMaxPool2dFunction.apply(input, size)
+    else:
+        output, offsets = _with_offsets(input, size)
+    return output, _indices(offsets, input.shape)
+
+
+@drop_in(F.adaptive_max_pool1d)
+def adaptive_max_pool1d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
+    """adaptive_max_pool2d over [N, C, L] or [C, L]; as torch.nn.functional's."""
+    if input.dim() not in (2, 3):
+        raise RuntimeError(
+            f"adaptive_max_pool1d: expected a 2-D or 3-D input, but got {input.dim()}-D"
+        )
+    size = adaptive_size_1d(output_size)
+    result = adaptive_max_pool2d.__wrapped__(input.unsqueeze(-2), size, return_indices)
+    if return_indices:
+        return tuple(tensor.squeeze(-2) for tensor in result)
+    return result.squeeze(-2)
+
+
+adaptive_max_pool3d = native_only("adaptive_max_pool3d", F.adaptive_max_pool3d)
+
+
+class AdaptiveMaxPool2dFunction(Function):
+    """(output, offsets) of the pooling; backward and tangent follow the winners."""
+
+    @staticmethod
+    def forward(input, output_size):
+        return _with_offsets(input, output_size)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, _ = inputs
+        offsets = output[1]
+        ctx.mark_non_differentiable(offsets)
+        ctx.input_size = input.shape
+        ctx.save_for_backward(offsets)
+        ctx.save_for_forward(offsets)
+
+    @staticmethod
+    def backward(ctx, grad_output, _):
+        (offsets,) = ctx.saved_tensors
+        return AdaptiveMaxPool2dBackwardFunction.apply(grad_output, offsets, ctx.input_size), None
+
+    @staticmethod
+    def tangent(ctx, input_tangent, _):
+        (offsets,) = ctx.saved_tensors
+        return AdaptiveMaxPool2dGatherFunction.apply(input_tangent, offsets), None
+
+
+class AdaptiveMaxPool2dBackwardFunction(Function):
+    """Scatter to the winners: linear in grad_output, its adjoint is the gather."""
+
+    @staticmethod
+    def forward(grad_output, offsets, input_size):
+        return _backward(grad_output, offsets, input_size)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, offsets, ctx.input_size = inputs
+        ctx.save_for_backward(offsets)
+        ctx.save_for_forward(offsets)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (offsets,) = ctx.saved_tensors
+        return AdaptiveMaxPool2dGatherFunction.apply(grad, offsets), None, None
+
+    @staticmethod
+    def tangent(ctx, grad_output_tangent, *_):
+        (offsets,) = ctx.saved_tensors
+        return AdaptiveMaxPool2dBackwardFunction.apply(grad_output_tangent, offsets, ctx.input_size)
+
+
+class AdaptiveMaxPool2dGatherFunction(Function):
+    """input at the winners: linear in input, its adjoint is the scatter."""
+
+    @staticmethod
+    def forward(input, offsets):
+        return _gather(input, offsets)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, offsets = inputs
+        ctx.input_size = input.shape
+        ctx.save_for_backward(offsets)
+        ctx.save_for_forward(offsets)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (offsets,) = ctx.saved_tensors
+        return AdaptiveMaxPool2dBackwardFunction.apply(grad_output, offsets, ctx.input_size), None
+
+    @staticmethod
+    def tangent(ctx, input_tangent, _):
+        (offsets,) = ctx.saved_tensors
+        return AdaptiveMaxPool2dGatherFunction.apply(input_tangent, offsets)
+
+
+# ---- fake kernels ------------------------------------------------------------------------
+
+
+def _taps(length, outputs):
+    """Taps of the largest window; csrc/ops/adaptive_max_pool2d.h has the same rule."""
+    if outputs == 0:
+        return 1
+    return length // outputs + (2 if length % outputs != 0 else 0)
+
+
+def _fake_offsets(input, output_size):
+    height, width = (_taps(input.shape[axis], output_size[axis]) for axis in (-2, -1))
+    return torch.empty(
+        (*input.shape[:-2], *output_size), device=input.device,
+        dtype=torch.uint8 if height * width <= 256 else torch.int32,
+        memory_format=suggest_memory_format(input),
+    )  # fmt: skip
+
+
+def _fake_adaptive_max_pool2d(input, output_size):
+    return torch.empty(
+        (*input.shape[:-2], *output_size), dtype=input.dtype, device=input.device,
+        memory_format=suggest_memory_format(input),
+    )  # fmt: skip
+
+
+def _fake_with_offsets(input, output_size):
+    return _fake_adaptive_max_pool2d(input, output_size), _fake_offsets(input, output_size)
+
+
+def _fake_backward(grad_output, offsets, input_size):
+    return torch.empty(
+        input_size, dtype=grad_output.dtype, device=grad_output.device,
+        memory_format=suggest_memory_format(offsets),
+    )  # fmt: skip
+
+
+def _fake_gather(input, offsets):
+    return torch.empty_like(offsets, dtype=input.dtype)
+
+
+def _fake_indices(offsets, input_size):
+    return torch.empty_like(offsets, dtype=torch.int64)
+
+
+# ---- vmap: a further batch dimension is more images ----------------------------------------
+
+
+def _vmap_adaptive_max_pool2d(info, in_dims, input, output_size):
+    images = fold_batch(input, in_dims[0], info.batch_size)
+    output = torch.ops.torchops.adaptive_max_pool2d(images, output_size)
+    return unfold_batch(output, info.batch_size), 0
+
+
+def _vmap_with_offsets(info, in_dims, input, output_size):
+    images = fold_batch(input, in_dims[0], info.batch_size)
+    output, offsets = torch.ops.torchops.adaptive_max_pool2d_with_offsets(images, output_size)
+    return (unfold_batch(output, info.batch_size), unfold_batch(offsets, info.batch_size)), (0, 0)
+
+
+def _vmap_backward(info, in_dims, grad_output, offsets, input_size):
+    grads = fold_batch(grad_output, in_dims[0], info.batch_size)
+    winners = fold_batch(offsets, in_dims[1], info.batch_size)
+    size = (info.batch_size * input_size[0], *input_size[1:])
+    grad_input = torch.ops.torchops.adaptive_max_pool2d_backward(grads, winners, size)
+    return unfold_batch(grad_input, info.batch_size), 0
+
+
+def _vmap_gather(info, in_dims, input, offsets):
+    images = fold_batch(input, in_dims[0], info.batch_size)
+    winners = fold_batch(offsets, in_dims[1], info.batch_size)
+    output = torch.ops.torchops.adaptive_max_pool2d_gather(images, winners)
+    return unfold_batch(output, info.batch_size), 0
+
+
+def _vmap_indices(info, in_dims, offsets, input_size):
+    winners = fold_batch(offsets, in_dims[0], info.batch_size)
+    size = (info.batch_size * input_size[0], *input_size[1:])
+    indices = torch.ops.torchops.adaptive_max_pool2d_indices(winners, size)
+    return unfold_batch(indices, info.batch_size), 0
+
+
+register("adaptive_max_pool2d", fake=_fake_adaptive_max_pool2d, vmap=_vmap_adaptive_max_pool2d)
+register("adaptive_max_pool2d_with_offsets", fake=_fake_with_offsets, vmap=_vmap_with_offsets,
+         autograd=AdaptiveMaxPool2dFunction.apply_here)  # fmt: skip
+register("adaptive_max_pool2d_backward", fake=_fake_backward, vmap=_vmap_backward,
+         autograd=AdaptiveMaxPool2dBackwardFunction.apply_here)  # fmt: skip
+register("adaptive_max_pool2d_gather", fake=_fake_gather, vmap=_vmap_gather,
+         autograd=AdaptiveMaxPool2dGatherFunction.apply_here)  # fmt: skip
+register("adaptive_max_pool2d_indices", fake=_fake_indices, vmap=_vmap_indices)

@@ -25,9 +25,9 @@ MaxPool2dParams make_params(DType dtype, const IntList& input_size, const Window
                  "max_pool2d: expected an input with optional 0 dim batch size and other "
                  "dimensions non-zero, but got sizes ", to_string(input_size));
   for (const Window& w : {window.height, window.width}) {
-    TORCHOPS_CHECK(w.padding <= w.extent() / 2,
-                   "max_pool2d: pad should be at most half of effective kernel size, but got pad ",
-                   w.padding, ", kernel_size ", w.size, " and dilation ", w.dilation);
+    TORCHOPS_CHECK(w.padding <= w.size / 2,
+                   "max_pool2d: pad should be at most half of kernel size, but got pad ", w.padding,
+                   " and kernel_size ", w.size);
   }
   p.window_height = window.height;
   p.window_width = window.width;

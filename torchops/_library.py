@@ -26,7 +26,8 @@ def load() -> None:
     except (OSError, ImportError) as error:
         raise ImportError(
             f"torchops: {library.name} needs torch >= 2.11 (stable ABI) and does not load under "
-            f"torch {torch.__version__}: {error.__cause__ or error}\nIn the source folder run:  {REBUILD}"
+            f"torch {torch.__version__}: {error.__cause__ or error}\n"
+            f"In the source folder run:  {REBUILD}"
         ) from error
     cuda_library = HERE / "libtorchops_cuda.so"
     if torch.version.cuda and cuda_library.exists():

@@ -26,9 +26,10 @@ def subset(monkeypatch):
     monkeypatch.setenv("TORCHOPS_DATA", str(REPOSITORY_DATA))
 
 
-@pytest.fixture
-def restored_threads():
+@pytest.fixture(autouse=True)
+def one_thread():
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
@@ -45,7 +46,7 @@ def small_comparison(network: str, seed: int = 0) -> training.Comparison:
     )
 
 
-def test_demo_end_to_end(tmp_path, capsys, restored_threads):
+def test_demo_end_to_end(tmp_path, capsys):
     output = tmp_path / "new" / "folder"
     code = demo.main(
         ["--quick", "--images", "128", "--threads", "1", "--output", str(output), "--seed", "3"]
@@ -55,7 +56,7 @@ def test_demo_end_to_end(tmp_path, capsys, restored_threads):
     assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert "128 of 6,000 training images per epoch" in printed
     assert printed.count("epoch 1/1: loss") == 2
-    for word in "BN-LeNet", "ResNet-8", "accuracy", "s / epoch", "Conv2d 1-6 5x5", "together":
+    for word in "BN-LeNet", "ResNet-8", "accuracy", "per epoch", "Conv2d 1-6 5x5", "together":
         assert word in printed
     assert "\x1b" not in printed, "escape sequences where there is no terminal"
 
@@ -64,9 +65,11 @@ def test_demo_end_to_end(tmp_path, capsys, restored_threads):
 def test_both_trainings_agree(network):
     with torchops.backend("own"):
         comparison = small_comparison(network)
-    # Two fp32 gradients in different orders of summation; 1e-4 leaves room for ReLUs whose input
-    # is zero but for rounding.
-    assert comparison.gradient_difference < 1e-4
+    # Measured: 4e-6 with torchops, up to 5e-4 with torch's own kernels, whose error is most of the
+    # difference. 5e-5 leaves room for ReLUs whose input is zero but for rounding.
+    assert comparison.converted.gradient_error < 5e-5
+    together = comparison.native.gradient_error + comparison.converted.gradient_error
+    assert 0 < comparison.gradient_difference < 1.01 * together
     assert comparison.converted.losses == pytest.approx(comparison.native.losses, rel=1e-3)
     assert len(comparison.native.losses) == 3
     assert comparison.native.seconds > 0 and comparison.converted.seconds > 0
@@ -80,18 +83,19 @@ def test_same_seed_same_run():
     assert first.native.losses != other.native.losses
 
 
-def test_gradient_difference_sees_a_wrong_gradient():
-    class Wrong(nn.Linear):
-        def forward(self, input):
-            return super().forward(input) + 0.01 * (self.weight.sum() - self.weight.sum().detach())
+def test_relative_error():
+    expected = {"weight": torch.tensor([3.0, -4.0]), "bias": torch.tensor([1.0])}
+    actual = {"weight": torch.tensor([3.0, -4.0]), "bias": torch.tensor([3.0])}
+    assert training.relative_error(expected, expected) == 0
+    assert training.relative_error(actual, expected) == 0.5
 
-    native = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-    wrong = nn.Sequential(nn.Flatten(), Wrong(4, 3))
-    wrong.load_state_dict(native.state_dict())
-    images, labels = torch.randn(5, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1])
-    assert training.gradient_difference(native, native, images, labels) == 0
-    wrong[1].weight.data[0] += 1.0
-    assert training.gradient_difference(native, wrong, images, labels) > 1e-3
+
+def test_gradients_are_those_of_the_mean_cross_entropy():
+    model = nn.Linear(2, 2)
+    images, labels = torch.randn(5, 2), torch.tensor([0, 1, 1, 0, 1])
+    probabilities = model(images).softmax(1)
+    by_hand = (probabilities - nn.functional.one_hot(labels, 2)).mean(0)
+    assert torch.allclose(training.gradients(model, images, labels)["bias"], by_hand)
 
 
 def test_batches_are_full_drawn_anew_and_repeatable():

@@ -22,7 +22,13 @@ INK = "#323f4b"
 
 def print_tables(console: Console, results: Results) -> None:
     table = new_table("Training", "network", "layers")
-    for heading in "test accuracy", "final loss", "s / epoch", "gradient difference":
+    for heading in (
+        "test\naccuracy",
+        "final\nloss",
+        "seconds\nper epoch",
+        "gradient\nerror",
+        "gradient\ndifference",
+    ):
         table.add_column(heading, justify="right")
     for comparison, _ in results:
         native, converted = comparison.native, comparison.converted
@@ -32,20 +38,21 @@ def print_tables(console: Console, results: Results) -> None:
         table.add_section()
     console.print(table)
     console.print(
-        "Final loss: mean of the last epoch. Gradient difference: at step 1, the largest\n"
-        "of all parameters, relative to the largest gradient. Ratios: above 1 torchops\n"
-        "is faster.\n",
+        "Final loss: mean of the last epoch. Gradient error: from float64, at step 1, the\n"
+        "largest of all parameters, relative to the largest gradient. Gradient difference:\n"
+        "the same between the two. Ratios: above 1 torchops is faster.\n",
         soft_wrap=True,
     )
     for comparison, layers in results:
         console.print(layer_table(comparison.network, layers))
 
 
-def training_cells(comparison: Comparison, training: Training) -> tuple[str, str, str]:
+def training_cells(comparison: Comparison, training: Training) -> tuple[str, ...]:
     return (
         f"{training.accuracy:.1%}",
         f"{training.mean_loss(comparison.plan.steps_per_epoch):.4f}",
         f"{training.seconds / comparison.plan.epochs:.2f}",
+        f"{training.gradient_error:.1e}",
     )
 
 

@@ -26,9 +26,7 @@ class Scratch {
   void zero() const { std::memset(static_cast<void*>(data_), 0, static_cast<size_t>(bytes_)); }
 
  private:
-  static constexpr int64_t round_up(int64_t bytes) {
-    return (bytes / kCacheLine + 1) * kCacheLine;
-  }
+  static constexpr int64_t round_up(int64_t bytes) { return (bytes / kCacheLine + 1) * kCacheLine; }
 
   int64_t bytes_;
   T* data_;

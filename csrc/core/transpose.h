@@ -15,8 +15,9 @@ namespace {
 template <int bit, bool to_b, typename V, std::size_t... e>
 inline V swap_bit(V a, V b, std::index_sequence<e...>) {
   constexpr int lanes = sizeof...(e), distance = 1 << bit;
-  return __builtin_shufflevector(
-      a, b, ((e & distance) ? int(e) + lanes - (to_b ? 0 : distance) : int(e) + (to_b ? distance : 0))...);
+  return __builtin_shufflevector(a, b,
+                                 ((e & distance) ? int(e) + lanes - (to_b ? 0 : distance)
+                                                 : int(e) + (to_b ? distance : 0))...);
 }
 
 // block[i][j] <-> block[j][i], for a block of kLanes registers.
@@ -35,8 +36,8 @@ inline void transpose(Vec<T>* block) {
   }
 }
 
-// Calls f(start, size) on blocks that cover [0, count), the last stepped back so as to be whole; where
-// there is no whole block, f(0, count). A whole block's size is a compile-time constant.
+// Calls f(start, size) on blocks that cover [0, count), the last stepped back so as to be whole;
+// where there is no whole block, f(0, count). A whole block's size is a compile-time constant.
 template <int size, typename F>
 inline void for_each_block(int64_t count, const F& f) {
   if (count < size) {
@@ -66,7 +67,8 @@ inline void load_planes(const T* planes, int64_t stride, int lanes, int64_t coun
 
 // The same to memory: vectors[i] holds position i.
 template <typename T>
-inline void load_planes(const T* planes, int64_t stride, int lanes, int64_t count, acc_t<T>* vectors) {
+inline void load_planes(const T* planes, int64_t stride, int lanes, int64_t count,
+                        acc_t<T>* vectors) {
   load_planes(planes, stride, lanes, count, [&](int64_t start, const Vec<T>* block, auto size) {
 #pragma GCC unroll 16
     for (int k = 0; k < kLanes<T>; ++k) {
@@ -77,7 +79,8 @@ inline void load_planes(const T* planes, int64_t stride, int lanes, int64_t coun
 
 // planes[l * stride + i] = lane l of vectors[i], for the first `lanes` planes and i in [0, count).
 template <typename T>
-inline void store_planes(T* planes, int64_t stride, int lanes, int64_t count, const acc_t<T>* vectors) {
+inline void store_planes(T* planes, int64_t stride, int lanes, int64_t count,
+                         const acc_t<T>* vectors) {
   for_each_block<kLanes<T>>(count, [&](int64_t start, auto size) {
     Vec<T> block[kLanes<T>];
 #pragma GCC unroll 16

@@ -2,16 +2,16 @@
 // write of the other.
 //
 // Plan: 3x3, 5x5 and 7x7 in NHWC run straight from tensor to tensor (conv2d_depthwise_rows.h; the
-// gradient of stride 2 in conv2d_depthwise_upsample.h). NCHW, other windows, several output channels
-// per group and float64 go through the working form (conv2d_depthwise.h).
-// Reached, one thread, AVX-512 at 2.6 GHz, batch 8, of the time of a copy of the same bytes: 3x3 of
-// 144 x 56 x 56: float32 NHWC 90 %, bfloat16 NHWC 64 %, float32 NCHW 50 %. 7x7 is bound by its
+// gradient of stride 2 in conv2d_depthwise_upsample.h). NCHW, other windows, several output
+// channels per group and float64 go through the working form (conv2d_depthwise.h). Reached, one
+// thread, AVX-512 at 2.6 GHz, batch 8, of the time of a copy of the same bytes: 3x3 of 144 x 56 x
+// 56: float32 NHWC 90 %, bfloat16 NHWC 64 %, float32 NCHW 50 %. 7x7 is bound by its
 // multiply-adds: 4.8 per ns of a peak of 7.2.
 // Did not pay: NHWC through the working form, whole rows (L2 traffic, 3x slower) or slices of
 // channels (strided reads, 3 to 8x slower); a branch in place of an address choice at borders (7x7
 // a third slower).
-#include "core/parallel.h"
 #include "cpu/conv2d_depthwise.h"
+#include "core/parallel.h"
 #include "cpu/conv2d_depthwise_rows.h"
 #include "cpu/conv2d_depthwise_upsample.h"
 
@@ -46,7 +46,8 @@ template <typename acc, int size, int fixed_step>
 inline void correlate_strip(const Strip<acc>& strip) {
   constexpr int lanes = kLanes<acc>;
   const int64_t step = (fixed_step ? fixed_step : strip.step) * lanes;
-  const int64_t dilation = strip.columns.dilation * lanes, tap_step = strip.columns.tap_step * lanes;
+  const int64_t dilation = strip.columns.dilation * lanes,
+                tap_step = strip.columns.tap_step * lanes;
   Vec<acc> sum[size];
 #pragma GCC unroll 16
   for (int i = 0; i < size; ++i) sum[i] = strip.bias;
@@ -191,17 +192,17 @@ class Slab {
     const int64_t group = (first + v) * members() + member;
     for (int64_t which = 0; which < smaller(width.phases, p_.output.width); ++which) {
       const Phase columns = width.phase(which);
-      correlate_pixels(
-          Strip<acc>{tap_rows_.get() + r * max_tap_rows(), tap_row_counts_.get()[r],
-                     v * input_.vector_stride() + columns.start * kSize,
-                     (group * taps() + columns.tap) * kSize, width.step, columns,
-                     p_.bias ? load(p_.bias + group * kSize) : Vec<acc>{},
-                     output_.at(member, v, r) + which * kSize, width.phases * kSize},
-          divide_up(p_.output.width - which, width.phases));
+      correlate_pixels(Strip<acc>{tap_rows_.get() + r * max_tap_rows(), tap_row_counts_.get()[r],
+                                  v * input_.vector_stride() + columns.start * kSize,
+                                  (group * taps() + columns.tap) * kSize, width.step, columns,
+                                  p_.bias ? load(p_.bias + group * kSize) : Vec<acc>{},
+                                  output_.at(member, v, r) + which * kSize, width.phases * kSize},
+                       divide_up(p_.output.width - which, width.phases));
     }
   }
 
-  void correlate_pair(int64_t first, int64_t v, int64_t member, int64_t y, int64_t begin, int64_t end) {
+  void correlate_pair(int64_t first, int64_t v, int64_t member, int64_t y, int64_t begin,
+                      int64_t end) {
     const int64_t group = (first + v) * members() + member;
     RowPair<acc> pair{};
     pair.window.find(p_.height, y, y + 1 < end, [&](int64_t row) { return input_.at(0, v, row); });
@@ -244,7 +245,8 @@ class Slab {
 template <typename scalar_t>
 int64_t slab_vectors(const Correlation<scalar_t>& p, int64_t vectors, int64_t step_rows) {
   if (!p.input.channels_last) return 1;
-  const int64_t bytes = Slab<scalar_t>::input_rows(p, 1, step_rows).count() * int64_t{sizeof(acc_t<scalar_t>)};
+  const int64_t bytes =
+      Slab<scalar_t>::input_rows(p, 1, step_rows).count() * int64_t{sizeof(acc_t<scalar_t>)};
   const int64_t slabs = divide_up(vectors, larger(1, kRowsBytes / bytes));
   return divide_up(vectors, slabs);
 }
@@ -260,7 +262,8 @@ void correlate_nhwc(const Correlation<scalar_t>& p, int64_t batch, RowsKernel<sc
     for (int64_t pair = begin; pair < end; ++pair) {
       const int64_t n = pair / pairs, y = pair % pairs * 2;
       RowPair<scalar_t> rows{};
-      rows.window.find(p.height, y, y + 1 < p.output.height, [&](int64_t row) { return p.input.at(n, 0, 0, row); });
+      rows.window.find(p.height, y, y + 1 < p.output.height,
+                       [&](int64_t row) { return p.input.at(n, 0, 0, row); });
       rows.first = -p.width.window.padding;
       rows.input = {0, p.input.width, p.input.channels(), edge.last_whole, edge.elements};
       rows.weight = p.weight;
@@ -302,7 +305,8 @@ void correlate(const Correlation<scalar_t>& p, int64_t batch) {
   if (batch * vectors * rows * p.output.width == 0) return;
   if (p.input.channels_last && p.input.members * p.output.members == 1) {
     if (const auto kernel = find_rows_kernel<scalar_t>(p)) return correlate_nhwc(p, batch, kernel);
-    if (const auto kernel = find_upsample_kernel<scalar_t>(p)) return upsample_nhwc(p, batch, kernel);
+    if (const auto kernel = find_upsample_kernel<scalar_t>(p))
+      return upsample_nhwc(p, batch, kernel);
   }
   const int64_t step_rows = smaller(rows, divide_up(kStepPixels, p.output.width));
   const int64_t slab = slab_vectors(p, vectors, step_rows), slabs = divide_up(vectors, slab);
@@ -323,28 +327,31 @@ template <typename scalar_t>
 void forward(const Conv2dParams& params) {
   using acc = acc_t<scalar_t>;
   const Conv2dShape& s = params.shape;
-  const int64_t members = s.out_channels / s.groups, taps = s.window_height.size * s.window_width.size;
+  const int64_t members = s.out_channels / s.groups,
+                taps = s.window_height.size * s.window_width.size;
   const int64_t lanes = divide_up(s.groups, kLanes<acc>) * kLanes<acc> * members;
   Scratch<acc> weight(lanes * taps), bias(params.bias ? lanes : 0);
   pack_weight(static_cast<const scalar_t*>(params.weight), s.groups, members, taps, weight.get());
   if (params.bias) {
     pack_weight(static_cast<const scalar_t*>(params.bias), s.groups, members, 1, bias.get());
   }
-  correlate(
-      Correlation<scalar_t>{
-          {static_cast<const scalar_t*>(params.input), s.channels_last, s.groups, 1, s.in_height, s.in_width},
-          {static_cast<scalar_t*>(params.output), s.channels_last, s.groups, members, s.out_height, s.out_width},
-          Axis::forward(s.window_height, s.in_height, s.out_height),
-          Axis::forward(s.window_width, s.in_width, s.out_width),
-          weight.get(), params.bias ? bias.get() : nullptr},
-      s.batch);
+  correlate(Correlation<scalar_t>{{static_cast<const scalar_t*>(params.input), s.channels_last,
+                                   s.groups, 1, s.in_height, s.in_width},
+                                  {static_cast<scalar_t*>(params.output), s.channels_last, s.groups,
+                                   members, s.out_height, s.out_width},
+                                  Axis::forward(s.window_height, s.in_height, s.out_height),
+                                  Axis::forward(s.window_width, s.in_width, s.out_width),
+                                  weight.get(),
+                                  params.bias ? bias.get() : nullptr},
+            s.batch);
 }
 
 template <typename scalar_t>
 void grad_input(const Conv2dGradInputParams& params) {
   using acc = acc_t<scalar_t>;
   const Conv2dShape& s = params.shape;
-  const int64_t members = s.out_channels / s.groups, taps = s.window_height.size * s.window_width.size;
+  const int64_t members = s.out_channels / s.groups,
+                taps = s.window_height.size * s.window_width.size;
   Scratch<acc> weight(divide_up(s.groups, kLanes<acc>) * kLanes<acc> * members * taps);
   pack_weight(static_cast<const scalar_t*>(params.weight), s.groups, members, taps, weight.get());
   const bool dense = s.window_height.stride == 1 && s.window_width.stride == 1;
@@ -353,14 +360,15 @@ void grad_input(const Conv2dGradInputParams& params) {
     return dense ? Axis::forward({w.size, 1, w.extent() - 1 - w.padding, w.dilation}, out, in)
                  : Axis::grad_input(w, in, out);
   };
-  correlate(
-      Correlation<scalar_t>{
-          {static_cast<const scalar_t*>(params.grad_output), s.channels_last, s.groups, members, s.out_height, s.out_width},
-          {static_cast<scalar_t*>(params.grad_input), s.channels_last, s.groups, 1, s.in_height, s.in_width},
-          axis(s.window_height, s.in_height, s.out_height),
-          axis(s.window_width, s.in_width, s.out_width),
-          weight.get(), nullptr},
-      s.batch);
+  correlate(Correlation<scalar_t>{{static_cast<const scalar_t*>(params.grad_output),
+                                   s.channels_last, s.groups, members, s.out_height, s.out_width},
+                                  {static_cast<scalar_t*>(params.grad_input), s.channels_last,
+                                   s.groups, 1, s.in_height, s.in_width},
+                                  axis(s.window_height, s.in_height, s.out_height),
+                                  axis(s.window_width, s.in_width, s.out_width),
+                                  weight.get(),
+                                  nullptr},
+            s.batch);
 }
 
 }  // namespace
@@ -370,7 +378,8 @@ void conv2d_depthwise(const Conv2dParams& p) {
 }
 
 void conv2d_depthwise_grad_input(const Conv2dGradInputParams& p) {
-  dispatch_dtype(p.shape.dtype, [&](auto scalar) { grad_input<typename decltype(scalar)::type>(p); });
+  dispatch_dtype(p.shape.dtype,
+                 [&](auto scalar) { grad_input<typename decltype(scalar)::type>(p); });
 }
 
 }  // namespace torchops::cpu::TORCHOPS_ISA

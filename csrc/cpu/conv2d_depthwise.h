@@ -32,7 +32,8 @@ struct Rows {
   int64_t vector_stride() const { return slots * width * kLanes<acc>; }
   // Column 0.
   acc* at(int64_t member, int64_t vector, int64_t row) const {
-    return data + (((member * vectors + vector) * slots + row % slots) * width - left) * kLanes<acc>;
+    return data +
+           (((member * vectors + vector) * slots + row % slots) * width - left) * kLanes<acc>;
   }
 };
 
@@ -57,21 +58,25 @@ struct Image {
   }
 
   // Copies rows [begin, end) of vectors [first, first + rows.vectors) to the working form.
-  void load_rows(int64_t n, int64_t first, int64_t begin, int64_t end, const Rows<acc>& rows) const {
+  void load_rows(int64_t n, int64_t first, int64_t begin, int64_t end,
+                 const Rows<acc>& rows) const {
     for (int64_t m = 0; m < members; ++m) {
       if (channels_last) {
         for (int64_t y = begin; y < end; ++y) load_row(n, m, first, y, rows);
       } else {
-        for (int64_t v = 0; v < rows.vectors; ++v) load_plane_rows(n, m, first, v, begin, end, rows);
+        for (int64_t v = 0; v < rows.vectors; ++v)
+          load_plane_rows(n, m, first, v, begin, end, rows);
       }
     }
   }
 
   // The reverse; rows start at slot 0 and have no padding.
-  void store_rows(int64_t n, int64_t first, int64_t begin, int64_t end, const Rows<acc>& rows) const {
+  void store_rows(int64_t n, int64_t first, int64_t begin, int64_t end,
+                  const Rows<acc>& rows) const {
     for (int64_t m = 0; m < members; ++m) {
       if (channels_last) {
-        for (int64_t y = begin; y < end; ++y) store_row(n, m, first, y, rows.at(m, 0, y - begin), rows);
+        for (int64_t y = begin; y < end; ++y)
+          store_row(n, m, first, y, rows.at(m, 0, y - begin), rows);
       } else {
         for (int64_t v = 0; v < rows.vectors; ++v) {
           store_planes(at(n, m, first + v, begin), plane_stride(), lanes(first + v),
@@ -89,16 +94,19 @@ struct Image {
     acc* out = rows.at(m, 0, y);
     for (int64_t x = 0; x < width; ++x, pixel += channels(), out += kSize) {
       for (int64_t v = 0; v < rows.vectors; ++v) {
-        store(out + v * rows.vector_stride(), load_lanes(pixel + v * kSize * members, lanes(first + v)));
+        store(out + v * rows.vector_stride(),
+              load_lanes(pixel + v * kSize * members, lanes(first + v)));
       }
     }
   }
 
-  void store_row(int64_t n, int64_t m, int64_t first, int64_t y, const acc* in, const Rows<acc>& rows) const {
+  void store_row(int64_t n, int64_t m, int64_t first, int64_t y, const acc* in,
+                 const Rows<acc>& rows) const {
     scalar_t* pixel = at(n, m, first, y);
     for (int64_t x = 0; x < width; ++x, pixel += channels(), in += kSize) {
       for (int64_t v = 0; v < rows.vectors; ++v) {
-        store_lanes(pixel + v * kSize * members, load(in + v * rows.vector_stride()), lanes(first + v));
+        store_lanes(pixel + v * kSize * members, load(in + v * rows.vector_stride()),
+                    lanes(first + v));
       }
     }
   }
@@ -120,25 +128,26 @@ struct Image {
     const scalar_t* planes = at(n, m, first + v, begin);
     load_planes(planes, plane_stride(), lanes(first + v), (end - begin) * width,
                 [&](int64_t start, const Vec<acc>* block, auto size) {
-      int64_t y = begin + start / width, x = start % width;
-      acc* out = rows.at(m, v, y) + x * kSize;
+                  int64_t y = begin + start / width, x = start % width;
+                  acc* out = rows.at(m, v, y) + x * kSize;
 #pragma GCC unroll 16
-      for (int k = 0; k < kSize; ++k) {
-        if (k >= size) break;
-        store(out, block[k]);
-        out += kSize;
-        if (++x == width) {
-          x = 0;
-          out = rows.at(m, v, ++y);
-        }
-      }
-    });
+                  for (int k = 0; k < kSize; ++k) {
+                    if (k >= size) break;
+                    store(out, block[k]);
+                    out += kSize;
+                    if (++x == width) {
+                      x = 0;
+                      out = rows.at(m, v, ++y);
+                    }
+                  }
+                });
   }
 };
 
 // Weights [groups * members, taps] as [vector][member][tap][lane].
 template <typename scalar_t>
-void pack_weight(const scalar_t* weight, int64_t groups, int64_t members, int64_t taps, acc_t<scalar_t>* packed) {
+void pack_weight(const scalar_t* weight, int64_t groups, int64_t members, int64_t taps,
+                 acc_t<scalar_t>* packed) {
   constexpr int size = kLanes<scalar_t>;
   for (int64_t first = 0; first < groups; first += size) {
     for (int64_t m = 0; m < members; ++m, packed += taps * size) {
@@ -163,7 +172,8 @@ void reverse_taps(acc* packed, int64_t taps, int64_t windows) {
 
 // The reverse of pack_weight.
 template <typename scalar_t>
-void unpack_weight(const acc_t<scalar_t>* packed, int64_t groups, int64_t members, int64_t taps, scalar_t* weight) {
+void unpack_weight(const acc_t<scalar_t>* packed, int64_t groups, int64_t members, int64_t taps,
+                   scalar_t* weight) {
   constexpr int size = kLanes<scalar_t>;
   for (int64_t first = 0; first < groups; first += size) {
     for (int64_t m = 0; m < members; ++m, packed += taps * size) {
@@ -210,7 +220,8 @@ struct Axis {
     while (tap < candidates && (which + w.padding - tap * w.dilation) % w.stride != 0) ++tap;
     if (tap == candidates) return {0, 1, 0, 1, 0};
     const int64_t taps = (w.size - 1 - tap) / period + 1, last = tap + (taps - 1) * period;
-    return {(which + w.padding - last * w.dilation) / w.stride, w.dilation / divisor, last, -period, taps};
+    return {(which + w.padding - last * w.dilation) / w.stride, w.dilation / divisor, last, -period,
+            taps};
   }
 
   int64_t first_input(int64_t o) const { return o / phases * step + first; }

@@ -1,7 +1,7 @@
 // Gradient of a depthwise convolution's weight on the CPU: one read of input, one of grad_output.
 //
-// Plan: up to 14 pixels of grad_output stay in registers while the window's rows pass, each adding a
-// row of taps to sums in L1. NHWC with the windows of conv2d_depthwise_rows.h straight from the
+// Plan: up to 14 pixels of grad_output stay in registers while the window's rows pass, each adding
+// a row of taps to sums in L1. NHWC with the windows of conv2d_depthwise_rows.h straight from the
 // tensors, all else in the working form. Fixed blocks of rows, added in order.
 // Reached, one thread, AVX-512 at 2.6 GHz, batch 8, of the time of a copy of the same bytes: 3x3 of
 // 144 x 56 x 56: float32 NHWC 86 %, bfloat16 NHWC 55 %, float32 NCHW 70 %; 7x7: 3.5 multiply-adds
@@ -20,18 +20,18 @@ constexpr int64_t kRowsBytes = 192 * 1024;  // rows in the working form: within 
 constexpr int64_t kUnits = 16;              // pieces of work, whatever the thread count
 constexpr int64_t kGrainTaps = 1 << 19;     // about 30 us of multiply-adds
 
-constexpr int64_t kSumsBytes = 16 * 1024;   // sums of a slab: within L1
-constexpr int64_t kPixelsPerTap = 8;        // of a block at least, so that sums stay a small part
+constexpr int64_t kSumsBytes = 16 * 1024;  // sums of a slab: within L1
+constexpr int64_t kPixelsPerTap = 8;       // of a block at least, so that sums stay a small part
 
 // One output row against the rows of its window.
 template <typename T>
 struct GradRow {
   WindowRows<T> window;
   Pixels<T> input, grad_output;
-  int64_t first;         // input column of output 0's first tap
+  int64_t first;  // input column of output 0's first tap
   const T* grad_output_row;
   int64_t width, vectors;
-  acc_t<T>* sums;        // [vector][tap][lane]
+  acc_t<T>* sums;  // [vector][tap][lane]
 };
 
 // `size` output pixels from o on: grad_output stays in registers, each input pixel is loaded once.
@@ -67,7 +67,8 @@ template <typename T, int kernel, int stride, int size>
 void accumulate_strips(const GradRow<T>& p, int64_t o) {
   constexpr int64_t reach = (size - 1) * stride + kernel;
   const int64_t column = p.first + o * stride, lanes = kLanes<T>;
-  const bool inside = column >= p.input.begin && column + reach <= p.input.end && o + size <= p.width;
+  const bool inside =
+      column >= p.input.begin && column + reach <= p.input.end && o + size <= p.width;
   const int64_t readable = p.window.readable(p.input) - (column + reach - 1) * p.input.stride;
   const int64_t readable_grad =
       p.grad_output.last_whole - p.grad_output_row - (o + size - 1) * p.grad_output.stride;
@@ -97,7 +98,8 @@ template <typename T>
 GradRowKernel<T> grad_row_kernel(const Window& height, const Window& width) {
   GradRowKernel<T> found = nullptr;
   if constexpr (!std::is_same_v<T, double>) {
-    dispatch_window(height, width, [&](auto kernel, auto stride) { found = accumulate_row<T, kernel, stride>; });
+    dispatch_window(height, width,
+                    [&](auto kernel, auto stride) { found = accumulate_row<T, kernel, stride>; });
   }
   return found;
 }
@@ -105,7 +107,8 @@ GradRowKernel<T> grad_row_kernel(const Window& height, const Window& width) {
 // sums[t] += the sum over `count` pixels of inputs[t][i * step] * grad_output[i]. The row's sum is
 // formed apart: two short sums are more exact than a long one.
 template <typename acc, int size>
-void accumulate_taps(const acc* const* inputs, const acc* grad_output, int64_t count, int64_t step, acc* sums) {
+void accumulate_taps(const acc* const* inputs, const acc* grad_output, int64_t count, int64_t step,
+                     acc* sums) {
   constexpr int lanes = kLanes<acc>;
   const acc* taps[size];
   Vec<acc> sum[size] = {};
@@ -123,7 +126,8 @@ template <typename acc, int size = kStripTaps>
 void accumulate_taps(int64_t taps, const acc* const* inputs, const acc* grad_output, int64_t count,
                      int64_t step, acc* sums) {
   if (taps == size) return accumulate_taps<acc, size>(inputs, grad_output, count, step, sums);
-  if constexpr (size > 1) accumulate_taps<acc, size - 1>(taps, inputs, grad_output, count, step, sums);
+  if constexpr (size > 1)
+    accumulate_taps<acc, size - 1>(taps, inputs, grad_output, count, step, sums);
 }
 
 template <typename scalar_t>
@@ -177,7 +181,8 @@ class Slab {
           acc* sum = sums + (v * p_.grad_output.members + m) * p_.taps() * kSize;
           for (int64_t r = y; r < y_end; ++r) {
             const acc* grad_output = grad_output_.at(m, v, r);
-            kernel_ ? accumulate_window(v, r, grad_output, sum) : accumulate_any(v, r, grad_output, sum);
+            kernel_ ? accumulate_window(v, r, grad_output, sum)
+                    : accumulate_any(v, r, grad_output, sum);
           }
         }
       }
@@ -217,7 +222,8 @@ class Slab {
           ++row;
         }
       }
-      accumulate_taps(size, inputs, grad_output, p_.grad_output.width, p_.width.step, sum + tap * kSize);
+      accumulate_taps(size, inputs, grad_output, p_.grad_output.width, p_.width.step,
+                      sum + tap * kSize);
       tap += size;
     }
   }
@@ -237,10 +243,12 @@ struct NhwcSlab {
   GradRowKernel<scalar_t> kernel;
   const Edge<scalar_t>&edge, &grad_edge;
 
-  void run(int64_t n, int64_t first, int64_t vectors, int64_t begin, int64_t end, acc_t<scalar_t>* sums) {
+  void run(int64_t n, int64_t first, int64_t vectors, int64_t begin, int64_t end,
+           acc_t<scalar_t>* sums) {
     GradRow<scalar_t> row;
     row.input = {0, p.input.width, p.input.channels(), edge.last_whole, edge.elements};
-    row.grad_output = {0, p.grad_output.width, p.input.channels(), grad_edge.last_whole, grad_edge.elements};
+    row.grad_output = {0, p.grad_output.width, p.input.channels(), grad_edge.last_whole,
+                       grad_edge.elements};
     row.first = -p.width.window.padding;
     row.width = p.grad_output.width;
     row.vectors = vectors;
@@ -257,7 +265,8 @@ struct NhwcSlab {
 template <typename scalar_t>
 int64_t slab_vectors(const GradWeight<scalar_t>& p, int64_t vectors, int64_t step_rows) {
   if (!p.input.channels_last) return 1;
-  const int64_t bytes = Slab<scalar_t>::input_rows(p, 1, step_rows).count() * int64_t{sizeof(acc_t<scalar_t>)};
+  const int64_t bytes =
+      Slab<scalar_t>::input_rows(p, 1, step_rows).count() * int64_t{sizeof(acc_t<scalar_t>)};
   const int64_t slabs = divide_up(vectors, larger(1, kRowsBytes / bytes));
   return divide_up(vectors, slabs);
 }
@@ -265,13 +274,16 @@ int64_t slab_vectors(const GradWeight<scalar_t>& p, int64_t vectors, int64_t ste
 // The output rows of the batch are cut into blocks that depend on the problem alone; each block
 // sums apart, and the blocks are added in order. make_worker() gives what sums slabs.
 template <typename scalar_t, typename F>
-void sum_blocks(const GradWeight<scalar_t>& p, int64_t batch, int64_t slab, scalar_t* grad_weight, const F& make_worker) {
+void sum_blocks(const GradWeight<scalar_t>& p, int64_t batch, int64_t slab, scalar_t* grad_weight,
+                const F& make_worker) {
   using acc = acc_t<scalar_t>;
   constexpr int64_t lanes = kLanes<acc>;
-  const int64_t height = p.grad_output.height, rows = batch * height, members = p.grad_output.members;
+  const int64_t height = p.grad_output.height, rows = batch * height,
+                members = p.grad_output.members;
   const int64_t vectors = divide_up(p.input.groups, lanes), slabs = divide_up(vectors, slab);
   const int64_t most = rows * p.grad_output.width / (p.taps() * kPixelsPerTap);
-  const int64_t block_rows = larger(1, divide_up(rows, larger(1, smaller(most, divide_up(kUnits, slabs)))));
+  const int64_t block_rows =
+      larger(1, divide_up(rows, larger(1, smaller(most, divide_up(kUnits, slabs)))));
   const int64_t blocks = larger(1, divide_up(rows, block_rows));
   const int64_t vector_sums = members * p.taps() * lanes, sums = vectors * vector_sums;
   Scratch<acc> partial(blocks * sums);
@@ -282,7 +294,8 @@ void sum_blocks(const GradWeight<scalar_t>& p, int64_t batch, int64_t slab, scal
     auto worker = make_worker();
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t block = unit / slabs, first = unit % slabs * slab;
-      const int64_t count = smaller(slab, vectors - first), last = smaller((block + 1) * block_rows, rows);
+      const int64_t count = smaller(slab, vectors - first),
+                    last = smaller((block + 1) * block_rows, rows);
       acc* sum = partial.get() + block * sums + first * vector_sums;
       for (int64_t row = block * block_rows; row < last;) {
         const int64_t y = row % height, y_end = smaller(height, y + last - row);
@@ -303,23 +316,28 @@ void sum_blocks(const GradWeight<scalar_t>& p, int64_t batch, int64_t slab, scal
 template <typename scalar_t>
 void grad_weight(const Conv2dGradWeightParams& params) {
   const Conv2dShape& s = params.shape;
-  const int64_t members = s.out_channels / s.groups, vectors = divide_up(s.groups, kLanes<scalar_t>);
+  const int64_t members = s.out_channels / s.groups,
+                vectors = divide_up(s.groups, kLanes<scalar_t>);
   if (vectors == 0) return;
-  const GradWeight<scalar_t> p{
-      {static_cast<const scalar_t*>(params.input), s.channels_last, s.groups, 1, s.in_height, s.in_width},
-      {static_cast<const scalar_t*>(params.grad_output), s.channels_last, s.groups, members, s.out_height, s.out_width},
-      Axis::forward(s.window_height, s.in_height, s.out_height),
-      Axis::forward(s.window_width, s.in_width, s.out_width)};
+  const GradWeight<scalar_t> p{{static_cast<const scalar_t*>(params.input), s.channels_last,
+                                s.groups, 1, s.in_height, s.in_width},
+                               {static_cast<const scalar_t*>(params.grad_output), s.channels_last,
+                                s.groups, members, s.out_height, s.out_width},
+                               Axis::forward(s.window_height, s.in_height, s.out_height),
+                               Axis::forward(s.window_width, s.in_width, s.out_width)};
   auto* result = static_cast<scalar_t*>(params.grad_weight);
   const auto kernel = grad_row_kernel<scalar_t>(s.window_height, s.window_width);
   if (s.channels_last && members == 1 && kernel) {
     const Edge<scalar_t> edge(p.input.at(0, 0, 0, 0), p.input.at(s.batch, 0, 0, 0));
-    const Edge<scalar_t> grad_edge(p.grad_output.at(0, 0, 0, 0), p.grad_output.at(s.batch, 0, 0, 0));
+    const Edge<scalar_t> grad_edge(p.grad_output.at(0, 0, 0, 0),
+                                   p.grad_output.at(s.batch, 0, 0, 0));
     const int64_t fit = kSumsBytes / (p.taps() * kVecBytes);
     const int64_t slab = divide_up(vectors, divide_up(vectors, fit));
-    return sum_blocks(p, s.batch, slab, result, [&] { return NhwcSlab<scalar_t>{p, kernel, edge, grad_edge}; });
+    return sum_blocks(p, s.batch, slab, result,
+                      [&] { return NhwcSlab<scalar_t>{p, kernel, edge, grad_edge}; });
   }
-  const int64_t step_rows = larger(1, smaller(s.out_height, divide_up(kStepPixels, larger(1, s.out_width))));
+  const int64_t step_rows =
+      larger(1, smaller(s.out_height, divide_up(kStepPixels, larger(1, s.out_width))));
   const int64_t slab = slab_vectors(p, vectors, step_rows);
   sum_blocks(p, s.batch, slab, result, [&] { return Slab<scalar_t>(p, slab, step_rows); });
 }
@@ -327,7 +345,8 @@ void grad_weight(const Conv2dGradWeightParams& params) {
 }  // namespace
 
 void conv2d_depthwise_grad_weight(const Conv2dGradWeightParams& p) {
-  dispatch_dtype(p.shape.dtype, [&](auto scalar) { grad_weight<typename decltype(scalar)::type>(p); });
+  dispatch_dtype(p.shape.dtype,
+                 [&](auto scalar) { grad_weight<typename decltype(scalar)::type>(p); });
 }
 
 }  // namespace torchops::cpu::TORCHOPS_ISA

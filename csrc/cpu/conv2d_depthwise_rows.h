@@ -3,8 +3,8 @@
 //
 // Sums of 2 x 7 output pixels stay in registers. Each input pixel is loaded and unpacked once and
 // multiplied into all the sums that it reaches, so loads and bf16 conversions are a small part of
-// the multiply-adds. 7 is a divisor of the usual widths, and 14 sums leave a 16-register machine two
-// registers to work with.
+// the multiply-adds. 7 is a divisor of the usual widths, and 14 sums leave a 16-register machine
+// two registers to work with.
 #pragma once
 
 #include "cpu/conv2d_depthwise.h"
@@ -190,7 +190,8 @@ template <typename T>
 RowsKernel<T> rows_kernel(const Window& height, const Window& width) {
   RowsKernel<T> found = nullptr;
   if constexpr (!std::is_same_v<T, double>) {
-    dispatch_window(height, width, [&](auto kernel, auto stride) { found = correlate_rows<T, kernel, stride>; });
+    dispatch_window(height, width,
+                    [&](auto kernel, auto stride) { found = correlate_rows<T, kernel, stride>; });
   }
   return found;
 }

@@ -1,8 +1,8 @@
 // Gradient of the input of depthwise 3x3, 5x5 and 7x7 windows of stride 2: one row of grad_input at
 // a time, from the rows of grad_output that reach it.
 //
-// Even and odd pixels meet different taps. A strip holds the sums of 14 pixels, 7 of each kind; each
-// pixel of grad_output is loaded once and multiplied into all of them that it reaches.
+// Even and odd pixels meet different taps. A strip holds the sums of 14 pixels, 7 of each kind;
+// each pixel of grad_output is loaded once and multiplied into all of them that it reaches.
 #pragma once
 
 #include "cpu/conv2d_depthwise_rows.h"
@@ -18,9 +18,9 @@ struct UpsampleRow {
   const T* rows[kMaxUpsampleRows];  // column 0 of the rows of grad_output
   int64_t taps[kMaxUpsampleRows];   // the row of the window that each is under
   int count;
-  Pixels<T> input;                  // of grad_output
+  Pixels<T> input;  // of grad_output
   int64_t padding;
-  const acc* weight;                // [vector][tap][lane]
+  const acc* weight;  // [vector][tap][lane]
   T* output;
   int64_t output_pixel, output_width, channels;
 
@@ -98,7 +98,8 @@ UpsampleKernel<T> upsample_kernel(const Window& height, const Window& width) {
   UpsampleKernel<T> found = nullptr;
   if constexpr (!std::is_same_v<T, double>) {
     dispatch_window(height, width, [&](auto kernel, auto stride) {
-      if (stride == 2) found = width.padding % 2 ? upsample_row<T, kernel, 1> : upsample_row<T, kernel, 0>;
+      if (stride == 2)
+        found = width.padding % 2 ? upsample_row<T, kernel, 1> : upsample_row<T, kernel, 0>;
     });
   }
   return found;

@@ -10,6 +10,14 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
+inline bool finite(double x) { return x - x == 0; }
+
+// mean + (other - mean) * ratio, where an infinity stays what it is in a plain sum.
+inline double blend(double mean, double other, double ratio) {
+  const double delta = other - mean;
+  return finite(delta) ? mean + delta * ratio : mean + other;
+}
+
 // Count, mean and sum of squared differences from it; merged as Chan, Golub and LeVeque do.
 struct Moments {
   double count = 0, mean = 0, squares = 0;
@@ -17,7 +25,7 @@ struct Moments {
   void merge(const Moments& other) {
     if (other.count == 0) return;
     const double total = count + other.count, delta = other.mean - mean;
-    mean += delta * (other.count / total);
+    mean = blend(mean, other.mean, other.count / total);
     squares += other.squares + delta * delta * (count * other.count / total);
     count = total;
   }
@@ -26,7 +34,7 @@ struct Moments {
 // From sums of (x - center) and (x - center)^2, with a center close to the mean.
 inline Moments moments_around(double center, double sum, double sum_squares, double count) {
   const double offset = sum / count;
-  return {count, center + offset, max_zero(sum_squares - sum * offset)};
+  return {count, finite(center) ? center + offset : center, max_zero(sum_squares - sum * offset)};
 }
 
 template <typename T>
@@ -106,7 +114,7 @@ struct ChannelMoments {
 
   void merge(int64_t c, double ratio, double weight, double mean_b, double squares_b) const {
     const double delta = mean_b - mean[c];
-    mean[c] += delta * ratio;
+    mean[c] = blend(mean[c], mean_b, ratio);
     squares[c] += squares_b + delta * delta * weight;
   }
 };
@@ -134,7 +142,8 @@ void group_moments(const T* input, int64_t rows, int64_t stride, int lanes, doub
     const Vec<T> offset = first[r] / count, squares = second[r] - first[r] * offset;
     for (int i = 0; i < lanes; ++i) {
       moments.merge(c + r * kLanes<T> + i, ratio, weight,
-                    double{center[r][i]} + double{offset[i]}, max_zero(squares[i]));
+                    finite(center[r][i]) ? double{center[r][i]} + double{offset[i]} : center[r][i],
+                    max_zero(squares[i]));
     }
   }
 }

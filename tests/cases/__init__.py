@@ -67,6 +67,7 @@ class Case:
     exact: bool = False
     native_dtypes: tuple[torch.dtype, ...] = FLOATS
     scale: Callable[[Sample, list[Tensor | None]], float] | None = None
+    composed: Callable[[Sample], bool] = lambda sample: False
     reference: Callable[..., Any] | None = None
 
     def updates(self, sample: Sample) -> bool:

@@ -8,7 +8,9 @@ from torchops.ops._activation import ACTIVATIONS
 from torchops.ops.batch_norm import native_batch_norm, native_ending
 
 
-def own(input, running_mean=None, running_var=None, weight=None, bias=None, residual=None, **kwargs):
+def own(
+    input, running_mean=None, running_var=None, weight=None, bias=None, residual=None, **kwargs
+):
     return TF.batch_norm(
         input, running_mean, running_var, weight, bias, residual=residual, **kwargs
     )
@@ -57,6 +59,20 @@ def make_tensors(sample, generator):
         else:
             tensors.append(torch.randn(shape, generator=generator, dtype=torch.float64))
     return tensors
+
+
+def scale(sample, tensors):
+    """input and its mean, both times weight / sqrt(var + eps), cancel."""
+    input, weight = tensors[0].double(), tensors[3]
+    if not sample.kwargs["training"] or input.numel() == 0 or not input.isfinite().all():
+        return 0.0
+    pixels = input.transpose(0, 1).flatten(1)
+    terms = pixels.abs().amax(1) / (pixels.var(1, correction=0) + 1e-5).sqrt()
+    return (terms if weight is None else terms * weight.abs()).max().item()
+
+
+def composed(sample):
+    return sample.kwargs.get("activation") is not None or sample.shapes[-1] is not None
 
 
 SAMPLES = [
@@ -152,6 +168,8 @@ CASES = [
         GRADCHECK_SAMPLES,
         bad_inputs=BAD_INPUTS,
         make_tensors=make_tensors,
+        scale=scale,
+        composed=composed,
         differentiable=(0, 3, 4, 5),
         mutated=(1, 2),
         reference=reference,

@@ -3,13 +3,16 @@
 //
 // Plan: 3x3, 5x5 and 7x7 in NHWC run straight from tensor to tensor (conv2d_depthwise_rows.h; the
 // gradient of stride 2 in conv2d_depthwise_upsample.h). NCHW, other windows, several output
-// channels per group and float64 go through the working form (conv2d_depthwise.h). Reached, one
-// thread, AVX-512 at 2.6 GHz, batch 8, of the time of a copy of the same bytes: 3x3 of 144 x 56 x
-// 56: float32 NHWC 90 %, bfloat16 NHWC 64 %, float32 NCHW 50 %. 7x7 is bound by its
-// multiply-adds: 4.8 per ns of a peak of 7.2.
-// Did not pay: NHWC through the working form, whole rows (L2 traffic, 3x slower) or slices of
-// channels (strided reads, 3 to 8x slower); a branch in place of an address choice at borders (7x7
-// a third slower).
+// channels per group and float64 go through the working form (conv2d_depthwise.h).
+//
+// Reached, one thread, AVX-512, batch 8, 3x3 of 144 x 56 x 56, as the best time against the best
+// time of a copy of the same bytes (shared machine, separate runs: a rough figure): float32 NHWC
+// 90 %, bfloat16 NHWC 64 %, float32 NCHW 45 %. 7x7 is bound by its multiply-adds: 4.8 per ns of a
+// measured peak of 7.2.
+//
+// Did not pay: NHWC through the working form, by whole rows (about 3x slower) or by slices of
+// channels (slower still; both timed under load); a branch instead of an address choice at borders
+// (7x7 1.4x slower).
 #include "cpu/conv2d_depthwise.h"
 #include "core/parallel.h"
 #include "cpu/conv2d_depthwise_rows.h"

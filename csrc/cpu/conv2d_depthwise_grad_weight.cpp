@@ -3,10 +3,12 @@
 // Plan: up to 14 pixels of grad_output stay in registers while the window's rows pass, each adding
 // a row of taps to sums in L1. NHWC with the windows of conv2d_depthwise_rows.h straight from the
 // tensors, all else in the working form. Fixed blocks of rows, added in order.
-// Reached, one thread, AVX-512 at 2.6 GHz, batch 8, of the time of a copy of the same bytes: 3x3 of
-// 144 x 56 x 56: float32 NHWC 86 %, bfloat16 NHWC 55 %, float32 NCHW 70 %; 7x7: 3.5 multiply-adds
-// per ns of a peak of 7.2.
-// Did not pay: taps in registers and pixels from memory (a load per multiply-add, half the speed).
+//
+// Reached, measured as in conv2d_depthwise.cpp: float32 NHWC 86 %, bfloat16 NHWC 55 %, float32 NCHW
+// 70 %; 7x7: 3.3 multiply-adds per ns of a measured peak of 7.2.
+//
+// Did not pay: taps in registers and pixels from memory, a load per multiply-add, over the working
+// form (1.4 to 1.7x slower in NHWC).
 #include "core/parallel.h"
 #include "cpu/conv2d_depthwise.h"
 #include "cpu/conv2d_depthwise_rows.h"

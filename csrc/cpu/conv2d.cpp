@@ -16,10 +16,9 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-constexpr int64_t kGrainFlops = 2'000'000;  // about 30 us
-
-int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t kGrainFlops = 2'000'000;   // about 30 us
+constexpr int64_t kGrainCopies = 65'536;
+constexpr int64_t kRowStride = kPanelStride<Panel::rows>;
 
 // Where the weight of (group, output column, tap, channel) lies.
 template <typename T>
@@ -37,26 +36,25 @@ struct Weights {
 struct DepthBlocks {
   int64_t depth, count, size;
   explicit DepthBlocks(int64_t depth)
-      : depth(depth), count(depth > kPanelDepth ? blocks(depth, kPanelDepth) : 1),
+      : depth(depth), count(depth > kPanelLength<Panel::rows> ? blocks(depth, kPanelLength<Panel::rows>) : 1),
         size(blocks(depth, count)) {}
   int64_t begin(int64_t block) const { return smaller(block * size, depth); }
   int64_t length(int64_t block) const { return begin(block + 1) - begin(block); }
 };
 
-// f(group, depth index, address of the weight of column 0, channel of that depth index)
+// f(depth index, address of the weight) for the weights of one group from `column` on. The channels
+// run outside, so that the memory, where taps are neighbours, is read in order.
 template <typename T, typename F>
-void for_each_depth(const Correlation& c, const Weights<T>& weights, const F& f) {
-  parallel_for(c.groups, kGrainFlops / (c.depth() * c.columns + 1) + 1, [&](int64_t g0, int64_t g1) {
-    for (int64_t g = g0; g < g1; ++g) {
-      int64_t k = 0;
-      for (int64_t th = 0; th < c.height.taps; ++th) {
-        for (int64_t tw = 0; tw < c.width.taps; ++tw) {
-          const T* tap = weights.tap(c, g, th, tw);
-          for (int64_t i = 0; i < c.channels; ++i) f(g, k++, tap + i * weights.channel_stride);
-        }
+void for_each_depth(const Correlation& c, const Weights<T>& weights, int64_t group, int64_t column,
+                    const F& f) {
+  for (int64_t i = 0; i < c.channels; ++i) {
+    for (int64_t th = 0; th < c.height.taps; ++th) {
+      for (int64_t tw = 0; tw < c.width.taps; ++tw) {
+        f((th * c.width.taps + tw) * c.channels + i,
+          weights.tap(c, group, th, tw) + i * weights.channel_stride + column * weights.column_stride);
       }
     }
-  });
+  }
 }
 
 template <typename T>
@@ -89,13 +87,16 @@ struct ColumnPanels {
 
 template <typename T>
 void pack_columns(const Problem<T>& p, const ColumnPanels<T>& packed) {
-  for_each_depth<T>(p.c, p.weights, [&](int64_t group, int64_t k, const T* weight) {
-    for (int64_t panel = 0; panel * packed.kWidth < p.c.columns; ++panel) {
-      acc_t<T>* row = packed.at(group, panel, k);
-      const int64_t width = packed.width(panel), first = panel * packed.kWidth;
-      const int64_t used = smaller(width, p.c.columns - first);
-      for (int64_t j = 0; j < used; ++j) row[j] = to_acc(weight[(first + j) * p.weights.column_stride]);
-      fill_zero(row + used, width - used);
+  const int64_t panels = blocks(p.c.columns, packed.kWidth), work = packed.kWidth * p.c.depth();
+  parallel_for(p.c.groups * panels, kGrainCopies / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t group = item / panels, panel = item % panels, first = panel * packed.kWidth;
+      const int64_t width = packed.width(panel), used = smaller(width, p.c.columns - first);
+      for_each_depth<T>(p.c, p.weights, group, first, [&](int64_t k, const T* weight) {
+        acc_t<T>* row = packed.at(group, panel, k);
+        for (int64_t j = 0; j < used; ++j) row[j] = to_acc(weight[j * p.weights.column_stride]);
+        fill_zero(row + used, width - used);
+      });
     }
   });
 }
@@ -132,7 +133,7 @@ void correlate_channels_last(const Problem<T>& p) {
   const int64_t flops = 2 * kBlockRows * smaller(c.columns, kBlockColumns) * (c.depth() + 1);
   parallel_for(row_blocks * c.groups * column_blocks, kGrainFlops / flops + 1,
                [&](int64_t begin, int64_t end) {
-    const Scratch<acc_t<T>> panel(kBlockRows * kPanelStride), tile(kBlockRows * kBlockColumns);
+    const Scratch<acc_t<T>> panel(kBlockRows * kRowStride), tile(kBlockRows * kBlockColumns);
     Segment segments[kBlockRows];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first_column = item % column_blocks * kBlockColumns;
@@ -143,10 +144,8 @@ void correlate_channels_last(const Problem<T>& p) {
       const int64_t count = make_segments(c, row, row + rows, segments);
       for (int64_t block = 0; block < depth.count; ++block) {
         const int64_t k = depth.begin(block), length = depth.length(block);
-        if (length) {
-          ChannelsLastGather<T>{c, p.source + group * c.channels, k, k + length}(segments, count,
-                                                                                 panel.get());
-        }
+        gather_channels_last(c, p.source + group * c.channels, k, k + length, segments, count,
+                             panel.get(), kRowStride);
         for (int64_t j = 0; j < columns; j += weights.kWidth) {
           const int64_t index = (first_column + j) / weights.kWidth;
           multiply<acc_t<T>, Panel::rows>(
@@ -163,28 +162,37 @@ void correlate_channels_last(const Problem<T>& p) {
 
 // ---- contiguous: output channel rows x position vectors ------------------------------------------
 
-// Weights as rows of the panel format: [group][depth block][column][depth in the block].
+constexpr int64_t kBlockChannels = 256;
+
+// Weights as strips: [group][block of columns][depth block][strip][depth][column].
 template <typename T>
-struct RowPanels {
+struct Strips {
   DepthBlocks blocks;
   int64_t columns;
   Scratch<acc_t<T>> data;
 
-  explicit RowPanels(const Correlation& c)
-      : blocks(c.depth()), columns(c.columns),
-        data(c.groups * blocks.count * columns * kPanelStride) {}
-  acc_t<T>* at(int64_t group, int64_t block, int64_t column) const {
-    return data.get() + ((group * blocks.count + block) * columns + column) * kPanelStride;
+  explicit Strips(const Correlation& c)
+      : blocks(c.depth()), columns(c.columns), data(c.groups * columns * blocks.depth) {}
+  int64_t height(int64_t column) const { return smaller(kBlockChannels, columns - column); }
+  acc_t<T>* at(int64_t group, int64_t column, int64_t block) const {
+    return data.get() + (group * columns + column) * blocks.depth + height(column) * blocks.begin(block);
   }
 };
 
 template <typename T>
-void pack_rows(const Problem<T>& p, const RowPanels<T>& packed) {
-  for_each_depth<T>(p.c, p.weights, [&](int64_t group, int64_t k, const T* weight) {
-    const int64_t block = k / packed.blocks.size;
-    acc_t<T>* to = packed.at(group, block, 0) + k - block * packed.blocks.size;
-    for (int64_t j = 0; j < p.c.columns; ++j) {
-      to[j * kPanelStride] = to_acc(weight[j * p.weights.column_stride]);
+void pack_strips(const Problem<T>& p, const Strips<T>& packed) {
+  const int64_t size = packed.blocks.size, row_blocks = blocks(p.c.columns, kBlockChannels);
+  const int64_t work = kBlockChannels * p.c.depth();
+  parallel_for(p.c.groups * row_blocks, kGrainCopies / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t group = item / row_blocks, column = item % row_blocks * kBlockChannels;
+      for_each_tile(packed.height(column), [&](int64_t first, int height) {
+        for_each_depth<T>(p.c, p.weights, group, column + first, [&](int64_t k, const T* weight) {
+          const int64_t block = k / size, length = packed.blocks.length(block);
+          acc_t<T>* to = packed.at(group, column, block) + first * length + (k - block * size) * height;
+          for (int j = 0; j < height; ++j) to[j] = to_acc(weight[j * p.weights.column_stride]);
+        });
+      });
     }
   });
 }
@@ -216,20 +224,20 @@ void store_planes(const Problem<T>& p, const Segment* segments, int64_t count, i
 template <typename T>
 void correlate_contiguous(const Problem<T>& p) {
   const Correlation& c = p.c;
-  constexpr int64_t kWidth = kTileColumns<acc_t<T>>, kPositions = 4 * kWidth;
-  const RowPanels<T> weights(c);
-  pack_rows(p, weights);
+  constexpr int64_t kWidth = kTileColumns<acc_t<T>>, kPositions = 8 * kWidth;
+  const Strips<T> weights(c);
+  pack_strips(p, weights);
   const DepthBlocks& depth = weights.blocks;
-  const int64_t row_blocks = blocks(c.columns, kBlockRows);
+  const int64_t row_blocks = blocks(c.columns, kBlockChannels);
   const int64_t position_blocks = blocks(c.positions(), kPositions);
-  const int64_t flops = 2 * kPositions * smaller(c.columns, kBlockRows) * (c.depth() + 1);
+  const int64_t flops = 2 * kPositions * smaller(c.columns, kBlockChannels) * (c.depth() + 1);
   parallel_for(position_blocks * c.groups * row_blocks, kGrainFlops / flops + 1,
                [&](int64_t begin, int64_t end) {
-    const Scratch<acc_t<T>> panel(kPanelDepth * kPositions), tile(kBlockRows * kPositions);
+    const Scratch<acc_t<T>> panel(kPanelLength<Panel::rows> * kPositions), tile(kBlockChannels * kPositions);
     Segment segments[kPositions];
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t row = item % row_blocks * kBlockRows;
-      const int64_t rows = smaller(kBlockRows, c.columns - row);
+      const int64_t row = item % row_blocks * kBlockChannels;
+      const int64_t rows = smaller(kBlockChannels, c.columns - row);
       const int64_t group = item / row_blocks % c.groups;
       const int64_t first = item / row_blocks / c.groups * kPositions;
       const int64_t positions = smaller(kPositions, c.positions() - first);
@@ -237,10 +245,16 @@ void correlate_contiguous(const Problem<T>& p) {
       const T* source = p.source + group * c.channels * c.source_plane();
       for (int64_t block = 0; block < depth.count; ++block) {
         const int64_t k = depth.begin(block), length = depth.length(block);
-        PlanarGather<T>{c, source, k, k + length}(segments, count, panel.get(), kPositions);
+        for (int64_t i = 0; i < length; ++i) {
+          acc_t<T> line[kPositions];
+          gather_line(c, source, k + i, segments, count, line);
+          for (int64_t j = 0; j < positions; j += kWidth) {
+            copy_in(panel.get() + j * length + i * kWidth, line + j, kWidth);
+          }
+        }
         for (int64_t j = 0; j < positions; j += kWidth) {
-          multiply<acc_t<T>, Panel::rows>(
-              {weights.at(group, block, row), panel.get() + j, tile.get() + j, kPositions,
+          multiply<acc_t<T>, Panel::strips>(
+              {weights.at(group, row, block), panel.get() + j * length, tile.get() + j, kWidth,
                kPositions, length, block > 0},
               rows, smaller(kWidth, positions - j));
         }

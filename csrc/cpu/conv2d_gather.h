@@ -5,7 +5,6 @@
 // height, taps along the width and channels, the channel fastest.
 #pragma once
 
-#include "core/scratch.h"
 #include "core/vec.h"
 #include "cpu/gemm.h"
 #include "ops/conv2d.h"
@@ -96,6 +95,8 @@ inline int64_t make_segments(const Correlation& c, int64_t begin, int64_t end, S
   return count;
 }
 
+inline int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : value > high ? high : value;
 }
@@ -105,87 +106,75 @@ struct Inside {
   int64_t first, last;
 };
 inline Inside inside(int64_t start, int64_t step, int64_t count, int64_t length) {
+  // Most lie inside altogether: no division then.
+  if (start >= 0 && start + (count - 1) * step < length) return {0, count};
   const int64_t first = start >= 0 ? 0 : (-start + step - 1) / step;
   const int64_t last = start >= length ? 0 : (length - start + step - 1) / step;
   return {clamp(first, 0, count), clamp(last, 0, count)};
 }
 
-// channels_last: row `position` of the panel = depth indices [begin, end) of that position, which
-// are runs of neighbouring elements. `source` points at the group's first channel.
+// channels_last: panel[position * stride + k] = depth index begin + k of that position. `source`
+// points at the group's first channel.
 template <typename T>
-struct ChannelsLastGather {
-  const Correlation& c;
-  const T* source;
-  int64_t begin, end;
-
-  void operator()(const Segment* segments, int64_t count, acc_t<T>* panel) const {
+void gather_channels_last(const Correlation& c, const T* source, int64_t begin, int64_t end,
+                          const Segment* segments, int64_t count, acc_t<T>* panel, int64_t stride) {
+  if (begin >= end) return;
+  const int64_t pixel_stride = c.groups * c.channels;
+  // Taps side by side read one contiguous run.
+  const bool merged = c.groups == 1 && c.width.tap_offset == 1;
+  const int64_t run_taps = merged ? c.width.taps : 1, run = run_taps * c.channels;
+  for (int64_t r = begin / run; r * run < end; ++r) {
+    const int64_t low = clamp(begin - r * run, 0, run), high = clamp(end - r * run, 0, run);
+    const int64_t th = merged ? r : r / c.width.taps, tw = merged ? 0 : r % c.width.taps;
     for (int64_t s = 0; s < count; ++s) {
-      for (int64_t i = 0; i < segments[s].length; ++i) {
-        gather_position(segments[s], segments[s].width + i * c.width.step,
-                        panel + (segments[s].start + i) * kPanelStride);
+      const int64_t h = segments[s].height + th * c.height.tap_offset;
+      const bool outside = h < 0 || h >= c.height.source_length;
+      const int64_t row_start = (segments[s].image * c.height.source_length + h) * c.width.source_length;
+      int64_t w = segments[s].width + tw * c.width.tap_offset;
+      acc_t<T>* to = panel + segments[s].start * stride + r * run + low - begin;
+      for (int64_t i = 0; i < segments[s].length; ++i, w += c.width.step, to += stride) {
+        const Inside taps = outside ? Inside{0, 0} : inside(w, 1, run_taps, c.width.source_length);
+        const int64_t first = clamp(taps.first * c.channels, low, high);
+        const int64_t last = clamp(taps.last * c.channels, first, high);
+        fill_zero(to, first - low);
+        copy_in(to + first - low, source + (row_start + w) * pixel_stride + first, last - first);
+        fill_zero(to + last - low, high - last);
       }
     }
   }
+}
 
- private:
-  void gather_position(const Segment& segment, int64_t width, acc_t<T>* row) const {
-    const int64_t pixel_stride = c.groups * c.channels;
-    // Taps side by side read one contiguous run.
-    const bool merged = c.groups == 1 && c.width.tap_offset == 1;
-    const int64_t run_taps = merged ? c.width.taps : 1, run = run_taps * c.channels;
-    for (int64_t r = begin / run; r * run < end; ++r) {
-      const int64_t low = clamp(begin - r * run, 0, run), high = clamp(end - r * run, 0, run);
-      const int64_t th = merged ? r : r / c.width.taps, tw = merged ? 0 : r % c.width.taps;
-      const int64_t h = segment.height + th * c.height.tap_offset;
-      const int64_t w = width + tw * c.width.tap_offset;
-      Inside taps = inside(w, 1, run_taps, c.width.source_length);
-      if (h < 0 || h >= c.height.source_length) taps = {0, 0};
-      const int64_t first = clamp(taps.first * c.channels, low, high);
-      const int64_t last = clamp(taps.last * c.channels, first, high);
-      const int64_t pixel = (segment.image * c.height.source_length + h) * c.width.source_length + w;
-      fill_zero(row, first - low);
-      copy_in(row + first - low, source + pixel * pixel_stride + first, last - first);
-      fill_zero(row + last - low, high - last);
-      row += high - low;
-    }
-  }
-};
-
-// contiguous: row k of the panel = depth index begin + k at all positions. `source` points at the
+// contiguous: line[position] = element of depth index k at that position. `source` points at the
 // group's first plane of the first image.
 template <typename T>
-struct PlanarGather {
-  const Correlation& c;
-  const T* source;
-  int64_t begin, end;
-
-  void operator()(const Segment* segments, int64_t count, acc_t<T>* panel, int64_t stride) const {
-    const int64_t plane = c.source_plane(), image = c.groups * c.channels * plane;
-    for (int64_t k = begin; k < end; ++k, panel += stride) {
-      const int64_t tap = k / c.channels, th = tap / c.width.taps, tw = tap % c.width.taps;
-      for (int64_t s = 0; s < count; ++s) {
-        gather_row(segments[s], source + segments[s].image * image + k % c.channels * plane,
-                   th * c.height.tap_offset, tw * c.width.tap_offset, panel + segments[s].start);
-      }
+void gather_line(const Correlation& c, const T* source, int64_t k, const Segment* segments,
+                 int64_t count, acc_t<T>* line) {
+  const int64_t tap = k / c.channels, th = tap / c.width.taps, tw = tap % c.width.taps;
+  const int64_t plane = c.source_plane(), image = c.groups * c.channels * plane;
+  const int64_t step = c.width.step, length = c.width.source_length;
+  source += k % c.channels * plane;
+  for (int64_t s = 0; s < count; ++s) {
+    const Segment& segment = segments[s];
+    acc_t<T>* to = line + segment.start;
+    const int64_t h = segment.height + th * c.height.tap_offset;
+    if (h < 0 || h >= c.height.source_length) {
+      fill_zero(to, segment.length);
+      continue;
     }
-  }
-
- private:
-  void gather_row(const Segment& segment, const T* plane, int64_t tap_height, int64_t tap_width,
-                  acc_t<T>* row) const {
-    const int64_t h = segment.height + tap_height, w = segment.width + tap_width, step = c.width.step;
-    if (h < 0 || h >= c.height.source_length) return fill_zero(row, segment.length);
-    const Inside valid = inside(w, step, segment.length, c.width.source_length);
-    const int64_t last = valid.last > valid.first ? valid.last : valid.first;
-    const T* from = plane + h * c.width.source_length + w;
-    fill_zero(row, valid.first);
+    const int64_t w = segment.width + tw * c.width.tap_offset;
+    const Inside valid = inside(w, step, segment.length, length);
+    const int64_t last = clamp(valid.last, valid.first, segment.length);
+    const T* from = source + segment.image * image + h * length + w;
+    fill_zero(to, valid.first);
+    // The next channel lies a plane further, in another page: the hardware does not foresee it.
+    for (int64_t i = valid.first; i < last; i += 64 / sizeof(T)) __builtin_prefetch(from + i * step + plane);
     if (step == 1) {
-      copy_in(row + valid.first, from + valid.first, last - valid.first);
+      copy_in(to + valid.first, from + valid.first, last - valid.first);
     } else {
-      for (int64_t i = valid.first; i < last; ++i) row[i] = to_acc(from[i * step]);
+      for (int64_t i = valid.first; i < last; ++i) to[i] = to_acc(from[i * step]);
     }
-    fill_zero(row + last, segment.length - last);
+    fill_zero(to + last, segment.length - last);
   }
-};
+}
 
 }  // namespace torchops::cpu::TORCHOPS_ISA

@@ -7,6 +7,7 @@
 // transposed on its way into the panel.
 #include "core/parallel.h"
 #include "core/scratch.h"
+#include "core/transpose.h"
 #include "cpu/conv2d_gather.h"
 #include "cpu/gemm.h"
 #include "ops/conv2d.h"
@@ -14,12 +15,10 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Work is split at least this often where the shape allows: enough for the threads of a large CPU.
 // The split must not depend on their number.
-constexpr int64_t kUnits = 64;
+constexpr int64_t kUnits = 32;
+constexpr int64_t kGrainFlops = 2'000'000;  // about 30 us
 
 // How the product is cut up. Per layout: rows and positions of a block, so that both panels and the
 // tile stay in L2.
@@ -35,8 +34,8 @@ struct Plan {
   explicit Plan(const Conv2dGradWeightParams& params)
       : p(params), c(forward_correlation(params.shape)) {
     const bool channels_last = p.shape.channels_last;
-    block_rows = channels_last ? kPanelDepth : 8 * kTileRows;
-    block_positions = channels_last ? 128 : kPanelDepth;
+    block_rows = kPanelLength<Panel::columns>;
+    block_positions = channels_last ? 256 : kPanelLength<Panel::rows>;
     row_blocks = blocks(c.depth(), block_rows);
     column_blocks = blocks(c.columns, kBlockColumns);
     position_blocks = blocks(c.positions(), block_positions);
@@ -55,28 +54,41 @@ struct Workspace {
   Scratch<Segment> segments;
 
   explicit Workspace(const Plan<T>& plan)
-      : input((plan.p.shape.channels_last ? plan.block_positions : plan.block_rows) * kPanelStride),
+      : input(plan.p.shape.channels_last ? plan.block_positions * kPanelStride<Panel::columns>
+                                         : plan.block_rows * kPanelStride<Panel::rows>),
         grads(plan.block_positions * kBlockColumns),
         tile(plan.block_rows * kBlockColumns),
         segments(plan.block_positions) {}
 };
 
-// grads[position][column] of the block.
+// The block's grad_output as panels of kTileColumns channels: [panel][position][channel].
 template <typename T>
 void gather_grads(const Plan<T>& plan, int64_t first, int64_t positions, int64_t channel,
                   int64_t columns, acc_t<T>* grads) {
+  constexpr int64_t kWidth = kTileColumns<acc_t<T>>;
   const auto* source = static_cast<const T*>(plan.p.grad_output);
   const int64_t channels = plan.p.shape.out_channels, plane = plan.c.out_plane();
-  const int64_t width = blocks(columns, kLanes<T>) * kLanes<T>;
-  for (int64_t i = 0; i < positions; ++i, grads += plan.kBlockColumns) {
-    const int64_t position = first + i;
-    if (plan.p.shape.channels_last) {
-      copy_in(grads, source + position * channels + channel, columns);
-    } else {
-      const T* from = source + (position / plane * channels + channel) * plane + position % plane;
-      for (int64_t j = 0; j < columns; ++j) grads[j] = to_acc(from[j * plane]);
+  if (plan.p.shape.channels_last) {
+    for (int64_t i = 0; i < positions; ++i) {
+      const T* from = source + (first + i) * channels + channel;
+      for (int64_t j = 0; j < columns; j += kWidth) {
+        copy_in(grads + j * positions + i * kWidth, from + j, smaller(kWidth, columns - j));
+      }
     }
-    fill_zero(grads + columns, width - columns);
+    return;
+  }
+  for (int64_t i = 0; i < positions;) {
+    const int64_t image = (first + i) / plane, pixel = (first + i) % plane;
+    const int64_t count = smaller(plane - pixel, positions - i);
+    for (int64_t j = 0; j < columns; j += kLanes<T>) {
+      const T* from = source + (image * channels + channel + j) * plane + pixel;
+      acc_t<T>* to = grads + j / kWidth * kWidth * positions + i * kWidth + j % kWidth;
+      const int lanes = static_cast<int>(smaller(kLanes<T>, columns - j));
+      load_planes(from, plane, lanes, count, [&](int64_t start, const Vec<T>* block, int size) {
+        for (int k = 0; k < size; ++k) store<acc_t<T>>(to + (start + k) * kWidth, block[k]);
+      });
+    }
+    i += count;
   }
 }
 
@@ -89,15 +101,19 @@ void add_block(const Plan<T>& plan, const Workspace<T>& work, int64_t group, int
   const int64_t count = make_segments(c, first, first + positions, work.segments.get());
   const bool channels_last = plan.p.shape.channels_last;
   if (channels_last) {
-    const ChannelsLastGather<T> gather{c, input + group * c.channels, row, row + rows};
-    gather(work.segments.get(), count, work.input.get());
+    gather_channels_last(c, input + group * c.channels, row, row + rows, work.segments.get(), count,
+                         work.input.get(), kPanelStride<Panel::columns>);
   } else {
-    const PlanarGather<T> gather{c, input + group * c.channels * c.source_plane(), row, row + rows};
-    gather(work.segments.get(), count, work.input.get(), kPanelStride);
+    const T* source = input + group * c.channels * c.source_plane();
+    for (int64_t r = 0; r < rows; ++r) {
+      gather_line(c, source, row + r, work.segments.get(), count,
+                  work.input.get() + r * kPanelStride<Panel::rows>);
+    }
   }
   for (int64_t j = 0; j < columns; j += kTileColumns<acc_t<T>>) {
-    const TileArguments<acc_t<T>> tile{work.input.get(), work.grads.get() + j, work.tile.get() + j,
-                                       plan.kBlockColumns, plan.kBlockColumns, positions, accumulate};
+    const TileArguments<acc_t<T>> tile{work.input.get(), work.grads.get() + j * positions,
+                                       work.tile.get() + j, kTileColumns<acc_t<T>>,
+                                       plan.kBlockColumns, positions, accumulate};
     const int64_t width = smaller(kTileColumns<acc_t<T>>, columns - j);
     if (channels_last) {
       multiply<acc_t<T>, Panel::columns>(tile, rows, width);
@@ -131,21 +147,30 @@ void sum_share(const Plan<T>& plan, const Workspace<T>& work, int64_t unit, acc_
   }
 }
 
-// Sums the shares in order, and brings [tap][channel][column] into the weight's own order.
+// Sums the shares in order, and brings [tap][channel][column] into the weight's own order: a cache
+// line of columns at a time, so that neither side is touched twice.
 template <typename T>
 void combine(const Plan<T>& plan, const acc_t<T>* sums) {
+  constexpr int64_t kStrip = 64 / sizeof(acc_t<T>);
   auto* grad_weight = static_cast<T*>(plan.p.grad_weight);
   const Correlation& c = plan.c;
-  const int64_t taps = c.height.taps * c.width.taps;
-  const int64_t channels = c.groups * c.columns, work = plan.shares * c.depth();
-  parallel_for(channels, 65536 / (work + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; ++o) {
-      for (int64_t k = 0; k < c.depth(); ++k) {
-        const acc_t<T>* from = sums + (o / c.columns * c.depth() + k) * c.columns + o % c.columns;
-        acc_t<T> sum = 0;
-        for (int64_t share = 0; share < plan.shares; ++share) sum += from[share * plan.share_size()];
-        const int64_t channel = k % c.channels, tap = k / c.channels;
-        grad_weight[(o * c.channels + channel) * taps + tap] = from_acc<T>(sum);
+  const int64_t taps = c.height.taps * c.width.taps, strips = blocks(c.columns, kStrip);
+  const int64_t work = plan.shares * c.depth() * kStrip;
+  parallel_for(c.groups * strips, 65'536 / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t group = item / strips, column = item % strips * kStrip;
+      const int64_t columns = smaller(kStrip, c.columns - column);
+      T* to = grad_weight + (group * c.columns + column) * c.depth();
+      for (int64_t channel = 0; channel < c.channels; ++channel) {
+        for (int64_t tap = 0; tap < taps; ++tap, ++to) {
+          const int64_t row = group * c.depth() + tap * c.channels + channel;
+          acc_t<T> sum[kStrip] = {};
+          for (int64_t share = 0; share < plan.shares; ++share) {
+            const acc_t<T>* from = sums + share * plan.share_size() + row * c.columns + column;
+            for (int64_t j = 0; j < columns; ++j) sum[j] += from[j];
+          }
+          for (int64_t j = 0; j < columns; ++j) to[j * c.depth()] = from_acc<T>(sum[j]);
+        }
       }
     }
   });
@@ -161,7 +186,7 @@ void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
     const Scratch<acc_t<T>> sums(plan.shares * plan.share_size());
     const int64_t units = plan.shares * plan.c.groups * plan.row_blocks * plan.column_blocks;
     const int64_t flops = 2 * plan.c.positions() * plan.share_size() / (units + 1) + 1;
-    parallel_for(units, 2'000'000 / flops + 1, [&](int64_t begin, int64_t end) {
+    parallel_for(units, kGrainFlops / flops + 1, [&](int64_t begin, int64_t end) {
       const Workspace<T> work(plan);
       for (int64_t unit = begin; unit < end; ++unit) sum_share(plan, work, unit, sums.get());
     });

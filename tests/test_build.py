@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from torchops import _library
+from torchops.ops._autograd import kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -163,6 +164,12 @@ def test_import_with_a_library_that_does_not_load(monkeypatch, tmp_path):
     with pytest.raises(ImportError, match="needs torch >= 2.11") as caught:
         _library.load()
     assert torch.__version__ in str(caught.value)
+    assert _library.REBUILD in str(caught.value)
+
+
+def test_import_with_an_older_library():
+    with pytest.raises(ImportError, match="no operator transmogrify; it is older") as caught:
+        kernel("transmogrify")
     assert _library.REBUILD in str(caught.value)
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from torchops._library import REBUILD
+
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _transforms_active = torch._C._are_functorch_transforms_active
 
@@ -27,6 +29,11 @@ def kernel(name: str) -> Callable[..., Any]:
     Skipping the operator's Autograd kernel (this Function again) avoids an endless loop, and costs
     8 us less a call.
     """
+    if not hasattr(torch.ops.torchops, name):
+        raise ImportError(
+            f"torchops: the compiled library has no operator {name}; it is older than the Python"
+            f" sources. In the source folder run:  {REBUILD}"
+        )
     op = getattr(torch.ops.torchops, name).default
 
     def call(*args: Any) -> Any:

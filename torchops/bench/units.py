@@ -22,7 +22,7 @@ def spread(median: float, low: float, high: float) -> str:
 
 def size(value: float) -> str:
     """Bytes in powers of ten, such as "12.8 MB", so that they divide by GB/s without a factor."""
-    return _scaled(value, _DECIMAL) + "B"
+    return _scaled(value, _DECIMAL) + "B" if value else "0 B"
 
 
 def rate(value: float, unit: str) -> str:

@@ -58,7 +58,7 @@ def forward(library: Any, problem: Problem) -> Forward:
             activation=p.activation,
         )
     if p.op == "conv1x1":
-        return lambda input, weight, bias=None: function(input, weight, bias, p.stride[0])
+        return lambda input, weight, bias=None: function(input, weight, bias, p.stride)
     if p.op in CONVS:
         return lambda input, weight, bias=None: function(
             input, weight, bias, p.stride, p.padding, p.dilation, p.groups

@@ -55,7 +55,6 @@ def report(rows) -> Report:
             cores=2,
             gpu="",
             last_level_cache=32 << 20,
-            load=0.1,
             system="Linux",
             python="3.11.7",
             torch="2.13.0",
@@ -65,6 +64,7 @@ def report(rows) -> Report:
         rooflines={roofline_name("float32", 1): ROOF},
         rotation_bytes=64 << 20,
         quick=False,
+        others=0.1,
         rows=list(rows),
     )
 

@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import bench_sample
 from bench_sample import around, report, row
-from torchops.bench import compare, results
+from torchops.bench import compare, environment, results
 from torchops.bench.parse import parse
 from torchops.bench.report import environment_lines, line
 from torchops.bench.results import SCHEMA, Match, ResultError
@@ -112,6 +114,27 @@ def test_lines():
     lines = "\n".join(environment_lines(report([row(CONV)])))
     for part in ("torchops bench --suite", "AMD EPYC", "2.13.0", "0123456789ab", "20.0 GB/s"):
         assert part in lines
+
+
+def test_a_busy_machine_is_told():
+    quiet, busy = report([row(CONV)]), replace(report([row(CONV)]), others=1.5)
+    assert "other processes used 0.1 of 2 cores meanwhile" in environment_lines(quiet)
+    assert "other processes used 1.5 of 2 cores meanwhile" in environment_lines(busy)
+    threaded = replace(busy, rows=[replace(row(CONV), threads=2)])
+    warning = ": do not trust rows of more than one thread"
+    assert environment_lines(threaded)[-1].endswith(warning)
+
+
+def test_own_work_is_not_the_others(monkeypatch):
+    # In two seconds all processes computed for three, this one for two of them.
+    readings = iter([(100.0, 50.0, 7.0), (102.0, 53.0, 9.0)])
+    monkeypatch.setattr(environment, "_processor_seconds", lambda: next(readings))
+    assert environment.Others().cores() == 0.5
+
+
+def test_processor_time_is_read_where_there_is_proc():
+    reading = environment._processor_seconds()
+    assert reading is None if not Path("/proc/stat").exists() else min(reading) > 0
 
 
 def test_totals_weigh_by_calls():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 _CPUS = Path("/sys/devices/system/cpu")
+_STAT = Path("/proc/stat")
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,6 @@ class Environment:
     cores: int
     gpu: str
     last_level_cache: int
-    load: float
     system: str
     python: str
     torch: str
@@ -42,7 +43,6 @@ def environment(device: str) -> Environment:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _all_cores(),
         gpu=torch.cuda.get_device_name(device) if cuda else "",
         last_level_cache=last_level_cache(device),
-        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
         system=platform.platform(terse=True),
         python=platform.python_version(),
         torch=torch.__version__,
@@ -53,6 +53,36 @@ def environment(device: str) -> Environment:
 
 def _all_cores() -> int:
     return os.cpu_count() or 1
+
+
+class Others:
+    """What other processes take of the processor, from construction on.
+
+    Their work slows ours down, and with several threads a wait for one that was put aside turns
+    a time into multiples of the scheduler's tick. Virtual machines' stolen time counts as theirs.
+    """
+
+    def __init__(self) -> None:
+        self._start = _processor_seconds()
+
+    def cores(self) -> float | None:
+        """How many cores they used on average; None where the system does not tell."""
+        end = _processor_seconds()
+        if self._start is None or end is None:
+            return None
+        wall, busy, own = (after - before for before, after in zip(self._start, end, strict=True))
+        return max(0.0, busy - own) / wall if wall > 0 else 0.0
+
+
+def _processor_seconds() -> tuple[float, float, float] | None:
+    """Elapsed, and what all processes and this one have computed."""
+    try:
+        ticks = [int(field) for field in _STAT.read_text().split(maxsplit=9)[1:9]]
+    except OSError:
+        return None
+    user, nice, system, _idle, _wait, interrupt, soft_interrupt, stolen = ticks
+    busy = user + nice + system + interrupt + soft_interrupt + stolen
+    return time.monotonic(), busy / os.sysconf("SC_CLK_TCK"), time.process_time()
 
 
 @cache

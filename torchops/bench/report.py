@@ -24,6 +24,9 @@ _LEFT = (
 _SETTINGS = ("dtype", "layout", "thr")
 STYLES = {FASTER: "green", SAME: "", SLOWER: "bold red", UNCERTAIN: "yellow"}
 
+# Cores that others may use before rows of several threads show the scheduler more than the kernel.
+_QUIET = 0.2
+
 # Wide enough for every column on one line: a terminal folds what is cut off otherwise.
 _WIDTH = 220
 
@@ -87,21 +90,28 @@ def print_report(report: Report) -> None:
 def environment_lines(report: Report) -> list[str]:
     """Where the figures hold."""
     where = report.environment
-    lines = [f"$ {report.command}", f"{report.created}  torchops {where.torchops} {where.commit}"]
-    lines.append(
-        f"{where.gpu or where.cpu}, {where.isa}, {where.cores} cores, load {where.load:.1f}"
-    )
-    lines.append(f"torch {where.torch}, Python {where.python}, {where.system}")
     settings = [{row.dtype for row in report.rows}, {row.layout for row in report.rows}]
-    lines.append(", ".join("/".join(sorted(names)) for names in settings))
+    lines = [
+        f"$ {report.command}",
+        f"{report.created}, torchops {where.torchops} {where.commit}",
+        f"{where.gpu or where.cpu}, {where.isa}, {where.cores} cores",
+        f"torch {where.torch}, Python {where.python}, {where.system}",
+        ", ".join("/".join(sorted(names)) for names in settings),
+    ]
     for name, roof in report.rooflines.items():
         copy = units.rate(roof.bytes_per_second, "B/s")
         matmul = units.rate(roof.flops_per_second, "FLOP/s")
         lines.append(f"roofline at {name}: copy {copy}, matmul {matmul}")
     if report.rotation_bytes:
         cache = units.size(where.last_level_cache)
-        text = f"buffers rotate over {units.size(report.rotation_bytes)}, last-level cache {cache}"
-        lines.append(text)
+        turn = units.size(report.rotation_bytes)
+        lines.append(f"buffers rotate over {turn}, last-level cache {cache}")
+    if report.others is not None:
+        busy = f"other processes used {report.others:.1f} of {where.cores} cores meanwhile"
+        threaded = any(row.threads > 1 for row in report.rows)
+        if report.others > _QUIET and threaded:
+            busy += ": do not trust rows of more than one thread"
+        lines.append(busy)
     return lines
 
 

@@ -94,7 +94,11 @@ def roofline_name(dtype: str, threads: int) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole run. `rooflines` are keyed by `roofline_name`."""
+    """A whole run.
+
+    `rooflines` are keyed by `roofline_name`. `others` is how many cores other processes used
+    meanwhile, None where the system does not tell.
+    """
 
     command: str
     created: str
@@ -103,6 +107,7 @@ class Report:
     rooflines: dict[str, Roofline]
     rotation_bytes: int
     quick: bool
+    others: float | None
     rows: list[Row]
     schema: str = SCHEMA
 

@@ -13,7 +13,7 @@ import torch
 
 import torchops
 from torchops.bench.counts import count
-from torchops.bench.environment import environment, last_level_cache
+from torchops.bench.environment import Others, environment, last_level_cache
 from torchops.bench.problem import Problem
 from torchops.bench.results import Report, Row, roofline_name
 from torchops.bench.roofline import Roofline, measure_rooflines
@@ -56,6 +56,7 @@ def run(plan: Plan, on_row: Callable[[Row], None] = lambda row: None) -> Report:
     """
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     where = environment(plan.device)
+    others = Others()
     rooflines: dict[str, Roofline] = {}
     rows: list[Row] = []
     with suppress(KeyboardInterrupt), torchops.backend("own"), _cudnn_benchmark():
@@ -78,6 +79,7 @@ def run(plan: Plan, on_row: Callable[[Row], None] = lambda row: None) -> Report:
         rooflines=rooflines,
         rotation_bytes=rotation_bytes(plan),
         quick=plan.quick,
+        others=others.cores(),
         rows=rows,
     )
 

@@ -21,7 +21,9 @@ AdaptiveMaxPool2dParams make_params(DType dtype, const IntList& input_size, int6
   p.channels = input_size[rank - 3];
   p.in_height = input_size[rank - 2];
   p.in_width = input_size[rank - 1];
-  TORCHOPS_CHECK(p.batch >= 0 && p.channels > 0 && p.in_height > 0 && p.in_width > 0,
+  // torch takes an empty first dimension, whether it counts images or channels.
+  const bool channels_fit = rank == 4 ? p.channels > 0 : p.channels >= 0;
+  TORCHOPS_CHECK(p.batch >= 0 && channels_fit && p.in_height > 0 && p.in_width > 0,
                  "adaptive_max_pool2d(): Expected input to have non-zero size for non-batch "
                  "dimensions, but input has sizes ", to_string(input_size));
   // 2^31 keeps o * length far from overflow.

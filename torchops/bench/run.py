@@ -87,12 +87,14 @@ def run(plan: Plan, on_row: Callable[[Row], None] = lambda row: None) -> Report:
 @contextmanager
 def _cudnn_benchmark() -> Iterator[None]:
     """Lets cuDNN try its algorithms, as who trains on a GPU does: the peer at its best."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(
+        enabled=cudnn.enabled,
+        benchmark=True,
+        deterministic=cudnn.deterministic,
+        allow_tf32=cudnn.allow_tf32,
+    ):
         yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def dtype_name(dtype: torch.dtype) -> str:

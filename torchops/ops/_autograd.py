@@ -95,9 +95,13 @@ class Function(torch.autograd.Function):
 
 
 def differentiable(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through its Function: somebody may ask for a derivative."""
-    if torch.compiler.is_compiling():
-        return torch.is_grad_enabled()
+    """Whether a call must go through its Function: somebody may ask for a derivative.
+
+    Under Dynamo never: there the raw operators' Autograd kernels serve, because Dynamo gives silent
+    zeros for a Function inside torch.func.grad one of whose arguments requires grad outside of it.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return False
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:

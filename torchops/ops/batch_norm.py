@@ -92,16 +92,15 @@ def batch_norm(
     and needs nothing else: no mask, no copy. Source: Ioffe and Szegedy, arXiv:1502.03167.
     """
     number = activation_number(activation)
-    _check(input, running_mean, running_var, weight, training, momentum)
-    if input.numel() == 0:  # nothing to compute, and torch gives that nothing strides of its own
+    # Nothing to compute, and torch gives that nothing strides of its own; or torch's own refusal.
+    if input.numel() == 0 or eps <= 0.0:
         return native_batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps,
             activation=activation, residual=residual,
         )  # fmt: skip
+    _check(input, running_mean, running_var, weight, training, momentum)
     if residual is not None:
         check_residual(input, residual)
-        if residual is input and torch.compiler.is_compiling():
-            residual = input.view(input.shape)  # Dynamo refuses one tensor as two arguments
     if input.dim() > 4:
         shape = input.shape
         flat = None if residual is None else residual.flatten(2, -2)

@@ -186,28 +186,20 @@ def _named_padding(
     return input, (total[0] // 2, total[1] // 2)
 
 
-def _differentiable(*tensors: Tensor | None) -> bool:
-    """Whether to go through a Function. Compiled code never does: there the raw operators'
-    Autograd kernels serve, because Dynamo gives silent zeros for a Function inside torch.func.grad
-    one of whose arguments requires grad outside of it.
-    """
-    return not torch.compiler.is_compiling() and differentiable(*tensors)
-
-
 def _convolve(input, weight, bias, stride, padding, dilation, groups):
-    if _differentiable(input, weight, bias):
+    if differentiable(input, weight, bias):
         return Conv2dFunction.apply(input, weight, bias, stride, padding, dilation, groups)
     return _conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _convolve_grad_input(grad_output, weight, *arguments):
-    if _differentiable(grad_output, weight):
+    if differentiable(grad_output, weight):
         return Conv2dGradInputFunction.apply(grad_output, weight, *arguments)
     return _grad_input(grad_output, weight, *arguments)
 
 
 def _convolve_grad_weight(input, grad_output, *arguments):
-    if _differentiable(input, grad_output):
+    if differentiable(input, grad_output):
         return Conv2dGradWeightFunction.apply(input, grad_output, *arguments)
     return _grad_weight(input, grad_output, *arguments)
 

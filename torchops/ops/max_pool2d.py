@@ -81,7 +81,8 @@ def max_pool1d(
         raise RuntimeError(f"max_pool1d: expected a 2-D or 3-D input, but got {input.dim()}-D")
     if stride is None or stride == []:
         stride = kernel_size
-    if not (return_indices or differentiable(input)) and input.is_cpu:
+    needs_grad = differentiable(input) or (torch.is_grad_enabled() and input.requires_grad)
+    if not (return_indices or needs_grad) and input.is_cpu:
         input = input.contiguous()  # native's strides there: it has a kernel without indices
     row = [(1, *_single(v)) for v in (kernel_size, stride)]
     row += [(0, *_single(padding)), (1, *_single(dilation))]
@@ -193,6 +194,13 @@ class MaxPool2dGatherFunction(Function):
         return MaxPool2dGatherFunction.apply(input_tangent, offsets, *ctx.window)
 
 
+def _derive(input, *window):
+    """The pooling that keeps no offsets: with them where a derivative may be asked for."""
+    if differentiable(input):
+        return MaxPool2dFunction.apply_here(input, *window)[0]
+    return _max_pool2d(input, *window)
+
+
 # ---- fake kernels ------------------------------------------------------------------------
 
 
@@ -269,7 +277,7 @@ def _vmap_indices(info, in_dims, offsets, input_size, *window):
     return unfold_batch(indices, info.batch_size), 0
 
 
-register("max_pool2d", fake=_fake_max_pool2d, vmap=_vmap_max_pool2d)
+register("max_pool2d", fake=_fake_max_pool2d, vmap=_vmap_max_pool2d, autograd=_derive)
 register("max_pool2d_with_offsets", fake=_fake_with_offsets, vmap=_vmap_with_offsets,
          autograd=MaxPool2dFunction.apply_here)  # fmt: skip
 register("max_pool2d_backward", fake=_fake_backward, vmap=_vmap_backward,

@@ -27,7 +27,8 @@ void set_cpu_isa(const std::string& name) {
   }
   std::string known;
   for (const std::string& isa : supported_isas()) known += (known.empty() ? "" : ", ") + isa;
-  throw pybind11::value_error("torchops: CPU ISA '" + name + "' is not available here; expected one of: " + known);
+  throw pybind11::value_error("torchops: CPU ISA '" + name +
+                              "' is not available here; expected one of: " + known);
 }
 
 }  // namespace
@@ -40,8 +41,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("ISAS") = TORCHOPS_ISAS;
   m.attr("COMPILER") = TORCHOPS_COMPILER;
   m.attr("BUILD_TYPE") = TORCHOPS_BUILD_TYPE;
-  m.def("cpu_isa", [] { return std::string(torchops::isa_name(torchops::active_isa())); },
-        "Name of the ISA whose kernels run");
+  m.def(
+      "cpu_isa", [] { return std::string(torchops::isa_name(torchops::active_isa())); },
+      "Name of the ISA whose kernels run");
   m.def("cpu_isas", &supported_isas, "ISAs compiled in that this CPU has");
   m.def("set_cpu_isa", &set_cpu_isa, "Run the kernels of another ISA from now on");
 }

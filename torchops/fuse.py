@@ -75,7 +75,7 @@ def fuse(model: nn.Module) -> list[str]:
     for name, sequential in list(_sequentials(model)):
         for key, batch_norm, activation in _neighbours(sequential):
             if foldable(batch_norm, uses) and not has_hooks(activation):
-                batch_norm.activation = activation_name(activation)
+                batch_norm.activation = activation_name(activation)  # type: ignore[assignment]
                 sequential._modules[key] = Folded(batch_norm, activation)
                 sites.append(
                     f"{name}.{key} ({batch_norm.activation} into {type(batch_norm).__name__})"
@@ -92,7 +92,7 @@ def unfuse(model: nn.Module) -> None:
         for key, child in sequential._modules.items():
             if isinstance(child, Folded):
                 batch_norm, activation = child.pair
-                batch_norm.activation = None
+                batch_norm.activation = None  # type: ignore[assignment]
                 sequential._modules[key] = activation.train(child.training)
 
 

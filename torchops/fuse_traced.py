@@ -207,7 +207,9 @@ def _mutates_between(block: nn.Module, first: torch.fx.Node, last: torch.fx.Node
             return True
         if node.op == "call_function" and str(getattr(node.target, "__name__", "")).startswith("i"):
             return True
-        if node.op == "call_module" and getattr(block.get_submodule(node.target), "inplace", False):
+        if node.op == "call_module" and getattr(
+            block.get_submodule(str(node.target)), "inplace", False
+        ):
             return True
         node = node.next
     return False

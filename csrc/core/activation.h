@@ -8,7 +8,14 @@
 namespace torchops {
 
 enum class Activation : int32_t {
-  none, relu, relu6, leaky_relu, silu, hardswish, gelu, sigmoid,
+  none,
+  relu,
+  relu6,
+  leaky_relu,
+  silu,
+  hardswish,
+  gelu,
+  sigmoid,
 };
 
 constexpr int64_t kActivations = 8;

@@ -21,8 +21,8 @@ void launch(const Tensor& like, const Params& params, void (*cpu_kernel)(const P
 
 // The same operator functions serve CPU and CUDA:
 //     TORCHOPS_IMPL(m) { m.impl("op", TORCH_BOX(&op)); }
-#define TORCHOPS_IMPL(m)                                                            \
-  static void register_implementations(torch::stable::detail::StableLibrary& m);    \
-  STABLE_TORCH_LIBRARY_IMPL(torchops, CPU, m) { register_implementations(m); }      \
-  STABLE_TORCH_LIBRARY_IMPL(torchops, CUDA, m) { register_implementations(m); }     \
+#define TORCHOPS_IMPL(m)                                                         \
+  static void register_implementations(torch::stable::detail::StableLibrary& m); \
+  STABLE_TORCH_LIBRARY_IMPL(torchops, CPU, m) { register_implementations(m); }   \
+  STABLE_TORCH_LIBRARY_IMPL(torchops, CUDA, m) { register_implementations(m); }  \
   static void register_implementations(torch::stable::detail::StableLibrary& m)

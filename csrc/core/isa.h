@@ -19,25 +19,28 @@ Isa active_isa();
 }  // namespace torchops
 
 #if defined(__x86_64__)
-#define TORCHOPS_CPU_KERNEL(kernel, Params)              \
-  namespace baseline { void kernel(const Params&); }     \
-  namespace avx2 { void kernel(const Params&); }         \
-  namespace avx512 { void kernel(const Params&); }       \
-  inline void kernel(const Params& params) {             \
-    switch (active_isa()) {                              \
-      case Isa::avx512: return avx512::kernel(params);   \
-      case Isa::avx2: return avx2::kernel(params);       \
-      default: return baseline::kernel(params);          \
-    }                                                    \
+#define TORCHOPS_CPU_KERNEL(kernel, Params)            \
+  namespace baseline { void kernel(const Params&); }   \
+  namespace avx2 { void kernel(const Params&); }       \
+  namespace avx512 { void kernel(const Params&); }     \
+  inline void kernel(const Params& params) {           \
+    switch (active_isa()) {                            \
+      case Isa::avx512: return avx512::kernel(params); \
+      case Isa::avx2: return avx2::kernel(params);     \
+      default: return baseline::kernel(params);        \
+    }                                                  \
   }
 #else
-#define TORCHOPS_CPU_KERNEL(kernel, Params)              \
-  namespace baseline { void kernel(const Params&); }     \
+#define TORCHOPS_CPU_KERNEL(kernel, Params)          \
+  namespace baseline { void kernel(const Params&); } \
   inline void kernel(const Params& params) { baseline::kernel(params); }
 #endif
 
-#define TORCHOPS_KERNEL(kernel, Params)                              \
-  namespace torchops::cpu { TORCHOPS_CPU_KERNEL(kernel, Params) }    \
-  namespace torchops::cuda {                                         \
-  __attribute__((visibility("default"))) inline void (*kernel)(const Params&, int device) = nullptr; \
+#define TORCHOPS_KERNEL(kernel, Params)                                               \
+  namespace torchops::cpu {                                                           \
+  TORCHOPS_CPU_KERNEL(kernel, Params)                                                 \
+  }                                                                                   \
+  namespace torchops::cuda {                                                          \
+  __attribute__((visibility("default"))) inline void (*kernel)(const Params&,         \
+                                                               int device) = nullptr; \
   }

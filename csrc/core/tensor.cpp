@@ -73,9 +73,10 @@ MemoryFormat suggest_memory_format(const Tensor& tensor) {
 
 Tensor contiguous(const Tensor& tensor, MemoryFormat format) {
   if (is_dense(tensor, format)) return tensor;
-  return torch::stable::contiguous(tensor, format == MemoryFormat::channels_last && tensor.dim() == 4
-                                               ? torch::headeronly::MemoryFormat::ChannelsLast
-                                               : torch::headeronly::MemoryFormat::Contiguous);
+  return torch::stable::contiguous(tensor,
+                                   format == MemoryFormat::channels_last && tensor.dim() == 4
+                                       ? torch::headeronly::MemoryFormat::ChannelsLast
+                                       : torch::headeronly::MemoryFormat::Contiguous);
 }
 
 DType dtype_of(const Tensor& tensor, const char* op) {
@@ -115,9 +116,9 @@ Tensor empty(const IntList& sizes, MemoryFormat format, const Tensor& like, Stor
     }
   }
   AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      rank, sizes.data(), strides, storage_dtype(storage, like), raw_device_type(like),
-      like.get_device_index(), &result));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(rank, sizes.data(), strides, storage_dtype(storage, like),
+                               raw_device_type(like), like.get_device_index(), &result));
   return Tensor(result);
 }
 

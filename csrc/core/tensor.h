@@ -47,9 +47,7 @@ Tensor empty(const IntList& sizes, MemoryFormat format, const Tensor& like,
 IntList sizes_of(const Tensor& tensor);
 
 // N, C, H, W of an input of 4 dimensions, or of 3 (unbatched: N = 1).
-struct ImageShape {
-  int64_t batch, channels, height, width;
-};
+struct ImageShape { int64_t batch, channels, height, width; };
 ImageShape image_shape(const Tensor& tensor);
 // sizes of `like` (3-D or 4-D) with its last two replaced
 IntList with_spatial(const Tensor& like, int64_t height, int64_t width);
@@ -64,9 +62,7 @@ std::string to_string(const IntList& sizes);
 
 // Window along height and width from torch's int[2] lists. Raises where a list has not one or two
 // entries, or an entry is out of range.
-struct Window2d {
-  Window height, width;
-};
+struct Window2d { Window height, width; };
 Window2d make_window2d(const char* op, const IntList& kernel_size, const IntList& stride,
                        const IntList& padding, const IntList& dilation);
 

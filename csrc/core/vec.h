@@ -52,7 +52,9 @@ inline To bit_cast(const From& from) {
 }
 
 template <typename T>
-inline Vec<T> broadcast(acc_t<T> value) { return value - Vec<T>{}; }
+inline Vec<T> broadcast(acc_t<T> value) {
+  return value - Vec<T>{};
+}
 
 // ---- scalar conversions -------------------------------------------------------------------
 
@@ -119,7 +121,8 @@ inline Vec<T> load(const T* p) {
 #endif
   } else if constexpr (std::is_same_v<T, f16>) {
 #if defined(__AVX512F__)
-    return bit_cast<VecF32>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    return bit_cast<VecF32>(
+        _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
     return bit_cast<VecF32>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else

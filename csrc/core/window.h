@@ -20,7 +20,9 @@ struct Window {
   TORCHOPS_HOST_DEVICE constexpr int64_t extent() const { return dilation * (size - 1) + 1; }
 };
 
-constexpr int64_t floor_div(int64_t a, int64_t b) { return a / b - ((a % b != 0) && ((a < 0) != (b < 0))); }
+constexpr int64_t floor_div(int64_t a, int64_t b) {
+  return a / b - ((a % b != 0) && ((a < 0) != (b < 0)));
+}
 
 // Number of windows along an axis of length `input`; torch's formula for pools. A last window that
 // ceil_mode adds must start inside the input or its left padding.

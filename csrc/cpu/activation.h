@@ -1,8 +1,8 @@
 // Activations on one register: value(z), and gradient(g, z) = g times the slope at z.
 //
-// dispatch_activation(activation, f) calls f with the functor. Where torch keeps a NaN, so do these.
-// The exponential and the error function are polynomials on whole registers, within 2 ulps in
-// float; double, which no network runs in, calls libm lane by lane.
+// dispatch_activation(activation, f) calls f with the functor. Where torch keeps a NaN, so do
+// these. The exponential and the error function are polynomials on whole registers, within 2 ulps
+// in float; double, which no network runs in, calls libm lane by lane.
 #pragma once
 
 #include <math.h>
@@ -71,7 +71,9 @@ inline Normal<VecF64> standard_normal(VecF64 z) {
 }
 
 template <typename V>
-inline V logistic(V z) { return 1 / (1 + exp(-z)); }
+inline V logistic(V z) {
+  return 1 / (1 + exp(-z));
+}
 
 struct NoActivation {
   template <typename V> static V value(V z) { return z; }

@@ -1,4 +1,5 @@
-// Adaptive max-pooling on the CPU: one read of the input, one write of the output and of the uint8 offsets.
+// Adaptive max-pooling on the CPU: one read of the input, one write of the output and of the uint8
+// offsets.
 //
 // Plan: see max_windows.h.
 #include "ops/adaptive_max_pool2d.h"
@@ -17,13 +18,16 @@ void with_windows(const AdaptiveMaxPool2dParams& p, const F& f) {
       return WindowStart{span.begin, span.size()};
     };
   };
-  const MaxAxis height(p.in_height, p.out_height, p.taps_height, 1, window(p.in_height, p.out_height));
+  const MaxAxis height(p.in_height, p.out_height, p.taps_height, 1,
+                       window(p.in_height, p.out_height));
   const MaxAxis width(p.in_width, p.out_width, p.taps_width, 1, window(p.in_width, p.out_width));
   dispatch_dtype(p.dtype, [&](auto scalar) {
     using T = typename decltype(scalar)::type;
     const MaxWindows<T> windows{p.channels_last, p.batch, p.channels, height, width};
-    if (p.wide_offsets) f(windows, scalar, Tag<int32_t>{});
-    else f(windows, scalar, Tag<uint8_t>{});
+    if (p.wide_offsets)
+      f(windows, scalar, Tag<int32_t>{});
+    else
+      f(windows, scalar, Tag<uint8_t>{});
   });
 }
 

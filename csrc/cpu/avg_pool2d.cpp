@@ -8,7 +8,8 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-// One axis: the windows, the outputs that cover each position, and each window's share of the divisor.
+// One axis: the windows, the outputs that cover each position, and each window's share of the
+// divisor.
 template <typename T>
 struct Axis {
   Axis(const Window& w, int64_t length, int64_t outputs, bool include_pad)
@@ -16,7 +17,8 @@ struct Axis {
     for (int64_t o = 0; o < outputs; ++o) {
       windows.get()[o] = span_of(w, o, length);
       const int64_t padded = length + w.padding - w.start(o);
-      const int64_t count = include_pad ? (padded < w.size ? padded : w.size) : windows.get()[o].size();
+      const int64_t count =
+          include_pad ? (padded < w.size ? padded : w.size) : windows.get()[o].size();
       divisors.get()[o] = acc_t<T>(count > 0 ? count : 1);
     }
     invert(windows.get(), outputs, covering.get(), length);
@@ -49,7 +51,8 @@ void pool(const AvgPool2dParams& p, const void* source, void* target) {
   box.window = p.window_width;
   box.regular = p.window_width.stride <= 2;
   if constexpr (kBackward) {
-    for (int64_t o = 0; o < p.out_height; ++o) height.divisors.get()[o] = 1 / height.divisors.get()[o];
+    for (int64_t o = 0; o < p.out_height; ++o)
+      height.divisors.get()[o] = 1 / height.divisors.get()[o];
     for (int64_t o = 0; o < p.out_width; ++o) width.divisors.get()[o] = 1 / width.divisors.get()[o];
     box.source_height = p.out_height, box.source_width = p.out_width;
     box.target_height = p.in_height, box.target_width = p.in_width;

@@ -67,11 +67,11 @@ void apply_run(const BatchNormParams& p, const Affine<T>& affine, int64_t c, int
                int64_t length) {
   auto* output = static_cast<T*>(p.output) + offset;
   const auto* residual = static_cast<const T*>(p.residual);
-  for_each_preactivation<kPerLane, T>(
-      affine, c, static_cast<const T*>(p.input) + offset, residual ? residual + offset : nullptr,
-      length, [&](int64_t i, int lanes, Vec<T>, Vec<T> z) {
-        store_partial(output + i, Act::value(z), lanes);
-      });
+  for_each_preactivation<kPerLane, T>(affine, c, static_cast<const T*>(p.input) + offset,
+                                      residual ? residual + offset : nullptr, length,
+                                      [&](int64_t i, int lanes, Vec<T>, Vec<T> z) {
+                                        store_partial(output + i, Act::value(z), lanes);
+                                      });
 }
 
 // ---- contiguous -----------------------------------------------------------------------------
@@ -80,29 +80,30 @@ template <typename T, typename Act>
 void train_planes(const BatchNormParams& p) {
   const BatchNormShape& shape = p.shape;
   const int64_t slab = slab_channels<T>(shape), slabs = ceil_div(shape.channels, slab);
-  parallel_for(slabs, grain_for(slab * shape.batch * shape.pixels), [&](int64_t begin, int64_t end) {
-    acc_t<T> numbers[3][kMaxSlabChannels];
-    const Affine<T> affine{numbers[0], numbers[1], numbers[2]};
-    for (int64_t first = begin * slab; first < min(end * slab, shape.channels); first += slab) {
-      const int64_t channels = min(slab, shape.channels - first);
-      Moments moments[kMaxSlabChannels];
-      for_each_block(shape, first, channels, [&](int64_t k, const Block& block) {
-        moments[k].merge(block_moments(static_cast<const T*>(p.input), block));
-      });
-      for (int64_t k = 0; k < channels; ++k) {
-        p.mean[first + k] = moments[k].mean;
-        p.var[first + k] = moments[k].squares / moments[k].count;
-        set_affine(affine, k, p, first + k, p.mean[first + k], p.var[first + k]);
-      }
-      // The images that were read last are the likeliest to be in the cache.
-      for (int64_t n = shape.batch; n-- > 0;) {
-        for (int64_t k = 0; k < channels; ++k) {
-          apply_run<T, Act, false>(p, affine, k, (n * shape.channels + first + k) * shape.pixels,
-                                   shape.pixels);
+  parallel_for(
+      slabs, grain_for(slab * shape.batch * shape.pixels), [&](int64_t begin, int64_t end) {
+        acc_t<T> numbers[3][kMaxSlabChannels];
+        const Affine<T> affine{numbers[0], numbers[1], numbers[2]};
+        for (int64_t first = begin * slab; first < min(end * slab, shape.channels); first += slab) {
+          const int64_t channels = min(slab, shape.channels - first);
+          Moments moments[kMaxSlabChannels];
+          for_each_block(shape, first, channels, [&](int64_t k, const Block& block) {
+            moments[k].merge(block_moments(static_cast<const T*>(p.input), block));
+          });
+          for (int64_t k = 0; k < channels; ++k) {
+            p.mean[first + k] = moments[k].mean;
+            p.var[first + k] = moments[k].squares / moments[k].count;
+            set_affine(affine, k, p, first + k, p.mean[first + k], p.var[first + k]);
+          }
+          // The images that were read last are the likeliest to be in the cache.
+          for (int64_t n = shape.batch; n-- > 0;) {
+            for (int64_t k = 0; k < channels; ++k) {
+              apply_run<T, Act, false>(
+                  p, affine, k, (n * shape.channels + first + k) * shape.pixels, shape.pixels);
+            }
+          }
         }
-      }
-    }
-  });
+      });
 }
 
 // ---- channels_last --------------------------------------------------------------------------
@@ -149,15 +150,17 @@ void group_moments(const T* input, int64_t rows, int64_t stride, int lanes, doub
 }
 
 template <typename T>
-void chunk_moments(const BatchNormParams& p, int64_t begin, int64_t end, const ChannelMoments& moments) {
+void chunk_moments(const BatchNormParams& p, int64_t begin, int64_t end,
+                   const ChannelMoments& moments) {
   const auto* input = static_cast<const T*>(p.input);
   const int64_t channels = p.shape.channels, step = rows_per_block<T>(p.shape);
   for (int64_t c = 0; c < channels; ++c) moments.mean[c] = moments.squares[c] = 0;
   for (int64_t row = begin; row < end; row += step) {
     const int64_t rows = min(step, end - row);
     for_each_group<T>(channels, [&](int64_t c, int lanes, auto registers) {
-      group_moments<T, decltype(registers)::count>(input + row * channels + c, rows, channels, lanes,
-                                                   static_cast<double>(row - begin), moments, c);
+      group_moments<T, decltype(registers)::count>(input + row * channels + c, rows, channels,
+                                                   lanes, static_cast<double>(row - begin), moments,
+                                                   c);
     });
   }
 }
@@ -171,13 +174,16 @@ void row_moments(const BatchNormParams& p) {
     double* mean = scratch.get() + chunk * 2 * channels;
     return ChannelMoments{mean, mean + channels};
   };
-  parallel_for(chunks.count, grain_for(chunks.rows_per_chunk * channels), [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) chunk_moments<T>(p, chunks.begin(k), chunks.end(k), moments(k));
-  });
+  parallel_for(chunks.count, grain_for(chunks.rows_per_chunk * channels),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t k = begin; k < end; ++k)
+                   chunk_moments<T>(p, chunks.begin(k), chunks.end(k), moments(k));
+               });
   const ChannelMoments whole{p.mean, p.var};
   for (int64_t c = 0; c < channels; ++c) whole.mean[c] = whole.squares[c] = 0;
   for (int64_t k = 0; k < chunks.count; ++k) {
-    const double seen = chunks.begin(k), rows = chunks.end(k) - chunks.begin(k), total = seen + rows;
+    const double seen = chunks.begin(k), rows = chunks.end(k) - chunks.begin(k),
+                 total = seen + rows;
     const ChannelMoments part = moments(k);
     for (int64_t c = 0; c < channels; ++c) {
       whole.merge(c, rows / total, seen * rows / total, part.mean[c], part.squares[c]);

@@ -128,31 +128,32 @@ template <typename T, typename Act>
 void backward_planes(const BatchNormBackwardParams& p) {
   const BatchNormShape& shape = p.shape;
   const int64_t slab = slab_channels<T>(shape), slabs = ceil_div(shape.channels, slab);
-  parallel_for(slabs, grain_for(slab * shape.batch * shape.pixels), [&](int64_t begin, int64_t end) {
-    acc_t<T> numbers[6 * kMaxSlabChannels];
-    const Channels<T> channels(numbers, kMaxSlabChannels);
-    for (int64_t first = begin * slab; first < min(end * slab, shape.channels); first += slab) {
-      const int64_t count = min(slab, shape.channels - first);
-      Sums sums[kMaxSlabChannels];
-      for (int64_t k = 0; k < count; ++k) channels.prepare(p, k, first + k);
-      if (needs_sums(p)) {
-        for_each_block(shape, first, count, [&](int64_t k, const Block& block) {
-          const Sums part = block_sums<T, Act>(p, channels.affine, k, block);
-          sums[k].gradient += part.gradient;
-          sums[k].product += part.product;
-        });
-      }
-      for (int64_t k = 0; k < count; ++k) channels.finish(p, k, first + k, sums[k]);
-      if (!needs_tensors(p)) continue;
-      // The images that were read last are the likeliest to be in the cache.
-      for (int64_t n = shape.batch; n-- > 0;) {
-        for (int64_t k = 0; k < count; ++k) {
-          const int64_t plane = n * shape.channels + first + k;
-          differentiate_run<T, Act, false>(p, channels, k, plane * shape.pixels, shape.pixels);
+  parallel_for(
+      slabs, grain_for(slab * shape.batch * shape.pixels), [&](int64_t begin, int64_t end) {
+        acc_t<T> numbers[6 * kMaxSlabChannels];
+        const Channels<T> channels(numbers, kMaxSlabChannels);
+        for (int64_t first = begin * slab; first < min(end * slab, shape.channels); first += slab) {
+          const int64_t count = min(slab, shape.channels - first);
+          Sums sums[kMaxSlabChannels];
+          for (int64_t k = 0; k < count; ++k) channels.prepare(p, k, first + k);
+          if (needs_sums(p)) {
+            for_each_block(shape, first, count, [&](int64_t k, const Block& block) {
+              const Sums part = block_sums<T, Act>(p, channels.affine, k, block);
+              sums[k].gradient += part.gradient;
+              sums[k].product += part.product;
+            });
+          }
+          for (int64_t k = 0; k < count; ++k) channels.finish(p, k, first + k, sums[k]);
+          if (!needs_tensors(p)) continue;
+          // The images that were read last are the likeliest to be in the cache.
+          for (int64_t n = shape.batch; n-- > 0;) {
+            for (int64_t k = 0; k < count; ++k) {
+              const int64_t plane = n * shape.channels + first + k;
+              differentiate_run<T, Act, false>(p, channels, k, plane * shape.pixels, shape.pixels);
+            }
+          }
         }
-      }
-    }
-  });
+      });
 }
 
 // ---- channels_last --------------------------------------------------------------------------
@@ -193,18 +194,19 @@ void row_sums(const BatchNormBackwardParams& p, const Affine<T>& affine, double*
   const int64_t channels = p.shape.channels, step = rows_per_block<T>(p.shape);
   const Chunks chunks = make_chunks(p.shape);
   const Scratch<double> scratch(chunks.count * 2 * channels);
-  parallel_for(chunks.count, grain_for(chunks.rows_per_chunk * channels), [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      double* part = scratch.get() + k * 2 * channels;
-      for (int64_t i = 0; i < 2 * channels; ++i) part[i] = 0;
-      for (int64_t row = chunks.begin(k); row < chunks.end(k); row += step) {
-        for_each_group<T>(channels, [&](int64_t c, int lanes, auto registers) {
-          group_sums<T, Act, decltype(registers)::count>(
-              p, affine, c, lanes, row, min(step, chunks.end(k) - row), part, part + channels);
-        });
-      }
-    }
-  });
+  parallel_for(
+      chunks.count, grain_for(chunks.rows_per_chunk * channels), [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k) {
+          double* part = scratch.get() + k * 2 * channels;
+          for (int64_t i = 0; i < 2 * channels; ++i) part[i] = 0;
+          for (int64_t row = chunks.begin(k); row < chunks.end(k); row += step) {
+            for_each_group<T>(channels, [&](int64_t c, int lanes, auto registers) {
+              group_sums<T, Act, decltype(registers)::count>(
+                  p, affine, c, lanes, row, min(step, chunks.end(k) - row), part, part + channels);
+            });
+          }
+        }
+      });
   for (int64_t k = 0; k < chunks.count; ++k) {
     const double* part = scratch.get() + k * 2 * channels;
     for (int64_t i = 0; i < 2 * channels; ++i) sums[i] += part[i];
@@ -224,11 +226,12 @@ void backward_rows(const BatchNormBackwardParams& p) {
     of.finish(p, c, c, Sums{sums.get()[c], sums.get()[channels + c]});
   }
   if (!needs_tensors(p)) return;
-  parallel_for(p.shape.batch * p.shape.pixels, grain_for(channels), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      differentiate_run<T, Act, true>(p, of, 0, row * channels, channels);
-    }
-  });
+  parallel_for(p.shape.batch * p.shape.pixels, grain_for(channels),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t row = begin; row < end; ++row) {
+                   differentiate_run<T, Act, true>(p, of, 0, row * channels, channels);
+                 }
+               });
 }
 
 }  // namespace

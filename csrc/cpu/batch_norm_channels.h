@@ -34,7 +34,9 @@ inline void set_channel_value(void* data, DType dtype, int64_t c, double value) 
   switch (dtype) {
     case DType::f64: static_cast<double*>(data)[c] = value; return;
     case DType::f32: static_cast<float*>(data)[c] = static_cast<float>(value); return;
-    case DType::bf16: static_cast<bf16*>(data)[c] = from_acc<bf16>(static_cast<float>(value)); return;
+    case DType::bf16:
+      static_cast<bf16*>(data)[c] = from_acc<bf16>(static_cast<float>(value));
+      return;
     case DType::f16: static_cast<f16*>(data)[c] = from_acc<f16>(static_cast<float>(value)); return;
   }
 }
@@ -106,16 +108,15 @@ inline int64_t slab_channels(const BatchNormShape& shape) {
 }
 
 // A block of one channel: `rows` runs of `length` elements, `stride` apart, small enough for L1.
-struct Block {
-  int64_t offset, rows, stride, length;
-};
+struct Block { int64_t offset, rows, stride, length; };
 
 constexpr int64_t kBlockElements = 4096;
 
 // f(k, block) for every block of channels first + k, k < channels, in the order of memory as far as
 // one block after another of a channel allows.
 template <typename F>
-inline void for_each_block(const BatchNormShape& shape, int64_t first, int64_t channels, const F& f) {
+inline void for_each_block(const BatchNormShape& shape, int64_t first, int64_t channels,
+                           const F& f) {
   const int64_t image = shape.channels * shape.pixels;
   const int64_t images_per_block = max(1, kBlockElements / shape.pixels);
   for (int64_t n = 0; n < shape.batch; n += images_per_block) {
@@ -151,8 +152,8 @@ inline int64_t rows_per_block(const BatchNormShape& shape) {
   return max(16, min(128, rows));
 }
 
-// f(chain, offset, lanes) over a block: full registers round robin over kChains, so that the sums of
-// one chain need not wait for each other.
+// f(chain, offset, lanes) over a block: full registers round robin over kChains, so that the sums
+// of one chain need not wait for each other.
 constexpr int kChains = 4;
 
 template <typename T, typename F>
@@ -161,7 +162,8 @@ inline void for_each_in_block(const Block& block, const F& f) {
     const int64_t start = block.offset + row * block.stride;
     int64_t i = 0;
     for (; i + kChains * kLanes<T> <= block.length; i += kChains * kLanes<T>) {
-      for (int chain = 0; chain < kChains; ++chain) f(chain, start + i + chain * kLanes<T>, kLanes<T>);
+      for (int chain = 0; chain < kChains; ++chain)
+        f(chain, start + i + chain * kLanes<T>, kLanes<T>);
     }
     for (; i < block.length; i += kLanes<T>) {
       f(0, start + i, static_cast<int>(min(kLanes<T>, block.length - i)));

@@ -1,9 +1,9 @@
 // Sums over boxes of pixels: the forward and the backward of every averaging pool.
 //
-// Separable: the rows of a box are added into one row of fp32 column sums (whole registers, whatever
-// the window), then columns are added. channels_last adds registers of channels; contiguous reads
-// taps from phase rows (strides 1 and 2), several planes side by side where the map is small.
-// The order of additions depends on the problem only, never on the threads.
+// Separable: the rows of a box are added into one row of fp32 column sums (whole registers,
+// whatever the window), then columns are added. channels_last adds registers of channels;
+// contiguous reads taps from phase rows (strides 1 and 2), several planes side by side where the
+// map is small. The order of additions depends on the problem only, never on the threads.
 #pragma once
 
 #include "core/parallel.h"
@@ -25,27 +25,29 @@ struct BoxSum {
   bool channels_last;
   int64_t batch, channels, source_height, source_width, target_height, target_width;
   const Span *rows, *columns;
-  const acc_t<T> *row_scale, *column_scale;
+  const acc_t<T>*row_scale, *column_scale;
   Window window;  // along the width, if `regular`
   bool regular;   // false: windows of uneven size, or far apart
 };
 
-constexpr int64_t kBoxGrain = 16384;   // source elements per range: about 10 us
+constexpr int64_t kBoxGrain = 16384;     // source elements per range: about 10 us
 constexpr int64_t kColumnBudget = 6144;  // column sums that stay in the L1 cache with their sources
 
 // ---- building blocks ----------------------------------------------------------------------
 
 // sink(i, sum over r of source[r * step + i] * weights[r], lanes) for i in [0, n).
 template <bool kWeighted, int kCount, typename T, typename Sink>
-inline void add_up(const T* source, int64_t step, int64_t count, const acc_t<T>* weights,
-                   int64_t n, const Sink& sink) {
+inline void add_up(const T* source, int64_t step, int64_t count, const acc_t<T>* weights, int64_t n,
+                   const Sink& sink) {
   if constexpr (kCount > 0) count = kCount;
   const auto sum = [&](int64_t i, int lanes) {
     Vec<T> total = {};
     for (int64_t r = 0; r < count; ++r) {
       const Vec<T> v = load_partial(source + r * step + i, lanes);
-      if constexpr (kWeighted) total += v * broadcast<T>(weights[r]);
-      else total = r ? total + v : v;
+      if constexpr (kWeighted)
+        total += v * broadcast<T>(weights[r]);
+      else
+        total = r ? total + v : v;
     }
     sink(i, total, lanes);
   };
@@ -55,8 +57,8 @@ inline void add_up(const T* source, int64_t step, int64_t count, const acc_t<T>*
 }
 
 template <bool kWeighted, typename T, typename Sink>
-inline void add_up(const T* source, int64_t step, int64_t count, const acc_t<T>* weights,
-                   int64_t n, const Sink& sink) {
+inline void add_up(const T* source, int64_t step, int64_t count, const acc_t<T>* weights, int64_t n,
+                   const Sink& sink) {
   switch (count) {
     case 1: return add_up<kWeighted, 1>(source, step, count, weights, n, sink);
     case 2: return add_up<kWeighted, 2>(source, step, count, weights, n, sink);
@@ -115,7 +117,8 @@ void box_rows_channels_last(const BoxSum<T>& p, int64_t begin, int64_t end) {
       for (int64_t first = 0, last; first < p.target_width; first = last) {
         const int64_t x0 = p.columns[first].begin;
         last = first + 1;
-        while (last < p.target_width && (p.columns[last].end - x0) * channels <= kColumnBudget) ++last;
+        while (last < p.target_width && (p.columns[last].end - x0) * channels <= kColumnBudget)
+          ++last;
         const int64_t x1 = p.columns[last - 1].end > x0 ? p.columns[last - 1].end : x0;
         const auto keep = [&](A* to) {
           return [=](int64_t i, Vec<T> v, int) { store<A>(to + i, v); };
@@ -138,10 +141,9 @@ void box_rows_channels_last(const BoxSum<T>& p, int64_t begin, int64_t end) {
                          [&](int64_t i, Vec<T> v, int lanes) { store_partial(to + i, v, lanes); });
           } else {
             const Vec<T> divisor = broadcast<T>(p.row_scale[t] * p.column_scale[u]);
-            add_up<false>(from, channels, columns.size(), nullptr, channels,
-                          [&](int64_t i, Vec<T> v, int lanes) {
-                            store_partial(to + i, v / divisor, lanes);
-                          });
+            add_up<false>(
+                from, channels, columns.size(), nullptr, channels,
+                [&](int64_t i, Vec<T> v, int lanes) { store_partial(to + i, v / divisor, lanes); });
           }
         }
       }
@@ -161,12 +163,16 @@ struct Bundle {
         padding(p.regular ? p.window.padding : 0),
         reach(p.regular ? (p.window.size - 1) / stride : 0),
         split(!kBackward && stride > 1),
-        lead(kBackward ? reach : split ? 0 : padding),
+        lead(kBackward ? reach
+             : split   ? 0
+                       : padding),
         segment(segment_of(p)),
         sum_step(split ? p.source_width : segment),
         planes(8 * kLanes<T> / segment > 1 ? 8 * kLanes<T> / segment : 1),
         pitch(planes * segment + reach + 4 * kLanes<T>),
-        sums(planes * sum_step + pitch), phases(stride * pitch), results(stride * pitch),
+        sums(planes * sum_step + pitch),
+        phases(stride * pitch),
+        results(stride * pitch),
         divisors(pitch) {
     for (int64_t i = 0; i < planes * sum_step + pitch; ++i) sums.get()[i] = 0;
     for (int64_t i = 0; i < stride * pitch; ++i) phases.get()[i] = 0;
@@ -184,10 +190,10 @@ struct Bundle {
   }
 
   int64_t stride, padding;
-  int64_t reach;   // further phase columns that a window touches
-  bool split;      // sums go through phase rows
-  int64_t lead;    // zeros in front of each plane's sums
-  int64_t segment; // from one plane to the next in phase and result rows
+  int64_t reach;    // further phase columns that a window touches
+  bool split;       // sums go through phase rows
+  int64_t lead;     // zeros in front of each plane's sums
+  int64_t segment;  // from one plane to the next in phase and result rows
   int64_t sum_step, planes, pitch;
   Scratch<A> sums, phases, results, divisors;
 };
@@ -288,8 +294,10 @@ void box_rows_contiguous(const BoxSum<T>& p, int64_t begin, int64_t end) {
                           store<A>(sums + i, v);
                         });
     }
-    if (p.regular) add_columns(p, bundle, planes, t, target, target_plane);
-    else add_columns_uneven(p, bundle, planes, t, target, target_plane);
+    if (p.regular)
+      add_columns(p, bundle, planes, t, target, target_plane);
+    else
+      add_columns_uneven(p, bundle, planes, t, target, target_plane);
   }
 }
 
@@ -303,7 +311,8 @@ void box_planes(const BoxSum<T>& p, int64_t begin, int64_t end) {
     T* target = p.target + plane * target_plane;
     if constexpr (kBackward) {
       const Vec<T> v = broadcast<T>(to_acc(p.source[plane]) * scale);
-      for_each_vec<T>(target_plane, [&](int64_t i, int lanes) { store_partial(target + i, v, lanes); });
+      for_each_vec<T>(target_plane,
+                      [&](int64_t i, int lanes) { store_partial(target + i, v, lanes); });
     } else {
       *target = from_acc<T>(add_all(p.source + plane * source_plane, source_plane) / scale);
     }
@@ -321,25 +330,26 @@ template <bool kBackward, typename T>
 void box_sum(const BoxSum<T>& p) {
   if (p.batch * p.channels * p.target_height * p.target_width == 0) return;
   const int64_t planes = p.batch * p.channels;
-  const int64_t input_plane = kBackward ? p.target_height * p.target_width
-                                        : p.source_height * p.source_width;
-  const int64_t windows = kBackward ? p.source_height * p.source_width
-                                    : p.target_height * p.target_width;
+  const int64_t input_plane =
+      kBackward ? p.target_height * p.target_width : p.source_height * p.source_width;
+  const int64_t windows =
+      kBackward ? p.source_height * p.source_width : p.target_height * p.target_width;
   const auto grain = [](int64_t elements) { return kBoxGrain / (elements + 1) + 1; };
   const bool whole = windows == 1 && covers_all(p.rows, p.target_height, p.source_height) &&
                      covers_all(p.columns, p.target_width, p.source_width);
   if (p.channels_last) {
-    parallel_for(p.batch * p.target_height,
-                 grain(input_plane * p.channels / p.target_height),
-                 [&](int64_t begin, int64_t end) { box_rows_channels_last<kBackward>(p, begin, end); });
+    parallel_for(
+        p.batch * p.target_height, grain(input_plane * p.channels / p.target_height),
+        [&](int64_t begin, int64_t end) { box_rows_channels_last<kBackward>(p, begin, end); });
   } else if (whole) {
     parallel_for(planes, grain(input_plane),
                  [&](int64_t begin, int64_t end) { box_planes<kBackward>(p, begin, end); });
   } else {
     const int64_t in_bundle = Bundle<kBackward, T>(p).planes;
     parallel_for((planes + in_bundle - 1) / in_bundle * p.target_height,
-                 grain(in_bundle * input_plane / p.target_height),
-                 [&](int64_t begin, int64_t end) { box_rows_contiguous<kBackward>(p, begin, end); });
+                 grain(in_bundle * input_plane / p.target_height), [&](int64_t begin, int64_t end) {
+                   box_rows_contiguous<kBackward>(p, begin, end);
+                 });
   }
 }
 

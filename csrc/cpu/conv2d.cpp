@@ -1,15 +1,17 @@
 // Convolution and the gradient of its input on the CPU, as a matrix product without im2col.
 //
-// Plan: a unit of work is a block of positions x a block of output channels. It copies the source of
-// its positions into a panel of at most 512 taps x channels at a time, in L2, multiplies it with the
-// weights, which were packed once per call, and writes each output once. channels_last: rows are
-// positions, vectors run over output channels. contiguous: rows are output channels, vectors run over
-// positions. grad_input is the same product with the weights' channels swapped and the taps reversed,
-// one per phase of the stride. The order of summation depends on nothing but the shape of the window.
+// Plan: a unit of work is a block of positions x a block of output channels. It copies the source
+// of its positions into a panel of at most 512 taps x channels at a time, in L2, multiplies it with
+// the weights, which were packed once per call, and writes each output once. channels_last: rows
+// are positions, vectors run over output channels. contiguous: rows are output channels, vectors
+// run over positions. grad_input is the same product with the weights' channels swapped and the
+// taps reversed, one per phase of the stride. The order of summation depends on nothing but the
+// shape of the window.
 //
-// Reached in fp32, one thread with AVX-512, of the 166 GFLOP/s that the best native convolution gets
-// there: channels_last 3x3 128 @28 88 %, 64 @56 83 %, 1x1 1024 -> 256 @14 87 %, 7x7 stem 66 %; contiguous 63,
-// 68, 69 and 46 %, where copying short rows costs the rest. Small groups fill their vectors badly.
+// Reached in fp32, one thread with AVX-512, of the 166 GFLOP/s that the best native convolution
+// gets there: channels_last 3x3 128 @28 88 %, 64 @56 83 %, 1x1 1024 -> 256 @14 87 %, 7x7 stem 66 %;
+// contiguous 63, 68, 69 and 46 %, where copying short rows costs the rest. Small groups fill their
+// vectors badly.
 #include "ops/conv2d.h"
 
 #include "core/parallel.h"
@@ -20,7 +22,7 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-constexpr int64_t kGrainFlops = 2'000'000;   // about 30 us
+constexpr int64_t kGrainFlops = 2'000'000;  // about 30 us
 constexpr int64_t kGrainCopies = 65'536;
 constexpr int64_t kRowStride = kPanelStride<Panel::rows>;
 
@@ -31,8 +33,9 @@ struct Weights {
   int64_t group_stride, column_stride, channel_stride, height_stride;
 
   const T* tap(const Correlation& c, int64_t group, int64_t th, int64_t tw) const {
-    return data + group * group_stride + (c.height.first_tap + th * c.height.tap_step) * height_stride
-           + c.width.first_tap + tw * c.width.tap_step;
+    return data + group * group_stride +
+           (c.height.first_tap + th * c.height.tap_step) * height_stride + c.width.first_tap +
+           tw * c.width.tap_step;
   }
 };
 
@@ -40,7 +43,8 @@ struct Weights {
 struct DepthBlocks {
   int64_t depth, count, size;
   explicit DepthBlocks(int64_t depth)
-      : depth(depth), count(depth > kPanelLength<Panel::rows> ? blocks(depth, kPanelLength<Panel::rows>) : 1),
+      : depth(depth),
+        count(depth > kPanelLength<Panel::rows> ? blocks(depth, kPanelLength<Panel::rows>) : 1),
         size(blocks(depth, count)) {}
   int64_t begin(int64_t block) const { return smaller(block * size, depth); }
   int64_t length(int64_t block) const { return begin(block + 1) - begin(block); }
@@ -54,8 +58,9 @@ void for_each_depth(const Correlation& c, const Weights<T>& weights, int64_t gro
   for (int64_t i = 0; i < c.channels; ++i) {
     for (int64_t th = 0; th < c.height.taps; ++th) {
       for (int64_t tw = 0; tw < c.width.taps; ++tw) {
-        f((th * c.width.taps + tw) * c.channels + i,
-          weights.tap(c, group, th, tw) + i * weights.channel_stride + column * weights.column_stride);
+        f((th * c.width.taps + tw) * c.channels + i, weights.tap(c, group, th, tw) +
+                                                         i * weights.channel_stride +
+                                                         column * weights.column_stride);
       }
     }
   }
@@ -70,10 +75,11 @@ struct Problem {
   T* out;
 };
 
-// ---- channels_last: position rows x output channel vectors ---------------------------------------
+// ---- channels_last: position rows x output channel vectors
+// ---------------------------------------
 
-// Columns are kept in panels of kTileColumns: [panel][depth][column], the last panel of a group only
-// as wide as it needs, in whole vectors.
+// Columns are kept in panels of kTileColumns: [panel][depth][column], the last panel of a group
+// only as wide as it needs, in whole vectors.
 template <typename T>
 struct ColumnPanels {
   static constexpr int64_t kWidth = kTileColumns<acc_t<T>>;
@@ -81,8 +87,10 @@ struct ColumnPanels {
   Scratch<acc_t<T>> data;
 
   explicit ColumnPanels(const Correlation& c)
-      : depth(c.depth()), columns(blocks(c.columns, kLanes<T>) * kLanes<T>),
-        group_size(depth * columns), data(c.groups * group_size) {}
+      : depth(c.depth()),
+        columns(blocks(c.columns, kLanes<T>) * kLanes<T>),
+        group_size(depth * columns),
+        data(c.groups * group_size) {}
   int64_t width(int64_t panel) const { return smaller(kWidth, columns - panel * kWidth); }
   acc_t<T>* at(int64_t group, int64_t panel, int64_t k) const {
     return data.get() + group * group_size + panel * kWidth * depth + k * width(panel);
@@ -137,34 +145,36 @@ void correlate_channels_last(const Problem<T>& p) {
   const int64_t flops = 2 * kBlockRows * smaller(c.columns, kBlockColumns) * (c.depth() + 1);
   parallel_for(row_blocks * c.groups * column_blocks, kGrainFlops / flops + 1,
                [&](int64_t begin, int64_t end) {
-    const Scratch<acc_t<T>> panel(kBlockRows * kRowStride), tile(kBlockRows * kBlockColumns);
-    Segment segments[kBlockRows];
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t first_column = item % column_blocks * kBlockColumns;
-      const int64_t columns = smaller(kBlockColumns, c.columns - first_column);
-      const int64_t group = item / column_blocks % c.groups;
-      const int64_t row = item / column_blocks / c.groups * kBlockRows;
-      const int64_t rows = smaller(kBlockRows, c.positions() - row);
-      const int64_t count = make_segments(c, row, row + rows, segments);
-      for (int64_t block = 0; block < depth.count; ++block) {
-        const int64_t k = depth.begin(block), length = depth.length(block);
-        gather_channels_last(c, p.source + group * c.channels, k, k + length, segments, count,
-                             panel.get(), kRowStride);
-        for (int64_t j = 0; j < columns; j += weights.kWidth) {
-          const int64_t index = (first_column + j) / weights.kWidth;
-          multiply<acc_t<T>, Panel::rows>(
-              {panel.get(), weights.at(group, index, k), tile.get() + j, weights.width(index),
-               kBlockColumns, length, block > 0},
-              rows, smaller(weights.kWidth, columns - j));
-        }
-      }
-      store_pixels(p, segments, count, group * c.columns + first_column, columns, tile.get(),
-                   kBlockColumns);
-    }
-  });
+                 const Scratch<acc_t<T>> panel(kBlockRows * kRowStride),
+                     tile(kBlockRows * kBlockColumns);
+                 Segment segments[kBlockRows];
+                 for (int64_t item = begin; item < end; ++item) {
+                   const int64_t first_column = item % column_blocks * kBlockColumns;
+                   const int64_t columns = smaller(kBlockColumns, c.columns - first_column);
+                   const int64_t group = item / column_blocks % c.groups;
+                   const int64_t row = item / column_blocks / c.groups * kBlockRows;
+                   const int64_t rows = smaller(kBlockRows, c.positions() - row);
+                   const int64_t count = make_segments(c, row, row + rows, segments);
+                   for (int64_t block = 0; block < depth.count; ++block) {
+                     const int64_t k = depth.begin(block), length = depth.length(block);
+                     gather_channels_last(c, p.source + group * c.channels, k, k + length, segments,
+                                          count, panel.get(), kRowStride);
+                     for (int64_t j = 0; j < columns; j += weights.kWidth) {
+                       const int64_t index = (first_column + j) / weights.kWidth;
+                       multiply<acc_t<T>, Panel::rows>(
+                           {panel.get(), weights.at(group, index, k), tile.get() + j,
+                            weights.width(index), kBlockColumns, length, block > 0},
+                           rows, smaller(weights.kWidth, columns - j));
+                     }
+                   }
+                   store_pixels(p, segments, count, group * c.columns + first_column, columns,
+                                tile.get(), kBlockColumns);
+                 }
+               });
 }
 
-// ---- contiguous: output channel rows x position vectors ------------------------------------------
+// ---- contiguous: output channel rows x position vectors
+// ------------------------------------------
 
 constexpr int64_t kBlockChannels = 256;
 
@@ -179,7 +189,8 @@ struct Strips {
       : blocks(c.depth()), columns(c.columns), data(c.groups * columns * blocks.depth) {}
   int64_t height(int64_t column) const { return smaller(kBlockChannels, columns - column); }
   acc_t<T>* at(int64_t group, int64_t column, int64_t block) const {
-    return data.get() + (group * columns + column) * blocks.depth + height(column) * blocks.begin(block);
+    return data.get() + (group * columns + column) * blocks.depth +
+           height(column) * blocks.begin(block);
   }
 };
 
@@ -187,18 +198,22 @@ template <typename T>
 void pack_strips(const Problem<T>& p, const Strips<T>& packed) {
   const int64_t size = packed.blocks.size, row_blocks = blocks(p.c.columns, kBlockChannels);
   const int64_t work = kBlockChannels * p.c.depth();
-  parallel_for(p.c.groups * row_blocks, kGrainCopies / (work + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t group = item / row_blocks, column = item % row_blocks * kBlockChannels;
-      for_each_tile(packed.height(column), [&](int64_t first, int height) {
-        for_each_depth<T>(p.c, p.weights, group, column + first, [&](int64_t k, const T* weight) {
-          const int64_t block = k / size, length = packed.blocks.length(block);
-          acc_t<T>* to = packed.at(group, column, block) + first * length + (k - block * size) * height;
-          for (int j = 0; j < height; ++j) to[j] = to_acc(weight[j * p.weights.column_stride]);
-        });
+  parallel_for(
+      p.c.groups * row_blocks, kGrainCopies / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t group = item / row_blocks, column = item % row_blocks * kBlockChannels;
+          for_each_tile(packed.height(column), [&](int64_t first, int height) {
+            for_each_depth<T>(
+                p.c, p.weights, group, column + first, [&](int64_t k, const T* weight) {
+                  const int64_t block = k / size, length = packed.blocks.length(block);
+                  acc_t<T>* to = packed.at(group, column, block) + first * length +
+                                 (k - block * size) * height;
+                  for (int j = 0; j < height; ++j)
+                    to[j] = to_acc(weight[j * p.weights.column_stride]);
+                });
+          });
+        }
       });
-    }
-  });
 }
 
 // Adds the bias and writes `rows` channels, from the tile to the output's planes.
@@ -237,35 +252,37 @@ void correlate_contiguous(const Problem<T>& p) {
   const int64_t flops = 2 * kPositions * smaller(c.columns, kBlockChannels) * (c.depth() + 1);
   parallel_for(position_blocks * c.groups * row_blocks, kGrainFlops / flops + 1,
                [&](int64_t begin, int64_t end) {
-    const Scratch<acc_t<T>> panel(kPanelLength<Panel::rows> * kPositions), tile(kBlockChannels * kPositions);
-    Segment segments[kPositions];
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t row = item % row_blocks * kBlockChannels;
-      const int64_t rows = smaller(kBlockChannels, c.columns - row);
-      const int64_t group = item / row_blocks % c.groups;
-      const int64_t first = item / row_blocks / c.groups * kPositions;
-      const int64_t positions = smaller(kPositions, c.positions() - first);
-      const int64_t count = make_segments(c, first, first + positions, segments);
-      const T* source = p.source + group * c.channels * c.source_plane();
-      for (int64_t block = 0; block < depth.count; ++block) {
-        const int64_t k = depth.begin(block), length = depth.length(block);
-        for (int64_t i = 0; i < length; ++i) {
-          acc_t<T> line[kPositions];
-          gather_line(c, source, k + i, segments, count, line);
-          for (int64_t j = 0; j < positions; j += kWidth) {
-            copy_in(panel.get() + j * length + i * kWidth, line + j, kWidth);
-          }
-        }
-        for (int64_t j = 0; j < positions; j += kWidth) {
-          multiply<acc_t<T>, Panel::strips>(
-              {weights.at(group, row, block), panel.get() + j * length, tile.get() + j, kWidth,
-               kPositions, length, block > 0},
-              rows, smaller(kWidth, positions - j));
-        }
-      }
-      store_planes(p, segments, count, group * c.columns + row, rows, tile.get(), kPositions);
-    }
-  });
+                 const Scratch<acc_t<T>> panel(kPanelLength<Panel::rows> * kPositions),
+                     tile(kBlockChannels * kPositions);
+                 Segment segments[kPositions];
+                 for (int64_t item = begin; item < end; ++item) {
+                   const int64_t row = item % row_blocks * kBlockChannels;
+                   const int64_t rows = smaller(kBlockChannels, c.columns - row);
+                   const int64_t group = item / row_blocks % c.groups;
+                   const int64_t first = item / row_blocks / c.groups * kPositions;
+                   const int64_t positions = smaller(kPositions, c.positions() - first);
+                   const int64_t count = make_segments(c, first, first + positions, segments);
+                   const T* source = p.source + group * c.channels * c.source_plane();
+                   for (int64_t block = 0; block < depth.count; ++block) {
+                     const int64_t k = depth.begin(block), length = depth.length(block);
+                     for (int64_t i = 0; i < length; ++i) {
+                       acc_t<T> line[kPositions];
+                       gather_line(c, source, k + i, segments, count, line);
+                       for (int64_t j = 0; j < positions; j += kWidth) {
+                         copy_in(panel.get() + j * length + i * kWidth, line + j, kWidth);
+                       }
+                     }
+                     for (int64_t j = 0; j < positions; j += kWidth) {
+                       multiply<acc_t<T>, Panel::strips>(
+                           {weights.at(group, row, block), panel.get() + j * length, tile.get() + j,
+                            kWidth, kPositions, length, block > 0},
+                           rows, smaller(kWidth, positions - j));
+                     }
+                   }
+                   store_planes(p, segments, count, group * c.columns + row, rows, tile.get(),
+                                kPositions);
+                 }
+               });
 }
 
 template <typename T>
@@ -298,8 +315,8 @@ void conv2d_grad_input(const Conv2dGradInputParams& p) {
     for (int64_t h = 0; h < smaller(s.window_height.stride, s.in_height); ++h) {
       for (int64_t w = 0; w < smaller(s.window_width.stride, s.in_width); ++w) {
         const Correlation c = grad_input_correlation(s, h, w);
-        const Weights<T> weights{static_cast<const T*>(p.weight), c.columns * c.channels * taps, taps,
-                                 c.columns * taps, s.window_width.size};
+        const Weights<T> weights{static_cast<const T*>(p.weight), c.columns * c.channels * taps,
+                                 taps, c.columns * taps, s.window_width.size};
         correlate<T>({c, weights, static_cast<const T*>(p.grad_output), nullptr,
                       static_cast<T*>(p.grad_input)},
                      s.channels_last);

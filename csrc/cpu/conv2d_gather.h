@@ -25,12 +25,14 @@ inline Axis forward_axis(const Window& w, int64_t in_length, int64_t out_length)
 }
 
 // The input positions phase, phase + stride, ...: all of them meet the same taps, those whose
-// distance is a multiple of the stride. Without phases, a stride of s would multiply s * s times more
-// zeros than values.
+// distance is a multiple of the stride. Without phases, a stride of s would multiply s * s times
+// more zeros than values.
 inline Axis grad_input_axis(const Window& w, int64_t in_length, int64_t out_length, int64_t phase) {
   const int64_t count = in_length > phase ? (in_length - phase - 1) / w.stride + 1 : 0;
   int64_t first = 0;
-  const auto misses = [&](int64_t tap) { return (phase + w.padding - tap * w.dilation) % w.stride; };
+  const auto misses = [&](int64_t tap) {
+    return (phase + w.padding - tap * w.dilation) % w.stride;
+  };
   while (first < w.size && first < w.stride && misses(first)) ++first;
   Axis axis{count, 1, 0, out_length, 0, 1, 0, 1, phase, w.stride, in_length};
   if (first >= w.size || misses(first)) return axis;
@@ -61,22 +63,28 @@ struct Correlation {
 inline Correlation forward_correlation(const Conv2dShape& s) {
   return {forward_axis(s.window_height, s.in_height, s.out_height),
           forward_axis(s.window_width, s.in_width, s.out_width),
-          s.batch, s.groups, s.in_channels / s.groups, s.out_channels / s.groups};
+          s.batch,
+          s.groups,
+          s.in_channels / s.groups,
+          s.out_channels / s.groups};
 }
 
 inline Correlation grad_input_correlation(const Conv2dShape& s, int64_t phase_height,
                                           int64_t phase_width) {
   return {grad_input_axis(s.window_height, s.in_height, s.out_height, phase_height),
           grad_input_axis(s.window_width, s.in_width, s.out_width, phase_width),
-          s.batch, s.groups, s.out_channels / s.groups, s.in_channels / s.groups};
+          s.batch,
+          s.groups,
+          s.out_channels / s.groups,
+          s.in_channels / s.groups};
 }
 
 // Consecutive positions in one row of one image.
 struct Segment {
-  int64_t start, length;   // within the block of positions
+  int64_t start, length;  // within the block of positions
   int64_t image;
-  int64_t height, width;   // source element of the first position under tap 0; may lie outside
-  int64_t out;             // pixel of the first position in the output
+  int64_t height, width;  // source element of the first position under tap 0; may lie outside
+  int64_t out;            // pixel of the first position in the output
 };
 
 // Cuts the positions [begin, end) into segments; returns how many.
@@ -86,10 +94,15 @@ inline int64_t make_segments(const Correlation& c, int64_t begin, int64_t end, S
     const int64_t row = position / c.width.count, w = position % c.width.count;
     const int64_t image = row / c.height.count, h = row % c.height.count;
     const int64_t rest = c.width.count - w, length = rest < end - position ? rest : end - position;
-    segments[count++] = {position - begin, length, image,
-                         h * c.height.step + c.height.offset, w * c.width.step + c.width.offset,
-                         (image * c.height.out_length + c.height.out_start + h * c.height.out_step)
-                             * c.width.out_length + c.width.out_start + w * c.width.out_step};
+    segments[count++] = {
+        position - begin,
+        length,
+        image,
+        h * c.height.step + c.height.offset,
+        w * c.width.step + c.width.offset,
+        (image * c.height.out_length + c.height.out_start + h * c.height.out_step) *
+                c.width.out_length +
+            c.width.out_start + w * c.width.out_step};
     position += length;
   }
   return count;
@@ -102,9 +115,7 @@ inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
 }
 
 // Of `count` elements, `step` apart from `start` on, those in [first, last) lie in [0, length).
-struct Inside {
-  int64_t first, last;
-};
+struct Inside { int64_t first, last; };
 inline Inside inside(int64_t start, int64_t step, int64_t count, int64_t length) {
   // Most lie inside altogether: no division then.
   if (start >= 0 && start + (count - 1) * step < length) return {0, count};
@@ -129,7 +140,8 @@ void gather_channels_last(const Correlation& c, const T* source, int64_t begin, 
     for (int64_t s = 0; s < count; ++s) {
       const int64_t h = segments[s].height + th * c.height.tap_offset;
       const bool outside = h < 0 || h >= c.height.source_length;
-      const int64_t row_start = (segments[s].image * c.height.source_length + h) * c.width.source_length;
+      const int64_t row_start =
+          (segments[s].image * c.height.source_length + h) * c.width.source_length;
       int64_t w = segments[s].width + tw * c.width.tap_offset;
       acc_t<T>* to = panel + segments[s].start * stride + r * run + low - begin;
       for (int64_t i = 0; i < segments[s].length; ++i, w += c.width.step, to += stride) {
@@ -167,7 +179,8 @@ void gather_line(const Correlation& c, const T* source, int64_t k, const Segment
     const T* from = source + segment.image * image + h * length + w;
     fill_zero(to, valid.first);
     // The next channel lies a plane further, in another page: the hardware does not foresee it.
-    for (int64_t i = valid.first; i < last; i += 64 / sizeof(T)) __builtin_prefetch(from + i * step + plane);
+    for (int64_t i = valid.first; i < last; i += 64 / sizeof(T))
+      __builtin_prefetch(from + i * step + plane);
     if (step == 1) {
       copy_in(to + valid.first, from + valid.first, last - valid.first);
     } else {

@@ -1,13 +1,14 @@
 // Gradient of a convolution's weight on the CPU: a matrix product that sums over all positions.
 //
-// Plan: a unit of work is a block of (tap, input channel) rows x a block of output channel columns x a
-// fixed share of the positions; it copies the input and grad_output of a few hundred positions at a
-// time into panels in L2. Shares are summed in order, so that the result does not depend on
+// Plan: a unit of work is a block of (tap, input channel) rows x a block of output channel columns
+// x a fixed share of the positions; it copies the input and grad_output of a few hundred positions
+// at a time into panels in L2. Shares are summed in order, so that the result does not depend on
 // threads. channels_last: both panels are copies, position by position. contiguous: grad_output is
 // transposed on its way into the panel.
 //
-// Reached in fp32, one thread with AVX-512, of the 166 GFLOP/s that the best native convolution gets
-// there: 3x3 128 @28 71 % channels_last, 74 % contiguous; 1x1 1024 -> 256 @14 61 and 62 %; 7x7 stem 59 and 53 %.
+// Reached in fp32, one thread with AVX-512, of the 166 GFLOP/s that the best native convolution
+// gets there: 3x3 128 @28 71 % channels_last, 74 % contiguous; 1x1 1024 -> 256 @14 61 and 62 %; 7x7
+// stem 59 and 53 %.
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "core/transpose.h"
@@ -97,8 +98,8 @@ void gather_grads(const Plan<T>& plan, int64_t first, int64_t positions, int64_t
 
 // Adds the product of one block of positions to the tile.
 template <typename T>
-void add_block(const Plan<T>& plan, const Workspace<T>& work, int64_t group, int64_t row, int64_t rows,
-               int64_t columns, int64_t first, int64_t positions, bool accumulate) {
+void add_block(const Plan<T>& plan, const Workspace<T>& work, int64_t group, int64_t row,
+               int64_t rows, int64_t columns, int64_t first, int64_t positions, bool accumulate) {
   const Correlation& c = plan.c;
   const auto* input = static_cast<const T*>(plan.p.input);
   const int64_t count = make_segments(c, first, first + positions, work.segments.get());
@@ -114,9 +115,10 @@ void add_block(const Plan<T>& plan, const Workspace<T>& work, int64_t group, int
     }
   }
   for (int64_t j = 0; j < columns; j += kTileColumns<acc_t<T>>) {
-    const TileArguments<acc_t<T>> tile{work.input.get(), work.grads.get() + j * positions,
+    const TileArguments<acc_t<T>> tile{work.input.get(),    work.grads.get() + j * positions,
                                        work.tile.get() + j, kTileColumns<acc_t<T>>,
-                                       plan.kBlockColumns, positions, accumulate};
+                                       plan.kBlockColumns,  positions,
+                                       accumulate};
     const int64_t width = smaller(kTileColumns<acc_t<T>>, columns - j);
     if (channels_last) {
       multiply<acc_t<T>, Panel::columns>(tile, rows, width);

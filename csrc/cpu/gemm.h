@@ -2,8 +2,9 @@
 // fp32 (fp64 for double), on small panels that the caller has copied out of its tensors.
 //
 // A tile of C stays in registers while `depth` runs: with 32 registers (AVX-512) 14 rows x 2
-// vectors take 28, and each step loads 2 vectors of B and 14 scalars of A for 28 multiply-adds; with 16
-// registers it is 6 x 2. A's row stride is a constant, so that one address register serves all rows.
+// vectors take 28, and each step loads 2 vectors of B and 14 scalars of A for 28 multiply-adds;
+// with 16 registers it is 6 x 2. A's row stride is a constant, so that one address register serves
+// all rows.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +22,8 @@ constexpr int kTileRows = 6;
 constexpr int kTileVecs = 2;
 template <typename T> constexpr int kTileColumns = kTileVecs * kLanes<T>;
 
-// How the panel of A lies: A(row, k) = panel[row * stride + k] or, transposed, panel[k * stride + row],
-// or in strips as high as the tiles, one after the other: strip[k * height + row].
+// How the panel of A lies: A(row, k) = panel[row * stride + k] or, transposed, panel[k * stride +
+// row], or in strips as high as the tiles, one after the other: strip[k * height + row].
 enum class Panel { rows, columns, strips };
 
 // Longest row of a panel, and the distance of its rows: one cache line more than a power of two, so
@@ -45,16 +46,16 @@ inline void for_each_tile(int64_t rows, const F& f) {
 template <typename T>
 struct TileArguments {
   const T* a;
-  const T* b;         // B(k, column) = b[k * b_stride + column]
-  T* c;               // C(row, column) = c[row * c_stride + column]
+  const T* b;  // B(k, column) = b[k * b_stride + column]
+  T* c;        // C(row, column) = c[row * c_stride + column]
   int64_t b_stride, c_stride, depth;
-  bool accumulate;    // add to c, or overwrite it
+  bool accumulate;  // add to c, or overwrite it
 };
 
 template <typename T, Panel panel, int kRows, int kVecs>
 void multiply_tile(const TileArguments<T>& t) {
   constexpr int64_t kRowStep = panel == Panel::rows ? kPanelStride<panel> : 1;
-  constexpr int64_t kDepthStep = panel == Panel::rows ? 1
+  constexpr int64_t kDepthStep = panel == Panel::rows      ? 1
                                  : panel == Panel::columns ? kPanelStride<panel>
                                                            : kRows;
   Vec<T> sum[kRows][kVecs] = {};
@@ -87,7 +88,8 @@ using TileFunction = void (*)(const TileArguments<T>&);
 
 template <typename T, Panel panel, int kVecs, int... kRowsMinusOne>
 inline TileFunction<T> pick_tile(int rows, std::integer_sequence<int, kRowsMinusOne...>) {
-  static constexpr TileFunction<T> kTable[] = {multiply_tile<T, panel, kRowsMinusOne + 1, kVecs>...};
+  static constexpr TileFunction<T> kTable[] = {
+      multiply_tile<T, panel, kRowsMinusOne + 1, kVecs>...};
   return kTable[rows - 1];
 }
 
@@ -98,7 +100,9 @@ void multiply(const TileArguments<T>& arguments, int64_t rows, int64_t columns) 
   constexpr auto kRowCounts = std::make_integer_sequence<int, kTileRows>{};
   for_each_tile(rows, [&](int64_t first, int height) {
     TileArguments<T> t = arguments;
-    t.a += first * (panel == Panel::rows ? kPanelStride<panel> : panel == Panel::columns ? 1 : t.depth);
+    t.a += first * (panel == Panel::rows      ? kPanelStride<panel>
+                    : panel == Panel::columns ? 1
+                                              : t.depth);
     t.c += first * t.c_stride;
     const auto tile = columns > kLanes<T> ? pick_tile<T, panel, 2>(height, kRowCounts)
                                           : pick_tile<T, panel, 1>(height, kRowCounts);

@@ -19,8 +19,10 @@ void with_windows(const MaxPool2dParams& p, const F& f) {
   dispatch_dtype(p.dtype, [&](auto scalar) {
     using T = typename decltype(scalar)::type;
     const MaxWindows<T> windows{p.channels_last, p.batch, p.channels, height, width};
-    if (p.wide_offsets) f(windows, scalar, Tag<int32_t>{});
-    else f(windows, scalar, Tag<uint8_t>{});
+    if (p.wide_offsets)
+      f(windows, scalar, Tag<int32_t>{});
+    else
+      f(windows, scalar, Tag<uint8_t>{});
   });
 }
 

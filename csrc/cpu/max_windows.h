@@ -13,16 +13,18 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-struct WindowStart {
-  int64_t begin, taps;
-};
+struct WindowStart { int64_t begin, taps; };
 
 // One axis: where each window starts (perhaps in the padding) and which of its taps lie inside.
 struct MaxAxis {
   // window(o): the first position of output o's window, perhaps in the padding, and its taps.
   template <typename F>
   MaxAxis(int64_t length, int64_t outputs, int64_t taps, int64_t dilation, const F& window)
-      : length(length), outputs(outputs), taps(taps), dilation(dilation), start(outputs),
+      : length(length),
+        outputs(outputs),
+        taps(taps),
+        dilation(dilation),
+        start(outputs),
         valid(outputs) {
     for (int64_t o = 0; o < outputs; ++o) {
       const auto [begin, count] = window(o);
@@ -81,16 +83,20 @@ template <typename T, typename O>
 inline void store_offsets(O* p, Mask<T> offsets, int lanes) {
   typedef O Narrow __attribute__((vector_size(sizeof(O) * kLanes<T>)));
   const Narrow narrow = __builtin_convertvector(offsets, Narrow);
-  if (lanes == kLanes<T>) std::memcpy(p, &narrow, sizeof(narrow));
-  else std::memcpy(p, &narrow, lanes * sizeof(O));
+  if (lanes == kLanes<T>)
+    std::memcpy(p, &narrow, sizeof(narrow));
+  else
+    std::memcpy(p, &narrow, lanes * sizeof(O));
 }
 
 template <typename T, typename O>
 inline Mask<T> load_offsets(const O* p, int lanes) {
   typedef O Narrow __attribute__((vector_size(sizeof(O) * kLanes<T>)));
   Narrow narrow = {};
-  if (lanes == kLanes<T>) std::memcpy(&narrow, p, sizeof(narrow));
-  else std::memcpy(&narrow, p, lanes * sizeof(O));
+  if (lanes == kLanes<T>)
+    std::memcpy(&narrow, p, sizeof(narrow));
+  else
+    std::memcpy(&narrow, p, lanes * sizeof(O));
   return __builtin_convertvector(narrow, Mask<T>);
 }
 
@@ -123,14 +129,16 @@ template <bool kOffsets, int kRows, int kColumns, typename T, typename O>
 void max_pixel(const T* window, int64_t row_step, int64_t column_step, Span rows, Span columns,
                int64_t taps, int64_t channels, T* output, O* offsets) {
   if constexpr (kRows == 0) {
-    if (rows.size() == 0 || columns.size() == 0) return max_of_nothing<kOffsets>(channels, output, offsets);
+    if (rows.size() == 0 || columns.size() == 0)
+      return max_of_nothing<kOffsets>(channels, output, offsets);
   }
   if constexpr (kRows > 0) rows = {0, kRows};
   if constexpr (kColumns > 0) columns = {0, kColumns};
   for_each_overlapping<T>(channels, [&](int64_t c, int lanes) {
     Best<T, kOffsets> best;
-    best.start(load_partial(window + rows.begin * row_step + columns.begin * column_step + c, lanes),
-               same_in_all<T>(rows.begin * taps + columns.begin));
+    best.start(
+        load_partial(window + rows.begin * row_step + columns.begin * column_step + c, lanes),
+        same_in_all<T>(rows.begin * taps + columns.begin));
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       for (int64_t k = columns.begin + (r == rows.begin); k < columns.end; ++k) {
         best.see(load_partial(window + r * row_step + k * column_step + c, lanes),
@@ -160,9 +168,10 @@ void max_rows_channels_last(const MaxWindows<T>& p, const T* input, T* output, O
       const Span columns = p.width.taps_inside(ow);
       const int64_t o = (row * p.width.outputs + ow) * C;
       const bool inside = rows.size() == p.height.taps && columns.size() == taps;
-      (inside ? full : max_pixel<kOffsets, 0, 0, T, O>)(
-          image + p.width.position(ow, 0) * C, row_step, column_step, rows, columns, taps, C,
-          output + o, kOffsets ? offsets + o : nullptr);
+      (inside ? full : max_pixel<kOffsets, 0, 0, T, O>)(image + p.width.position(ow, 0) * C,
+                                                        row_step, column_step, rows, columns, taps,
+                                                        C, output + o,
+                                                        kOffsets ? offsets + o : nullptr);
     }
   }
 }
@@ -259,8 +268,10 @@ class Winners {
     return p_.height.position(oh, 0) * p_.width.length + p_.width.position(ow, 0);
   }
   bool find(int64_t base, O offset, int64_t* position) const {
-    if constexpr (sizeof(O) == 1) *position = base + steps_.get()[offset];
-    else *position = base + step(offset);
+    if constexpr (sizeof(O) == 1)
+      *position = base + steps_.get()[offset];
+    else
+      *position = base + step(offset);
     return static_cast<uint64_t>(*position) < static_cast<uint64_t>(p_.in_plane());
   }
 
@@ -348,7 +359,8 @@ void max_backward_contiguous(const MaxWindows<T>& p, const T* grad_output, const
 inline void invert_windows(const MaxAxis& axis, Span* covering) {
   Scratch<Span> windows(axis.outputs);
   for (int64_t o = 0; o < axis.outputs; ++o) {
-    const int64_t begin = axis.position(o, 0), taps = axis.dilation > 1 ? axis.taps : axis.valid.get()[o].end;
+    const int64_t begin = axis.position(o, 0),
+                  taps = axis.dilation > 1 ? axis.taps : axis.valid.get()[o].end;
     const int64_t end = axis.position(o, taps - 1) + 1;
     windows.get()[o] = {begin > 0 ? begin : 0, end < axis.length ? end : axis.length};
   }
@@ -376,7 +388,8 @@ void max_backward_channels_last(const MaxWindows<T>& p, const T* grad_output, co
             for (int64_t ow = left.get()[iw].begin; ow < left.get()[iw].end; ++ow) {
               const int64_t right = iw - p.width.position(ow, 0);
               if (p.width.dilation > 1 && right % p.width.dilation) continue;
-              const int64_t tap = down / p.height.dilation * p.width.taps + right / p.width.dilation;
+              const int64_t tap =
+                  down / p.height.dilation * p.width.taps + right / p.width.dilation;
               const int64_t o = ((n * p.height.outputs + oh) * p.width.outputs + ow) * C + c;
               const Mask<T> won = load_offsets<T>(offsets + o, lanes) == same_in_all<T>(tap);
               sum += won ? load_partial(grad_output + o, lanes) : Vec<T>{};
@@ -391,11 +404,14 @@ void max_backward_channels_last(const MaxWindows<T>& p, const T* grad_output, co
 
 template <typename T, typename O>
 void max_backward(const MaxWindows<T>& p, const T* grad_output, const O* offsets, T* grad_input) {
-  if (p.channels_last) max_backward_channels_last(p, grad_output, offsets, grad_input);
-  else max_backward_contiguous(p, grad_output, offsets, grad_input);
+  if (p.channels_last)
+    max_backward_channels_last(p, grad_output, offsets, grad_input);
+  else
+    max_backward_contiguous(p, grad_output, offsets, grad_input);
 }
 
-// ---- entries, from the void pointers of params ----------------------------------------------------
+// ---- entries, from the void pointers of params
+// ----------------------------------------------------
 
 template <typename T, typename O>
 void run_max_forward(const MaxWindows<T>& p, Tag<T>, Tag<O>, const void* input, void* output,

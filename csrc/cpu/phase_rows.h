@@ -46,8 +46,8 @@ inline Vec<T> load_filled(const T* p, int64_t n, Vec<T> fill) {
 // Spreads a row of n elements over its phase rows, `pitch` apart. Up to two registers behind the
 // row's end in each phase row become `fill`: write the rows of a bundle from left to right.
 template <typename T>
-inline void split_phases(const T* row, int64_t n, int64_t padding, int64_t stride,
-                         acc_t<T>* phases, int64_t pitch, acc_t<T> fill) {
+inline void split_phases(const T* row, int64_t n, int64_t padding, int64_t stride, acc_t<T>* phases,
+                         int64_t pitch, acc_t<T> fill) {
   using A = acc_t<T>;
   constexpr int64_t L = kLanes<T>;
   const Vec<T> fills = broadcast<T>(fill);
@@ -91,7 +91,8 @@ inline void merge_phases(const acc_t<T>* phases, int64_t pitch, int64_t padding,
       const int64_t rest = n - i;
       store_partial(row + i, zip_low(a, b, kLaneNumbers<T>), int(rest < L ? rest : L));
       if (rest > L) {
-        store_partial(row + i + L, zip_high(a, b, kLaneNumbers<T>), int(rest < 2 * L ? rest - L : L));
+        store_partial(row + i + L, zip_high(a, b, kLaneNumbers<T>),
+                      int(rest < 2 * L ? rest - L : L));
       }
     }
   } else {

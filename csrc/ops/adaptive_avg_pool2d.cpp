@@ -10,7 +10,8 @@ namespace {
 AdaptiveAvgPool2dParams make_params(DType dtype, const IntList& input_size, int64_t out_height,
                                     int64_t out_width, MemoryFormat format) {
   const size_t rank = input_size.size();
-  TORCHOPS_CHECK(rank == 3 || rank == 4, "adaptive_avg_pool2d(): Expected 3D or 4D tensor, but got ",
+  TORCHOPS_CHECK(rank == 3 || rank == 4,
+                 "adaptive_avg_pool2d(): Expected 3D or 4D tensor, but got ",
                  to_string(input_size));
   for (int64_t size : input_size) {
     TORCHOPS_CHECK(size >= 0, "adaptive_avg_pool2d: negative size in ", to_string(input_size));
@@ -24,13 +25,15 @@ AdaptiveAvgPool2dParams make_params(DType dtype, const IntList& input_size, int6
   p.in_width = input_size[rank - 1];
   TORCHOPS_CHECK(p.in_height > 0 && p.in_width > 0,
                  "adaptive_avg_pool2d(): Expected input to have non-zero size for non-batch "
-                 "dimensions, but input has sizes ", to_string(input_size));
+                 "dimensions, but input has sizes ",
+                 to_string(input_size));
   // 2^31 keeps o * length far from overflow.
   constexpr int64_t kLimit = int64_t{1} << 31;
   TORCHOPS_CHECK(out_height >= 0 && out_width >= 0 && out_height < kLimit && out_width < kLimit &&
                      p.in_height < kLimit && p.in_width < kLimit,
                  "adaptive_avg_pool2d: elements of output_size must be greater than or equal to 0 "
-                 "and below 2^31, but received {", out_height, ", ", out_width, "}");
+                 "and below 2^31, but received {",
+                 out_height, ", ", out_width, "}");
   p.out_height = out_height;
   p.out_width = out_width;
   return p;
@@ -51,11 +54,12 @@ Tensor adaptive_avg_pool2d(Tensor input, IntList output_size) {
 
 Tensor adaptive_avg_pool2d_backward(Tensor grad_output, IntList input_size, bool channels_last) {
   const int64_t rank = grad_output.dim();
-  TORCHOPS_CHECK(rank >= 3 && input_size.size() == static_cast<size_t>(rank),
-                 "adaptive_avg_pool2d: grad_output and input must both be 3-D or 4-D, but got sizes ",
-                 to_string(sizes_of(grad_output)), " and ", to_string(input_size));
-  const MemoryFormat format = channels_last && rank == 4 ? MemoryFormat::channels_last
-                                                         : MemoryFormat::contiguous;
+  TORCHOPS_CHECK(
+      rank >= 3 && input_size.size() == static_cast<size_t>(rank),
+      "adaptive_avg_pool2d: grad_output and input must both be 3-D or 4-D, but got sizes ",
+      to_string(sizes_of(grad_output)), " and ", to_string(input_size));
+  const MemoryFormat format =
+      channels_last && rank == 4 ? MemoryFormat::channels_last : MemoryFormat::contiguous;
   AdaptiveAvgPool2dBackwardParams p{};
   p.shape = make_params(dtype_of(grad_output, "adaptive_avg_pool2d"), input_size,
                         grad_output.size(rank - 2), grad_output.size(rank - 1), format);
@@ -76,8 +80,9 @@ Tensor adaptive_avg_pool2d_backward(Tensor grad_output, IntList input_size, bool
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchops, m) {
   m.def("adaptive_avg_pool2d(Tensor input, SymInt[] output_size) -> Tensor");
-  m.def("adaptive_avg_pool2d_backward(Tensor grad_output, SymInt[] input_size, bool channels_last) "
-        "-> Tensor");
+  m.def(
+      "adaptive_avg_pool2d_backward(Tensor grad_output, SymInt[] input_size, bool channels_last) "
+      "-> Tensor");
 }
 
 TORCHOPS_IMPL(m) {

@@ -8,7 +8,8 @@
 
 namespace torchops {
 
-// Output o of an axis is the mean over input positions [floor(o * in / out), ceil((o + 1) * in / out)).
+// Output o of an axis is the mean over input positions [floor(o * in / out), ceil((o + 1) * in /
+// out)).
 struct AdaptiveAvgPool2dParams {
   const void* input;  // [batch, channels, in_height, in_width]
   void* output;       // [batch, channels, out_height, out_width]

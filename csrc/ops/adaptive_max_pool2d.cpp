@@ -12,7 +12,8 @@ constexpr int64_t kMaxUint8Taps = 256;
 AdaptiveMaxPool2dParams make_params(DType dtype, const IntList& input_size, int64_t out_height,
                                     int64_t out_width, MemoryFormat format) {
   const size_t rank = input_size.size();
-  TORCHOPS_CHECK(rank == 3 || rank == 4, "adaptive_max_pool2d(): Expected 3D or 4D tensor, but got ",
+  TORCHOPS_CHECK(rank == 3 || rank == 4,
+                 "adaptive_max_pool2d(): Expected 3D or 4D tensor, but got ",
                  to_string(input_size));
   AdaptiveMaxPool2dParams p{};
   p.dtype = dtype;
@@ -25,13 +26,15 @@ AdaptiveMaxPool2dParams make_params(DType dtype, const IntList& input_size, int6
   const bool channels_fit = rank == 4 ? p.channels > 0 : p.channels >= 0;
   TORCHOPS_CHECK(p.batch >= 0 && channels_fit && p.in_height > 0 && p.in_width > 0,
                  "adaptive_max_pool2d(): Expected input to have non-zero size for non-batch "
-                 "dimensions, but input has sizes ", to_string(input_size));
+                 "dimensions, but input has sizes ",
+                 to_string(input_size));
   // 2^31 keeps o * length far from overflow.
   constexpr int64_t kLimit = int64_t{1} << 31;
   TORCHOPS_CHECK(out_height >= 0 && out_width >= 0 && out_height < kLimit && out_width < kLimit &&
                      p.in_height < kLimit && p.in_width < kLimit,
                  "adaptive_max_pool2d: elements of output_size must be greater than or equal to 0 "
-                 "and below 2^31, but received {", out_height, ", ", out_width, "}");
+                 "and below 2^31, but received {",
+                 out_height, ", ", out_width, "}");
   p.out_height = out_height;
   p.out_width = out_width;
   p.taps_height = adaptive_taps(p.in_height, out_height);
@@ -99,11 +102,12 @@ std::tuple<Tensor, Tensor> adaptive_max_pool2d_with_offsets(Tensor input, IntLis
 Tensor adaptive_max_pool2d_backward(Tensor grad_output, Tensor offsets, IntList input_size) {
   const MemoryFormat format = suggest_memory_format(offsets);
   AdaptiveMaxPool2dBackwardParams p{};
-  p.shape = params_of_offsets(dtype_of(grad_output, "adaptive_max_pool2d"), input_size, offsets, format);
+  p.shape =
+      params_of_offsets(dtype_of(grad_output, "adaptive_max_pool2d"), input_size, offsets, format);
   check_offsets(offsets, input_size, grad_output, p.shape);
   TORCHOPS_CHECK(sizes_of(grad_output) == sizes_of(offsets),
-                 "adaptive_max_pool2d: expected grad_output of sizes ", to_string(sizes_of(offsets)),
-                 ", but got ", to_string(sizes_of(grad_output)));
+                 "adaptive_max_pool2d: expected grad_output of sizes ",
+                 to_string(sizes_of(offsets)), ", but got ", to_string(sizes_of(grad_output)));
   const Tensor dense = contiguous(grad_output, format), dense_offsets = contiguous(offsets, format);
   Tensor grad_input = empty(input_size, format, grad_output);
   p.grad_output = dense.const_data_ptr();
@@ -116,7 +120,8 @@ Tensor adaptive_max_pool2d_backward(Tensor grad_output, Tensor offsets, IntList 
 Tensor adaptive_max_pool2d_gather(Tensor input, Tensor offsets) {
   const MemoryFormat format = suggest_memory_format(offsets);
   AdaptiveMaxPool2dGatherParams p{};
-  p.shape = params_of_offsets(dtype_of(input, "adaptive_max_pool2d"), sizes_of(input), offsets, format);
+  p.shape =
+      params_of_offsets(dtype_of(input, "adaptive_max_pool2d"), sizes_of(input), offsets, format);
   check_offsets(offsets, sizes_of(input), input, p.shape);
   const Tensor dense = contiguous(input, format), dense_offsets = contiguous(offsets, format);
   Tensor output = empty(sizes_of(offsets), format, input);
@@ -145,8 +150,9 @@ Tensor adaptive_max_pool2d_indices(Tensor offsets, IntList input_size) {
 STABLE_TORCH_LIBRARY_FRAGMENT(torchops, m) {
   m.def("adaptive_max_pool2d(Tensor input, SymInt[] output_size) -> Tensor");
   m.def("adaptive_max_pool2d_with_offsets(Tensor input, SymInt[] output_size) -> (Tensor, Tensor)");
-  m.def("adaptive_max_pool2d_backward(Tensor grad_output, Tensor offsets, SymInt[] input_size) "
-        "-> Tensor");
+  m.def(
+      "adaptive_max_pool2d_backward(Tensor grad_output, Tensor offsets, SymInt[] input_size) "
+      "-> Tensor");
   m.def("adaptive_max_pool2d_gather(Tensor input, Tensor offsets) -> Tensor");
   m.def("adaptive_max_pool2d_indices(Tensor offsets, SymInt[] input_size) -> Tensor");
 }

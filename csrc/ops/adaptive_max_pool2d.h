@@ -8,7 +8,8 @@
 
 namespace torchops {
 
-// Taps of the largest window when `length` positions are shared out among `outputs`; an upper bound.
+// Taps of the largest window when `length` positions are shared out among `outputs`; an upper
+// bound.
 constexpr int64_t adaptive_taps(int64_t length, int64_t outputs) {
   if (outputs == 0) return 1;
   return length / outputs + (length % outputs ? 2 : 0);

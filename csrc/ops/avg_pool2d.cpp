@@ -25,7 +25,8 @@ AvgPool2dParams make_params(DType dtype, const IntList& input_size, const Window
   p.in_width = input_size[rank - 1];
   TORCHOPS_CHECK(p.batch >= 0 && p.channels > 0 && p.in_height > 0 && p.in_width > 0,
                  "avg_pool2d: expected an input with optional 0 dim batch size and other "
-                 "dimensions non-zero, but got sizes ", to_string(input_size));
+                 "dimensions non-zero, but got sizes ",
+                 to_string(input_size));
   for (const Window& w : {window.height, window.width}) {
     TORCHOPS_CHECK(w.padding <= w.size / 2,
                    "avg_pool2d: pad should be at most half of the kernel size, but got pad ",
@@ -35,13 +36,14 @@ AvgPool2dParams make_params(DType dtype, const IntList& input_size, const Window
   p.window_width = window.width;
   p.out_height = pooled_size(p.in_height, window.height, ceil_mode);
   p.out_width = pooled_size(p.in_width, window.width, ceil_mode);
-  TORCHOPS_CHECK(p.out_height > 0 && p.out_width > 0, "avg_pool2d: output size is too small: ",
-                 p.out_height, "x", p.out_width, " for the input sizes ", to_string(input_size));
+  TORCHOPS_CHECK(p.out_height > 0 && p.out_width > 0,
+                 "avg_pool2d: output size is too small: ", p.out_height, "x", p.out_width,
+                 " for the input sizes ", to_string(input_size));
   return p;
 }
 
-Tensor avg_pool2d(Tensor input, IntList kernel_size, IntList stride, IntList padding, bool ceil_mode,
-                  bool count_include_pad, std::optional<int64_t> divisor_override) {
+Tensor avg_pool2d(Tensor input, IntList kernel_size, IntList stride, IntList padding,
+                  bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor_override) {
   const Window2d window = make_window2d("avg_pool2d", kernel_size, stride, padding, {1});
   const MemoryFormat format = suggest_memory_format(input);
   AvgPool2dParams p = make_params(dtype_of(input, "avg_pool2d"), sizes_of(input), window, ceil_mode,
@@ -79,11 +81,13 @@ Tensor avg_pool2d_backward(Tensor grad_output, IntList input_size, IntList kerne
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchops, m) {
-  m.def("avg_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, "
-        "bool ceil_mode, bool count_include_pad, int? divisor_override) -> Tensor");
-  m.def("avg_pool2d_backward(Tensor grad_output, SymInt[] input_size, int[2] kernel_size, "
-        "int[2] stride, int[2] padding, bool ceil_mode, bool count_include_pad, "
-        "int? divisor_override, bool channels_last) -> Tensor");
+  m.def(
+      "avg_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, "
+      "bool ceil_mode, bool count_include_pad, int? divisor_override) -> Tensor");
+  m.def(
+      "avg_pool2d_backward(Tensor grad_output, SymInt[] input_size, int[2] kernel_size, "
+      "int[2] stride, int[2] padding, bool ceil_mode, bool count_include_pad, "
+      "int? divisor_override, bool channels_last) -> Tensor");
 }
 
 TORCHOPS_IMPL(m) {

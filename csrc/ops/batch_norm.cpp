@@ -14,8 +14,8 @@ enum Gradient : int64_t { kInput = 1, kWeight = 2, kBias = 4, kResidual = 8 };
 
 BatchNormShape make_shape(const Tensor& input, MemoryFormat format) {
   const int64_t rank = input.dim();
-  TORCHOPS_CHECK(rank >= 2 && rank <= 4, "batch_norm: expected an input of 2 to 4 dimensions, but got ",
-                 rank);
+  TORCHOPS_CHECK(rank >= 2 && rank <= 4,
+                 "batch_norm: expected an input of 2 to 4 dimensions, but got ", rank);
   const int64_t pixels = (rank > 2 ? input.size(2) : 1) * (rank > 3 ? input.size(3) : 1);
   // One pixel per image makes both layouts the same, and channels side by side are the faster one.
   const bool channels_last = format == MemoryFormat::channels_last || pixels == 1;
@@ -62,8 +62,9 @@ void check_parameter_dtype(const char* what, const Parameter& parameter, DType i
 }
 
 Activation make_activation(int64_t activation) {
-  TORCHOPS_CHECK(activation >= 0 && activation < kActivations, "batch_norm: activation should be in [0, ",
-                 kActivations, "), but got ", activation);
+  TORCHOPS_CHECK(activation >= 0 && activation < kActivations,
+                 "batch_norm: activation should be in [0, ", kActivations, "), but got ",
+                 activation);
   return static_cast<Activation>(activation);
 }
 
@@ -148,7 +149,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   p.weight = given_weight.vector;
   p.bias = given_bias.vector;
   check_like_input("grad_output", grad_output, input);
-  const Tensor dense_grad = contiguous(grad_output, format), dense_input = contiguous(input, format);
+  const Tensor dense_grad = contiguous(grad_output, format),
+               dense_input = contiguous(input, format);
   p.grad_output = dense_grad.const_data_ptr();
   p.input = dense_input.const_data_ptr();
   OptionalTensor dense_residual;
@@ -214,16 +216,20 @@ void batch_norm_update(OptionalTensor running_mean, OptionalTensor running_var, 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchops, m) {
-  m.def("batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
-        "int activation) -> (Tensor output, Tensor mean, Tensor var)");
-  m.def("batch_norm_apply(Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
-        "Tensor? residual, float eps, int activation) -> Tensor");
-  m.def("batch_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor var, "
-        "Tensor? weight, Tensor? bias, Tensor? residual, float eps, bool training, int activation, "
-        "int output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, "
-        "Tensor grad_residual)");
-  m.def("batch_norm_update(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor mean, "
-        "Tensor var, SymInt count, float momentum) -> ()");
+  m.def(
+      "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
+      "int activation) -> (Tensor output, Tensor mean, Tensor var)");
+  m.def(
+      "batch_norm_apply(Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
+      "Tensor? residual, float eps, int activation) -> Tensor");
+  m.def(
+      "batch_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor var, "
+      "Tensor? weight, Tensor? bias, Tensor? residual, float eps, bool training, int activation, "
+      "int output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, "
+      "Tensor grad_residual)");
+  m.def(
+      "batch_norm_update(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor mean, "
+      "Tensor var, SymInt count, float momentum) -> ()");
 }
 
 TORCHOPS_IMPL(m) {

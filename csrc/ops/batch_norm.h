@@ -49,10 +49,10 @@ struct BatchNormBackwardParams {
   ChannelVector weight, bias, mean, var;
   Activation activation;
   double eps;
-  bool training;        // mean and var are those of the input, so the gradient runs through them
-  void* grad_input;     // null where nobody needs it, as all below
-  void* grad_weight;    // in weight's dtype
-  void* grad_bias;      // in bias's dtype
+  bool training;      // mean and var are those of the input, so the gradient runs through them
+  void* grad_input;   // null where nobody needs it, as all below
+  void* grad_weight;  // in weight's dtype
+  void* grad_bias;    // in bias's dtype
   void* grad_residual;
 };
 

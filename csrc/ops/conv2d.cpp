@@ -34,19 +34,30 @@ Conv2dShape make_shape(const Tensor& like, const IntList& input, const IntList& 
   TORCHOPS_CHECK(a.groups > 0, "conv2d: expected groups to be greater than 0, but got ", a.groups);
   TORCHOPS_CHECK(weight[0] >= a.groups && weight[0] % a.groups == 0,
                  "conv2d: given groups=", a.groups, ", expected weight to be at least ", a.groups,
-                 " at dimension 0, and divisible by it, but got weight of size ", to_string(weight));
+                 " at dimension 0, and divisible by it, but got weight of size ",
+                 to_string(weight));
   TORCHOPS_CHECK(input[1] == weight[1] * a.groups, "conv2d: given groups=", a.groups,
                  ", weight of size ", to_string(weight), ", expected input to have ",
                  weight[1] * a.groups, " channels, but got input of size ", to_string(input));
   TORCHOPS_CHECK(input[0] * input[1] == 0 || input[2] * input[3] > 0,
-                 "conv2d: expected an input with at least one pixel, but got sizes ", to_string(input));
-  const Window2d window = make_window2d("conv2d", {weight[2], weight[3]}, a.stride, a.padding, a.dilation);
-  Conv2dShape s{dtype_of(like, "conv2d"), format == MemoryFormat::channels_last,
-                input[0], input[1], input[2], input[3], weight[0],
-                convolved_size(input[2], window.height), convolved_size(input[3], window.width),
-                a.groups, window.height, window.width};
-  TORCHOPS_CHECK(s.out_height > 0 && s.out_width > 0,
-                 "conv2d: the kernel (", window.height.extent(), " x ", window.width.extent(),
+                 "conv2d: expected an input with at least one pixel, but got sizes ",
+                 to_string(input));
+  const Window2d window =
+      make_window2d("conv2d", {weight[2], weight[3]}, a.stride, a.padding, a.dilation);
+  Conv2dShape s{dtype_of(like, "conv2d"),
+                format == MemoryFormat::channels_last,
+                input[0],
+                input[1],
+                input[2],
+                input[3],
+                weight[0],
+                convolved_size(input[2], window.height),
+                convolved_size(input[3], window.width),
+                a.groups,
+                window.height,
+                window.width};
+  TORCHOPS_CHECK(s.out_height > 0 && s.out_width > 0, "conv2d: the kernel (",
+                 window.height.extent(), " x ", window.width.extent(),
                  ") is larger than the padded input (", input[2] + 2 * window.height.padding, " x ",
                  input[3] + 2 * window.width.padding, ")");
   return s;
@@ -83,7 +94,8 @@ Tensor conv2d(Tensor input, Tensor weight, OptionalTensor bias, IntList stride, 
   check_tensor("weight", weight, input);
   const MemoryFormat format = output_format(input, weight);
   Conv2dParams p{};
-  p.shape = make_shape(input, sizes_of(input), sizes_of(weight), {stride, padding, dilation, groups}, format);
+  p.shape = make_shape(input, sizes_of(input), sizes_of(weight),
+                       {stride, padding, dilation, groups}, format);
   const Conv2dShape& s = p.shape;
   if (bias) {
     TORCHOPS_CHECK(bias->dim() == 1 && bias->size(0) == s.out_channels,
@@ -116,7 +128,8 @@ Tensor conv2d_grad_input(Tensor grad_output, Tensor weight, IntList input_size, 
   check_tensor("weight", weight, grad_output);
   const MemoryFormat format = format_of(channels_last);
   Conv2dGradInputParams p{};
-  p.shape = make_shape(grad_output, input_size, sizes_of(weight), {stride, padding, dilation, groups}, format);
+  p.shape = make_shape(grad_output, input_size, sizes_of(weight),
+                       {stride, padding, dilation, groups}, format);
   check_grad_output(grad_output, p.shape);
   const Tensor dense = contiguous(grad_output, format);
   const Tensor dense_weight = contiguous(weight, MemoryFormat::contiguous);
@@ -140,7 +153,8 @@ Tensor conv2d_grad_weight(Tensor input, Tensor grad_output, IntList weight_size,
   check_tensor("grad_output", grad_output, input);
   const MemoryFormat format = format_of(channels_last);
   Conv2dGradWeightParams p{};
-  p.shape = make_shape(input, sizes_of(input), weight_size, {stride, padding, dilation, groups}, format);
+  p.shape =
+      make_shape(input, sizes_of(input), weight_size, {stride, padding, dilation, groups}, format);
   check_grad_output(grad_output, p.shape);
   const Tensor dense = contiguous(input, format), dense_grad = contiguous(grad_output, format);
   Tensor grad_weight = empty(weight_size, MemoryFormat::contiguous, input);
@@ -166,13 +180,16 @@ Tensor conv2d_grad_weight(Tensor input, Tensor grad_output, IntList weight_size,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchops, m) {
-  m.def("conv2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
-        "int[2] dilation, int groups) -> Tensor");
-  m.def("conv2d_grad_input(Tensor grad_output, Tensor weight, SymInt[] input_size, int[2] stride, "
-        "int[2] padding, int[2] dilation, int groups, bool channels_last) -> Tensor");
-  m.def("conv2d_grad_weight(Tensor input, Tensor grad_output, SymInt[] weight_size, "
-        "int[2] stride, int[2] padding, int[2] dilation, int groups, bool channels_last) "
-        "-> Tensor");
+  m.def(
+      "conv2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups) -> Tensor");
+  m.def(
+      "conv2d_grad_input(Tensor grad_output, Tensor weight, SymInt[] input_size, int[2] stride, "
+      "int[2] padding, int[2] dilation, int groups, bool channels_last) -> Tensor");
+  m.def(
+      "conv2d_grad_weight(Tensor input, Tensor grad_output, SymInt[] weight_size, "
+      "int[2] stride, int[2] padding, int[2] dilation, int groups, bool channels_last) "
+      "-> Tensor");
 }
 
 TORCHOPS_IMPL(m) {

@@ -19,24 +19,25 @@ struct Conv2dShape {
 };
 
 struct Conv2dParams {
-  const void* input;   // [batch, in_channels, in_height, in_width]
-  const void* weight;  // [out_channels, in_channels / groups, window_height.size, window_width.size]
-  const void* bias;    // [out_channels], or null
-  void* output;        // [batch, out_channels, out_height, out_width]
+  const void* input;  // [batch, in_channels, in_height, in_width]
+  const void*
+      weight;        // [out_channels, in_channels / groups, window_height.size, window_width.size]
+  const void* bias;  // [out_channels], or null
+  void* output;      // [batch, out_channels, out_height, out_width]
   Conv2dShape shape;
 };
 
 struct Conv2dGradInputParams {
   const void* grad_output;  // like output
   const void* weight;
-  void* grad_input;         // like input; every element is written
+  void* grad_input;  // like input; every element is written
   Conv2dShape shape;
 };
 
 struct Conv2dGradWeightParams {
   const void* input;
   const void* grad_output;
-  void* grad_weight;        // contiguous, like weight; every element is written
+  void* grad_weight;  // contiguous, like weight; every element is written
   Conv2dShape shape;
 };
 
@@ -47,7 +48,8 @@ TORCHOPS_KERNEL(conv2d, Conv2dParams)
 TORCHOPS_KERNEL(conv2d_grad_input, Conv2dGradInputParams)
 TORCHOPS_KERNEL(conv2d_grad_weight, Conv2dGradWeightParams)
 
-// groups == in_channels: each output channel sees one input channel. out_channels may be a multiple.
+// groups == in_channels: each output channel sees one input channel. out_channels may be a
+// multiple.
 TORCHOPS_KERNEL(conv2d_depthwise, Conv2dParams)
 TORCHOPS_KERNEL(conv2d_depthwise_grad_input, Conv2dGradInputParams)
 TORCHOPS_KERNEL(conv2d_depthwise_grad_weight, Conv2dGradWeightParams)

@@ -23,7 +23,8 @@ MaxPool2dParams make_params(DType dtype, const IntList& input_size, const Window
   p.in_width = input_size[rank - 1];
   TORCHOPS_CHECK(p.channels > 0 && p.in_height > 0 && p.in_width > 0,
                  "max_pool2d: expected an input with optional 0 dim batch size and other "
-                 "dimensions non-zero, but got sizes ", to_string(input_size));
+                 "dimensions non-zero, but got sizes ",
+                 to_string(input_size));
   for (const Window& w : {window.height, window.width}) {
     TORCHOPS_CHECK(w.padding <= w.size / 2,
                    "max_pool2d: pad should be at most half of kernel size, but got pad ", w.padding,
@@ -34,8 +35,9 @@ MaxPool2dParams make_params(DType dtype, const IntList& input_size, const Window
   p.wide_offsets = window.height.size * window.width.size > kMaxUint8Taps;
   p.out_height = pooled_size(p.in_height, window.height, ceil_mode);
   p.out_width = pooled_size(p.in_width, window.width, ceil_mode);
-  TORCHOPS_CHECK(p.out_height > 0 && p.out_width > 0, "max_pool2d: output size is too small: ",
-                 p.out_height, "x", p.out_width, " for the input sizes ", to_string(input_size));
+  TORCHOPS_CHECK(p.out_height > 0 && p.out_width > 0,
+                 "max_pool2d: output size is too small: ", p.out_height, "x", p.out_width,
+                 " for the input sizes ", to_string(input_size));
   return p;
 }
 
@@ -62,7 +64,8 @@ Tensor pool(const Tensor& input, const IntList& kernel_size, const IntList& stri
             const IntList& padding, const IntList& dilation, bool ceil_mode, Tensor* offsets) {
   const Window2d window = make_window2d("max_pool2d", kernel_size, stride, padding, dilation);
   const MemoryFormat format = suggest_memory_format(input);
-  MaxPool2dParams p = make_params(dtype_of(input, "max_pool2d"), sizes_of(input), window, ceil_mode, format);
+  MaxPool2dParams p =
+      make_params(dtype_of(input, "max_pool2d"), sizes_of(input), window, ceil_mode, format);
   const Tensor dense = contiguous(input, format);
   const IntList sizes = with_spatial(input, p.out_height, p.out_width);
   Tensor output = empty(sizes, format, input);
@@ -141,17 +144,22 @@ Tensor max_pool2d_indices(Tensor offsets, IntList input_size, IntList kernel_siz
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchops, m) {
-  m.def("max_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, "
-        "int[2] dilation, bool ceil_mode) -> Tensor");
-  m.def("max_pool2d_with_offsets(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, "
-        "int[2] dilation, bool ceil_mode) -> (Tensor, Tensor)");
-  m.def("max_pool2d_backward(Tensor grad_output, Tensor offsets, SymInt[] input_size, "
-        "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) "
-        "-> Tensor");
-  m.def("max_pool2d_gather(Tensor input, Tensor offsets, int[2] kernel_size, int[2] stride, "
-        "int[2] padding, int[2] dilation, bool ceil_mode) -> Tensor");
-  m.def("max_pool2d_indices(Tensor offsets, SymInt[] input_size, int[2] kernel_size, "
-        "int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) -> Tensor");
+  m.def(
+      "max_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, "
+      "int[2] dilation, bool ceil_mode) -> Tensor");
+  m.def(
+      "max_pool2d_with_offsets(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, "
+      "int[2] dilation, bool ceil_mode) -> (Tensor, Tensor)");
+  m.def(
+      "max_pool2d_backward(Tensor grad_output, Tensor offsets, SymInt[] input_size, "
+      "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) "
+      "-> Tensor");
+  m.def(
+      "max_pool2d_gather(Tensor input, Tensor offsets, int[2] kernel_size, int[2] stride, "
+      "int[2] padding, int[2] dilation, bool ceil_mode) -> Tensor");
+  m.def(
+      "max_pool2d_indices(Tensor offsets, SymInt[] input_size, int[2] kernel_size, "
+      "int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) -> Tensor");
 }
 
 TORCHOPS_IMPL(m) {

@@ -12,9 +12,9 @@ namespace torchops {
 // A winner is kept as its offset in the window, row-major: uint8 where the window has at most 256
 // taps, int32 above.
 struct MaxPool2dParams {
-  const void* input;   // [batch, channels, in_height, in_width]
-  void* output;        // [batch, channels, out_height, out_width]
-  void* offsets;       // like output, or null where nobody needs it
+  const void* input;  // [batch, channels, in_height, in_width]
+  void* output;       // [batch, channels, out_height, out_width]
+  void* offsets;      // like output, or null where nobody needs it
   DType dtype;
   bool channels_last, wide_offsets;
   int64_t batch, channels, in_height, in_width, out_height, out_width;

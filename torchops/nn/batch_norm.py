@@ -1,4 +1,4 @@
-"""BatchNorm1d/2d/3d and SyncBatchNorm on the kernels of this project, with activation and residual."""
+"""BatchNorm1d/2d/3d and SyncBatchNorm on our kernels, with activation and residual."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def _statistics(module: Any) -> tuple[Tensor | None, Tensor | None, bool, float]
     mean, var = module.running_mean, module.running_var
     if not module.training:
         return mean, var, mean is None and var is None, momentum
-    return (mean, var, True, momentum) if module.track_running_stats else (None, None, True, momentum)
+    return (
+        (mean, var, True, momentum) if module.track_running_stats else (None, None, True, momentum)
+    )
 
 
 class _Fused:

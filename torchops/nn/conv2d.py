@@ -1,4 +1,4 @@
-"""Conv1d, Conv2d, Conv3d, their lazy forms and Conv1x1: torch's modules on the kernels of this project."""
+"""Conv1d, Conv2d, Conv3d, their lazy forms and Conv1x1: torch's modules on our kernels."""
 
 from __future__ import annotations
 

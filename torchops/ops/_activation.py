@@ -40,7 +40,9 @@ def _silu_curvature(z: Tensor) -> Tensor:
 
 def _hardswish_slope(z: Tensor) -> Tensor:
     middle = (2 * z + 3) / 6
-    return torch.where(z <= -3, torch.zeros_like(z), torch.where(z >= 3, torch.ones_like(z), middle))
+    return torch.where(
+        z <= -3, torch.zeros_like(z), torch.where(z >= 3, torch.ones_like(z), middle)
+    )
 
 
 def _hardswish_curvature(z: Tensor) -> Tensor:

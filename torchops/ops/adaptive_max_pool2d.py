@@ -239,7 +239,12 @@ def _vmap_indices(info, in_dims, offsets, input_size):
     return unfold_batch(indices, info.batch_size), 0
 
 
-register("adaptive_max_pool2d", fake=_fake_adaptive_max_pool2d, vmap=_vmap_adaptive_max_pool2d, autograd=_derive)
+register(
+    "adaptive_max_pool2d",
+    fake=_fake_adaptive_max_pool2d,
+    vmap=_vmap_adaptive_max_pool2d,
+    autograd=_derive,
+)
 register("adaptive_max_pool2d_with_offsets", fake=_fake_with_offsets, vmap=_vmap_with_offsets,
          autograd=AdaptiveMaxPool2dFunction.apply_here)  # fmt: skip
 register("adaptive_max_pool2d_backward", fake=_fake_backward, vmap=_vmap_backward,

@@ -191,7 +191,8 @@ def _gradients(ctx, grad_output, mean, var, needs, training):
     """Gradients of input, weight, bias and residual; `needs` says which."""
     input, weight, bias, residual = ctx.saved_tensors[:4]
     # Without an activation the residual's gradient is grad_output itself.
-    mask = _needed(*needs[:3], needs[3] and ctx.activation != 0)
+    wants_residual = needs[3] and ctx.activation != 0
+    mask = _needed(needs[0], needs[1], needs[2], wants_residual)
     gradients = BatchNormBackwardFunction.apply(
         grad_output, input, mean, var, weight, bias, residual, ctx.eps, training, ctx.activation,
         mask,
@@ -226,7 +227,7 @@ class BatchNormFunction(Function):
 
     @staticmethod
     def tangent(ctx, input, weight, bias, residual, *_):
-        terms = derivatives.terms(*ctx.saved_tensors, ctx.eps, True, ctx.activation)
+        terms = derivatives.terms(*ctx.saved_tensors, ctx.eps, True, ctx.activation)  # type: ignore[call-arg]
         return derivatives.tangent(terms, input, weight, bias, residual), None, None
 
 
@@ -253,7 +254,7 @@ class BatchNormApplyFunction(Function):
 
     @staticmethod
     def tangent(ctx, input, mean, var, weight, bias, residual, *_):
-        terms = derivatives.terms(*ctx.saved_tensors, ctx.eps, False, ctx.activation)
+        terms = derivatives.terms(*ctx.saved_tensors, ctx.eps, False, ctx.activation)  # type: ignore[call-arg]
         return derivatives.tangent(terms, input, weight, bias, residual)
 
 
@@ -285,17 +286,17 @@ class BatchNormBackwardFunction(Function):
     @staticmethod
     def backward(ctx, *grads):
         grad_output, *saved = ctx.saved_tensors
-        terms = derivatives.terms(*saved, ctx.eps, ctx.training, ctx.activation)
-        grads = [grad if ctx.mask & 1 << bit else None for bit, grad in enumerate(grads)]
+        terms = derivatives.terms(*saved, ctx.eps, ctx.training, ctx.activation)  # type: ignore[call-arg]
+        wanted = [grad if ctx.mask & 1 << bit else None for bit, grad in enumerate(grads)]
         grad_output, input, weight, bias, residual = derivatives.double_backward(
-            terms, grad_output, *grads
+            terms, grad_output, *wanted
         )
         return grad_output, input, None, None, weight, bias, residual, None, None, None, None
 
     @staticmethod
     def tangent(ctx, grad_output_tangent, input, mean, var, weight, bias, residual, *_):
         grad_output, *saved = ctx.saved_tensors
-        terms = derivatives.terms(*saved, ctx.eps, ctx.training, ctx.activation)
+        terms = derivatives.terms(*saved, ctx.eps, ctx.training, ctx.activation)  # type: ignore[call-arg]
         tangents = derivatives.backward_tangent(
             terms, grad_output, grad_output_tangent, input, weight, bias, residual
         )
@@ -356,7 +357,7 @@ def _fake_update(running_mean, running_var, mean, var, count, momentum):
 
 
 def _fold_channels(tensor: Tensor | None, in_dim: int | None, batch_size: int, axis: int):
-    """[..., vmapped, ..., C, ...] -> [..., vmapped * C, ...] with C at `axis`; not vmapped: repeated."""
+    """[..., vmapped, ..., C, ...] -> [..., vmapped * C, ...], C at `axis`; else repeated."""
     if tensor is None:
         return None
     if in_dim is None:

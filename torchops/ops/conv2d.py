@@ -155,8 +155,8 @@ def _single(value: Any) -> tuple[int]:
     return (value,)
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What torch's autocast does before its own convolution: all but float64 to the region's dtype."""
+def _autocast(*tensors: Any) -> Any:
+    """As torch's autocast before its own convolution: all but float64 to the region's dtype."""
     device = tensors[0].device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors

@@ -10,6 +10,7 @@ holds one of the two on all problems.
 import pytest
 import torch
 
+from torchops.bench.memory import settle_allocator
 from torchops.bench.suites import ALL, suite
 from torchops.bench.workload import LAYOUTS, Setting, has_layout
 
@@ -32,6 +33,10 @@ def pytest_generate_tests(metafunc):
         problems = suite(option.suite, batch=option.batch)
         listed = [problem for problem in problems if has_layout(problem, option.layout)]
         metafunc.parametrize("problem", listed, ids=str)
+
+
+def pytest_configure():
+    settle_allocator()
 
 
 @pytest.fixture

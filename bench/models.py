@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import torchops
 from torchops.bench import units
-from torchops.bench.memory import peak_memory
+from torchops.bench.memory import peak_memory, settle_allocator
 from torchops.bench.models import NETWORKS
 from torchops.bench.report import console, table
 from torchops.bench.statistics import summarize
@@ -147,6 +147,7 @@ def main() -> int:
     add("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
 
+    settle_allocator()
     rows: list[dict[str, Any]] = []
     with torchops.backend(arguments.backend), threads(arguments.threads):
         for name in map(network_name, arguments.networks):

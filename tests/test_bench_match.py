@@ -1,5 +1,8 @@
 """The comparison with float64: right answers pass, wrong ones are named."""
 
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -144,3 +147,29 @@ def test_peak_memory_counts_result_and_scratch():
 
     assert peak_memory(result_only, "cpu") == pytest.approx(size, rel=0.05)
     assert peak_memory(with_scratch, "cpu") == pytest.approx(3 * size, rel=0.05)
+
+
+ON_THE_HEAP = """
+import sys, torch
+from torchops.bench.memory import settle_allocator
+
+if sys.argv[1:] == ["settled"]:
+    settle_allocator()
+result = torch.ones(6_000_000)
+heap = next(line for line in open("/proc/self/maps") if line.endswith("[heap]\\n"))
+start, end = (int(address, 16) for address in heap.split()[0].split("-"))
+print(start <= result.data_ptr() < end)
+"""
+
+
+def on_the_heap(*arguments):
+    """Where a result of 24 MB lies, in a process of its own: the setting stays."""
+    command = [sys.executable, "-c", ON_THE_HEAP, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout == "True\n"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these thresholds")
+def test_a_settled_allocator_uses_memory_again():
+    """Memory of the heap is kept; what stands apart goes back to the system when it is freed."""
+    assert on_the_heap("settled")
+    assert not on_the_heap()

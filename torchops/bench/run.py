@@ -14,6 +14,7 @@ import torch
 import torchops
 from torchops.bench.counts import count
 from torchops.bench.environment import Others, environment, last_level_cache
+from torchops.bench.memory import settle_allocator
 from torchops.bench.problem import Problem
 from torchops.bench.results import Report, Row, roofline_name
 from torchops.bench.roofline import Roofline, measure_rooflines
@@ -55,6 +56,7 @@ def run(plan: Plan, on_row: Callable[[Row], None] = lambda row: None) -> Report:
     An interrupt ends the run early: the report holds the rows that were finished.
     """
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    settle_allocator()
     where = environment(plan.device)
     others = Others()
     rooflines: dict[str, Roofline] = {}

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Debt:
@@ -27,7 +29,37 @@ class Debt:
     measured: str
 
 
-DEBTS: tuple[Debt, ...] = ()
+def _dense(input: Any, weight: Any) -> bool:
+    return weight.shape[1] == input.shape[-3]
+
+
+def _grouped(input: Any, weight: Any) -> bool:
+    return 1 < weight.shape[1] < input.shape[-3]
+
+
+def _dense_float32(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
+    return input.dtype is torch.float32 and _dense(input, weight)
+
+
+def _dense_bfloat16(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
+    return input.dtype is torch.bfloat16 and _dense(input, weight)
+
+
+def _grouped_float(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
+    return input.dtype in (torch.float32, torch.bfloat16) and _grouped(input, weight)
+
+
+_XEON = "Xeon with AVX-512 and AMX, one thread, N=8"
+
+# Figures: torchops bench --suite resnet50 --quick --threads 1, fp32 in bench/results; the others by
+# hand on the same machine. Native multiplies bfloat16 in AMX tiles, which no kernel here does yet.
+DEBTS: tuple[Debt, ...] = (
+    Debt("conv2d", "cpu", "one group, float32", _dense_float32, 1.3, _XEON),
+    Debt("conv2d", "cpu", "one group, bfloat16", _dense_bfloat16, 5.5, _XEON),
+    Debt("conv2d", "cpu", "several channels a group", _grouped_float, 6.0, _XEON),
+    Debt("conv1x1", "cpu", "float32", _dense_float32, 1.1, _XEON),
+    Debt("conv1x1", "cpu", "bfloat16", _dense_bfloat16, 5.5, _XEON),
+)
 
 
 def prefers_native(operator: str, *args: Any, **kwargs: Any) -> bool:

@@ -80,7 +80,7 @@ class Function(torch.autograd.Function):
         if _transforms_active():
             leaves = [_Leaf(arg) if isinstance(arg, tuple) else arg for arg in args]
             return cls._apply_transformed(*leaves)
-        return cls.apply_here(*args)
+        return cls._apply_single_level(*args)
 
     @classmethod
     def apply_here(cls, *args: Any) -> Any:

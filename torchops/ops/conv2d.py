@@ -21,7 +21,7 @@ from torchops.ops._autograd import (
     unfold_batch,
 )
 from torchops.ops._drop_in import drop_in, native_only
-from torchops.ops._shape import convolved_size, pair
+from torchops.ops._shape import convolved_size, is_channels_last, pair
 
 _conv2d = kernel("conv2d")
 _grad_input = kernel("conv2d_grad_input")
@@ -206,20 +206,7 @@ def _convolve_grad_weight(input, grad_output, *arguments):
 
 def _channels_last(input: Tensor, weight: Tensor) -> bool:
     """torch's rule for convolutions: one channels_last argument is enough."""
-    return _is_channels_last(input) or _is_channels_last(weight)
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    """torch's suggest_memory_format, in operations that Dynamo follows inside a backward."""
-    size, stride = tensor.shape, tensor.stride()
-    least = 0
-    if stride[1] == 0:
-        return False
-    for d in (1, 3, 2, 0):
-        if size[d] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
-            return False
-        least = stride[d] * size[d] if size[d] > 1 else stride[d]
-    return True
+    return is_channels_last(input) or is_channels_last(weight)
 
 
 def _sum(*terms: Tensor | None) -> Tensor | None:

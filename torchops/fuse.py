@@ -1,7 +1,7 @@
 """Folding activations into the batch-norm before them, in a way that can be undone.
 
 In nn.Sequential a `Folded` marker takes the activation's place and remembers it; blocks with a
-forward of their own are rewritten by fuse_traced.py.
+forward of their own are rewritten by fuse_traced.py, timm's BatchNormAct2d by fuse_timm.py.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def foldable(module: nn.Module | None, uses: Counter[int]) -> bool:
 
 def fuse(model: nn.Module) -> list[str]:
     """Folds every activation it can; returns a line for each."""
-    from torchops import fuse_traced
+    from torchops import fuse_timm, fuse_traced
 
     uses = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
     sites = []
@@ -80,13 +80,14 @@ def fuse(model: nn.Module) -> list[str]:
                 sites.append(
                     f"{name}.{key} ({batch_norm.activation} into {type(batch_norm).__name__})"
                 )
-    return sites + fuse_traced.fuse(model, uses)
+    return sites + fuse_traced.fuse(model, uses) + fuse_timm.fuse(model)
 
 
 def unfuse(model: nn.Module) -> None:
     """Puts every folded activation back."""
-    from torchops import fuse_traced
+    from torchops import fuse_timm, fuse_traced
 
+    fuse_timm.unfuse(model)
     fuse_traced.unfuse(model)
     for _, sequential in _sequentials(model):
         for key, child in sequential._modules.items():

@@ -1,6 +1,6 @@
 """Drives CMake and Ninja; the only place that reads build switches.
 
-TORCHOPS_CUDA=auto|0|1      build the CUDA library (auto: where nvcc is on the PATH)
+TORCHOPS_CUDA=auto|0|1      build the CUDA library (auto: where torch has CUDA and nvcc is on the PATH)
 TORCHOPS_CUDA_ARCHS="80;90a"  compute capabilities to build it for
 TORCHOPS_DEBUG=1            -O0 -g
 TORCHOPS_SANITIZE=address,undefined
@@ -107,7 +107,12 @@ def find_python_headers() -> str:
     return include
 
 
-def cuda_archs() -> str:
+def torch_has_cuda(torch_root: Path) -> bool:
+    """A CPU-only torch never loads the CUDA library, which takes minutes to build."""
+    return re.search(r"^cuda\b.*= *['\"]", (torch_root / "version.py").read_text(), re.M) is not None
+
+
+def cuda_archs(torch_root: Path) -> str:
     """Semicolon-separated architectures of the CUDA library; empty to build without it."""
     switch = os.environ.get("TORCHOPS_CUDA", "auto")
     if switch not in ("auto", "0", "1"):
@@ -118,7 +123,7 @@ def cuda_archs() -> str:
             "TORCHOPS_CUDA=1, but nvcc is not on the PATH.",
             "export PATH=/usr/local/cuda/bin:$PATH   (or TORCHOPS_CUDA=0)",
         )
-    if switch == "0" or nvcc is None or not (ROOT / "cmake" / "cuda.cmake").exists():
+    if switch == "0" or (switch == "auto" and not (nvcc and torch_has_cuda(torch_root))):
         return ""
     return os.environ.get("TORCHOPS_CUDA_ARCHS", "80;90a")
 
@@ -174,7 +179,7 @@ class CMakeBuild(build_ext):
             "TORCHOPS_PYBIND11_INCLUDE": find_pybind11(),
             "TORCHOPS_PYTHON_INCLUDE": find_python_headers(),
             "TORCHOPS_PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
-            "TORCHOPS_CUDA_ARCHS": cuda_archs(),
+            "TORCHOPS_CUDA_ARCHS": cuda_archs(torch_root),
         }
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += [f"-D{name}={value}" for name, value in settings.items()]

@@ -110,17 +110,24 @@ def test_without_python_headers(setup, site_packages):
 
 def test_bad_switches(setup, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHOPS_CUDA", "yes")
-    assert "TORCHOPS_CUDA=yes is not one of auto, 0, 1" in failure(setup.cuda_archs)
+    assert "TORCHOPS_CUDA=yes is not one of auto, 0, 1" in failure(setup.cuda_archs, tmp_path)
     monkeypatch.setenv("TORCHOPS_CUDA", "1")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "nvcc is not on the PATH" in failure(setup.cuda_archs)
+    assert "nvcc is not on the PATH" in failure(setup.cuda_archs, tmp_path)
     monkeypatch.setenv("MAX_JOBS", "many")
     assert "MAX_JOBS=many" in failure(setup.compile_jobs)
 
 
-def test_cuda_can_be_switched_off(setup, monkeypatch):
-    monkeypatch.setenv("TORCHOPS_CUDA", "0")
-    assert setup.cuda_archs() == ""
+@pytest.mark.parametrize(
+    ("switch", "torch_cuda", "archs"),
+    [("auto", "'13.0'", "80;90a"), ("auto", "None", ""), ("1", "None", "80;90a"), ("0", "'13.0'", "")],
+)
+def test_cuda_is_built_where_torch_has_it(setup, monkeypatch, tmp_path, switch, torch_cuda, archs):
+    (tmp_path / "version.py").write_text(f"__all__ = ['cuda']\ncuda: Optional[str] = {torch_cuda}\n")
+    monkeypatch.setattr(setup.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.delenv("TORCHOPS_CUDA_ARCHS", raising=False)
+    monkeypatch.setenv("TORCHOPS_CUDA", switch)
+    assert setup.cuda_archs(tmp_path) == archs
 
 
 def test_compile_jobs(setup, monkeypatch):

@@ -36,11 +36,18 @@ Isa active_isa();
   inline void kernel(const Params& params) { baseline::kernel(params); }
 #endif
 
-#define TORCHOPS_KERNEL(kernel, Params)                                               \
-  namespace torchops::cpu {                                                           \
-  TORCHOPS_CPU_KERNEL(kernel, Params)                                                 \
-  }                                                                                   \
-  namespace torchops::cuda {                                                          \
-  __attribute__((visibility("default"))) inline void (*kernel)(const Params&,         \
-                                                               int device) = nullptr; \
+// The library of CUDA kernels refers to the pointers that libtorchops.so defines.
+#if defined(TORCHOPS_CUDA_LIBRARY)
+#define TORCHOPS_CUDA_POINTER(kernel, Params) extern void (*kernel)(const Params&, int device);
+#else
+#define TORCHOPS_CUDA_POINTER(kernel, Params) \
+  inline void (*kernel)(const Params&, int device) = nullptr;
+#endif
+
+#define TORCHOPS_KERNEL(kernel, Params)                                                  \
+  namespace torchops::cpu {                                                              \
+  TORCHOPS_CPU_KERNEL(kernel, Params)                                                    \
+  }                                                                                      \
+  namespace torchops::cuda {                                                             \
+  __attribute__((visibility("default"))) TORCHOPS_CUDA_POINTER(kernel, Params) \
   }

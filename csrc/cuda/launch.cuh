@@ -139,6 +139,17 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_byt
 #endif
 }
 
+// The dynamic shared memory of the block, aligned to 16 bytes.
+template <typename T>
+__device__ inline T* dynamic_shared() {
+#if defined(TORCHOPS_CUDA_EMULATOR)
+  return reinterpret_cast<T*>(emulator::shared);
+#else
+  extern __shared__ uint4 shared_memory[];
+  return reinterpret_cast<T*>(shared_memory);
+#endif
+}
+
 // ---- indices: 64 bits everywhere ----------------------------------------------------------------
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,0 +1,343 @@
+// Runs the CUDA kernels of csrc/cuda on the CPU, so that they can be tested without a GPU.
+//
+// launch.cuh includes this instead of the CUDA runtime where TORCHOPS_CUDA_EMULATOR is defined. The
+// same .cu sources then compile with g++. Each thread of a block is a fiber; it runs until it meets
+// a barrier or a shuffle, and the next thread's turn comes. Threads of every second block, and blocks
+// of every second launch, run in reverse order: who relies on an order gives other bits. Shared and
+// workspace memory is NaN before it is written. A barrier that not all threads reach, and a misaligned
+// 16-byte access, end the process with a message.
+//
+// interpose.cpp makes libtorchops.so call these kernels for CPU tensors. To use it:
+//
+//     library=$(python tests/cuda_emulator/build.py)      # compiles what changed, prints the path
+//     LD_PRELOAD=$library pytest tests/test_values.py -k max_pool2d
+//
+// runs any test, script or debugger on emulated kernels. An operator without a CUDA kernel runs the
+// CPU's. EMULATOR_TRACE=1 writes every launch to stderr. In kernels, take dynamic shared memory from
+// dynamic_shared<T>() of launch.cuh; static __shared__ arrays are as usual.
+#pragma once
+
+#include <setjmp.h>
+#include <stdint.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+// ---- the runtime's calls ------------------------------------------------------------------------
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  constexpr int kValues[] = {9, 0, 3, 227 * 1024};  // few multiprocessors: every kernel loops
+  *value = kValues[attribute];
+  return cudaSuccess;
+}
+template <typename F> cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  return std::memset(data, value, bytes), cudaSuccess;
+}
+inline int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }
+
+// ---- threads as fibers --------------------------------------------------------------------------
+
+namespace emulator {
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "cuda_emulator: block %u,%u,%u thread %u,%u,%u: %s\n", blockIdx.x, blockIdx.y,
+               blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z, what);
+  std::abort();
+}
+
+// Memory that starts as NaN in every dtype.
+inline void* allocate(int64_t bytes) {
+  void* data = std::aligned_alloc(512, (bytes / 512 + 1) * 512);
+  return std::memset(data, 0xff, (bytes / 512 + 1) * 512);
+}
+inline void release(void* data) { std::free(data); }
+
+// Threads that wait for each other, `expected` at a time.
+struct Barrier { unsigned expected = 0, arrived = 0, generation = 0; };
+
+constexpr size_t kStack = 64 * 1024;
+constexpr unsigned kLanes = 32;
+
+struct Fiber {
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  jmp_buf resume;
+  dim3 index{0, 0, 0};
+  unsigned number = 0;
+  bool started = false, done = false;
+  const Barrier* waits = nullptr;  // until its generation is no longer `generation`
+  unsigned generation = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  unsigned mask = 0;
+  alignas(16) unsigned char slots[kLanes][16];
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Barrier barrier;
+  unsigned live = 0;
+  jmp_buf scheduler;
+  ucontext_t origin;
+  const std::function<void()>* kernel = nullptr;
+  Fiber* current = nullptr;
+};
+
+inline Block block;
+inline std::mutex mutex;
+inline unsigned char* shared = nullptr;
+inline int64_t launches = 0;
+
+inline void yield() {
+  if (_setjmp(block.current->resume) == 0) _longjmp(block.scheduler, 1);
+}
+
+inline void wait(Barrier& barrier) {
+  Fiber& self = *block.current;
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  self.waits = &barrier;
+  self.generation = barrier.generation;
+  yield();
+  self.waits = nullptr;
+}
+
+inline void enter() {
+  (*block.kernel)();
+  block.current->done = true;
+  // As on a GPU, a thread that is done no longer takes part in the block's barriers.
+  --block.barrier.expected;
+  if (block.barrier.arrived && block.barrier.arrived == block.barrier.expected) {
+    block.barrier.arrived = 0;
+    ++block.barrier.generation;
+  }
+  --block.live;
+  _longjmp(block.scheduler, 1);
+}
+
+inline void resume(Fiber& fiber) {
+  block.current = &fiber;
+  threadIdx = fiber.index;
+  if (_setjmp(block.scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.resume, 1);
+  fiber.started = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, enter, 0);
+  setcontext(&context);
+}
+
+inline void run_block(bool reversed) {
+  const unsigned threads = static_cast<unsigned>(block.fibers.size());
+  block.barrier = {threads, 0, 0};
+  block.live = threads;
+  for (Warp& warp : block.warps) warp.barrier = {};
+  for (Fiber& fiber : block.fibers) {
+    fiber.started = fiber.done = false;
+    fiber.waits = nullptr;
+  }
+  while (block.live) {
+    bool progress = false;
+    for (unsigned i = 0; i < threads; ++i) {
+      Fiber& fiber = block.fibers[reversed ? threads - 1 - i : i];
+      if (fiber.done || (fiber.waits && fiber.waits->generation == fiber.generation)) continue;
+      progress = true;
+      resume(fiber);
+    }
+    if (!progress) fail("deadlock: a barrier or shuffle that not all of its threads reach");
+  }
+}
+
+inline void launch(dim3 grid, dim3 size, int shared_bytes, const std::function<void()>& kernel) {
+  const std::lock_guard lock(mutex);
+  const unsigned threads = size.x * size.y * size.z;
+  const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
+  if (std::getenv("EMULATOR_TRACE"))
+    std::fprintf(stderr, "cuda_emulator: launch of %lld blocks of %u threads, %d bytes shared\n",
+                 static_cast<long long>(blocks), threads, shared_bytes);
+  if (threads == 0 || threads > 1024 || blocks == 0 || grid.y > 65535 || grid.z > 65535)
+    fail("invalid launch configuration");
+  if (shared_bytes > 227 * 1024) fail("more shared memory than a multiprocessor has");
+  if (block.fibers.size() < threads || block.fibers.size() > threads) {
+    std::vector<Fiber> fibers(threads);
+    for (size_t i = 0; i < std::min<size_t>(threads, block.fibers.size()); ++i)
+      fibers[i].stack.swap(block.fibers[i].stack);
+    block.fibers.swap(fibers);
+  }
+  block.warps.resize((threads + kLanes - 1) / kLanes);
+  for (unsigned i = 0; i < threads; ++i) {
+    block.fibers[i].number = i;
+    block.fibers[i].index = dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
+  }
+  block.kernel = &kernel;
+  blockDim = size;
+  gridDim = grid;
+  const bool reversed = launches++ % 2;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t i = reversed ? blocks - 1 - b : b;
+    blockIdx = dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                    static_cast<unsigned>(i / grid.x / grid.y));
+    shared = static_cast<unsigned char*>(allocate(shared_bytes));
+    run_block(i % 2);
+    release(shared);
+  }
+}
+
+// Lane `from(lane)`'s value; every lane of the mask must come here.
+template <typename T, typename F>
+T exchange(unsigned mask, T value, const F& from) {
+  static_assert(sizeof(T) <= 16);
+  const unsigned number = block.current->number, lane = number % kLanes;
+  Warp& warp = block.warps[number / kLanes];
+  if (!(mask >> lane & 1)) fail("a shuffle by a lane outside its mask");
+  if (warp.barrier.arrived && warp.mask != mask) fail("lanes shuffle under different masks");
+  warp.mask = mask;
+  warp.barrier.expected = static_cast<unsigned>(__builtin_popcount(mask));
+  std::memcpy(warp.slots[lane], &value, sizeof(T));
+  wait(warp.barrier);
+  const unsigned source = from(lane);
+  T result = value;
+  if (source < kLanes) {
+    if (!(mask >> source & 1)) fail("a shuffle from a lane outside its mask");
+    std::memcpy(&result, warp.slots[source], sizeof(T));
+  }
+  wait(warp.barrier);
+  return result;
+}
+
+inline float half_to_float(uint16_t bits) {
+  _Float16 half;
+  std::memcpy(&half, &bits, 2);
+  return static_cast<float>(half);
+}
+inline uint16_t float_to_half(float x) {
+  const auto half = static_cast<_Float16>(x);
+  uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+inline uint16_t float_to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace emulator
+
+// ---- what kernels call --------------------------------------------------------------------------
+
+inline void __syncthreads() { emulator::wait(emulator::block.barrier); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  emulator::exchange(mask, 0, [](unsigned lane) { return lane; });
+}
+inline void __threadfence() {}
+
+template <typename T> T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
+  (void)width;
+  return emulator::exchange(mask, value, [=](unsigned lane) { return lane ^ lanes; });
+}
+template <typename T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  return emulator::exchange(mask, value, [=](unsigned lane) {
+    return lane % width + delta < static_cast<unsigned>(width) ? lane + delta : emulator::kLanes;
+  });
+}
+template <typename T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  return emulator::exchange(mask, value, [=](unsigned lane) {
+    return lane % width >= delta ? lane - delta : emulator::kLanes;
+  });
+}
+template <typename T> T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  return emulator::exchange(mask, value, [=](unsigned lane) {
+    return lane / width * width + static_cast<unsigned>(source) % width;
+  });
+}
+
+template <typename T> T __ldg(const T* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) emulator::fail("misaligned load");
+  return *p;
+}
+template <typename T> T __ldcg(const T* p) { return __ldg(p); }
+template <typename T> T __ldcs(const T* p) { return __ldg(p); }
+template <typename T> void __stcs(T* p, T value) { *p = value; }
+
+template <typename T> T atomicAdd(T* p, T value) {
+  static_assert(std::is_integral_v<T>, "float atomics make results depend on timing");
+  const T old = *p;
+  *p += value;
+  return old;
+}
+
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(uint64_t{a} * b >> 32);
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
+inline int __float_as_int(float x) { return static_cast<int>(__float_as_uint(x)); }
+inline float __expf(float x) { return expf(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline double rsqrt(double x) { return 1 / std::sqrt(x); }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+template <typename T> const T& min(const T& a, const T& b) { return b < a ? b : a; }
+template <typename T> const T& max(const T& a, const T& b) { return a < b ? b : a; }

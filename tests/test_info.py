@@ -56,7 +56,8 @@ def test_marks_cuda_that_never_ran(monkeypatch):
     monkeypatch.setattr(_info, "CUDA_VERIFIED_ON", ())
     facts = torchops.info()
     assert facts["built"]["cuda_archs"] == ["80", "90a"]
-    assert "cuda (compiled, not yet run on a GPU)" in facts["operators"]["max_pool2d"]["devices"]
+    devices = facts["operators"]["max_pool2d"]["devices"]
+    assert "cuda (compiled and emulated, not yet run on a GPU)" in devices
     assert "not yet run on a GPU" in str(facts)
     monkeypatch.setattr(_info, "CUDA_VERIFIED_ON", ("H100",))
     assert torchops.info()["operators"]["max_pool2d"]["devices"] == ["cpu", "cuda"]

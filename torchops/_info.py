@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from torchops import _C, _backend, _tuning, functional
+from torchops import _C, _backend, _cuda, _tuning, functional
 from torchops.ops import _drop_in
 from torchops.ops._drop_in import Operator
 
@@ -90,8 +90,10 @@ def _coverage(name: str, operator: Operator) -> dict[str, Any]:
     if not operator.own:
         return {"kernel": False, "dtypes": [], "formats": [], "devices": []}
     devices = ["cpu"]
-    if _C.CUDA_ARCHS:
-        devices.append("cuda" if CUDA_VERIFIED_ON else "cuda (compiled, not yet run on a GPU)")
+    if _C.CUDA_ARCHS and name != "conv1x1":
+        limits = ["depthwise only"] if name in _cuda.CONVOLUTIONS else []
+        limits += [] if CUDA_VERIFIED_ON else ["compiled and emulated, not yet run on a GPU"]
+        devices.append(f"cuda ({'; '.join(limits)})" if limits else "cuda")
     return {
         "kernel": True,
         "dtypes": sorted(
@@ -144,7 +146,8 @@ def as_text(facts: dict[str, Any]) -> str:
 def _cuda_text(built: dict[str, Any]) -> str:
     if not built["cuda"]:
         return "no"
-    tried = ", ".join(built["cuda_verified_on"]) or "no GPU yet: compiled, not known to work"
+    untried = "no GPU yet: compiled and emulated, not known to work"
+    tried = ", ".join(built["cuda_verified_on"]) or untried
     return f"sm {', '.join(built['cuda_archs'])}; verified on {tried}"
 
 

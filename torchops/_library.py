@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from torchops import _cuda
+
 HERE = Path(__file__).parent
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
@@ -32,6 +34,7 @@ def load() -> None:
     cuda_library = HERE / "libtorchops_cuda.so"
     if torch.version.cuda and cuda_library.exists():
         torch.ops.load_library(cuda_library)
+        _cuda.available = _cuda.registered(library)
     wanted = os.environ.get("TORCHOPS_CPU_ISA")
     if wanted and wanted != _C.cpu_isa():
         _C.set_cpu_isa(wanted)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from torchops import _backend, _tuning
+from torchops import _backend, _cuda, _tuning
 
 KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
@@ -70,6 +70,8 @@ def drop_in(native: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
             if _backend.mode == "native":
                 return native(*args, **kwargs)
             reason = uncovered(input)
+            if input.is_cuda and reason is None:
+                reason = _cuda.missing(name, args, kwargs)
             if reason is not None:
                 _backend.warn_fallback(name, reason)
                 return native(*args, **kwargs)

@@ -14,8 +14,11 @@
 // vectors badly.
 #include "ops/conv2d.h"
 
+#include <utility>
+
 #include "core/parallel.h"
 #include "core/scratch.h"
+#include "core/transpose.h"
 #include "cpu/conv2d_gather.h"
 #include "cpu/gemm.h"
 
@@ -30,13 +33,7 @@ constexpr int64_t kRowStride = kPanelStride<Panel::rows>;
 template <typename T>
 struct Weights {
   const T* data;
-  int64_t group_stride, column_stride, channel_stride, height_stride;
-
-  const T* tap(const Correlation& c, int64_t group, int64_t th, int64_t tw) const {
-    return data + group * group_stride +
-           (c.height.first_tap + th * c.height.tap_step) * height_stride + c.width.first_tap +
-           tw * c.width.tap_step;
-  }
+  int64_t group_stride, column_stride, channel_stride, height_stride, width_stride;
 };
 
 // Depth is cut into equal blocks that fit a panel.
@@ -50,30 +47,88 @@ struct DepthBlocks {
   int64_t length(int64_t block) const { return begin(block + 1) - begin(block); }
 };
 
-// f(depth index, address of the weight) for the weights of one group from `column` on. The channels
-// run outside, so that the memory, where taps are neighbours, is read in order.
-template <typename T, typename F>
-void for_each_depth(const Correlation& c, const Weights<T>& weights, int64_t group, int64_t column,
-                    const F& f) {
-  for (int64_t i = 0; i < c.channels; ++i) {
-    for (int64_t th = 0; th < c.height.taps; ++th) {
-      for (int64_t tw = 0; tw < c.width.taps; ++tw) {
-        f((th * c.width.taps + tw) * c.channels + i, weights.tap(c, group, th, tw) +
-                                                         i * weights.channel_stride +
-                                                         column * weights.column_stride);
-      }
-    }
-  }
-}
-
 template <typename T>
 struct Problem {
-  const Correlation& c;
+  Correlation c;
   Weights<T> weights;
   const T* source;
   const T* bias;  // null, or one per output channel
   T* out;
+  bool channels_last;
 };
+
+// Walks the depth index of a weight, the first digit the fastest.
+struct DepthWalk {
+  struct Digit {
+    int64_t size, stride, value;
+  } digits[3];
+  int64_t offset;
+
+  template <typename T>
+  DepthWalk(const Problem<T>& p, int64_t k) {
+    const Axis &height = p.c.height, &width = p.c.width;
+    const Digit channel{p.c.channels, p.weights.channel_stride, 0};
+    const Digit th{height.taps, height.tap_step * p.weights.height_stride, 0};
+    const Digit tw{width.taps, width.tap_step * p.weights.width_stride, 0};
+    digits[0] = p.channels_last ? channel : tw;
+    digits[1] = p.channels_last ? tw : th;
+    digits[2] = p.channels_last ? th : channel;
+    offset = height.first_tap * p.weights.height_stride + width.first_tap * p.weights.width_stride;
+    for (Digit& d : digits) {
+      d.value = k % d.size;
+      offset += d.value * d.stride;
+      k /= d.size;
+    }
+  }
+  // Whether the weights of one column lie side by side.
+  bool dense() const {
+    int64_t step = 1;
+    for (const Digit& d : digits) {
+      if (d.size > 1 && d.stride != step) return false;
+      step *= d.size;
+    }
+    return true;
+  }
+  void next() {
+    for (Digit& d : digits) {
+      offset += d.stride;
+      if (++d.value < d.size) return;
+      offset -= d.size * d.stride;
+      d.value = 0;
+    }
+  }
+};
+
+// to[k * width + j] = weight of column + j at depth index begin + k; width is in whole vectors.
+// Lanes beyond the columns may hold anything: they only reach lanes of the product that no one
+// reads.
+template <typename T>
+void pack_weights(const Problem<T>& p, int64_t group, int64_t column, int64_t columns,
+                  int64_t begin, int64_t length, int64_t width, acc_t<T>* to) {
+  if (length == 0) return;
+  const int64_t stride = p.weights.column_stride;
+  DepthWalk walk(p, begin);
+  const T* from = p.weights.data + group * p.weights.group_stride + column * stride;
+  if (walk.dense()) {
+    for (int64_t j = 0; j < columns; j += kLanes<T>) {
+      const int lanes = static_cast<int>(smaller(kLanes<T>, columns - j));
+      load_planes(from + j * stride + walk.offset, stride, lanes, length,
+                  [&](int64_t start, const Vec<T>* block, int size) {
+                    for (int k = 0; k < size; ++k)
+                      store<acc_t<T>>(to + (start + k) * width + j, block[k]);
+                  });
+    }
+    return;
+  }
+  for (int64_t k = 0; k < length; ++k, to += width, walk.next()) {
+    if (stride == 1) {
+      copy_in(to, from + walk.offset, columns);
+    } else {
+      for (int64_t j = 0; j < columns; ++j) to[j] = to_acc(from[walk.offset + j * stride]);
+    }
+    fill_zero(to + columns, width - columns);
+  }
+}
 
 // ---- channels_last: position rows x output channel vectors
 // ---------------------------------------
@@ -104,11 +159,7 @@ void pack_columns(const Problem<T>& p, const ColumnPanels<T>& packed) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t group = item / panels, panel = item % panels, first = panel * packed.kWidth;
       const int64_t width = packed.width(panel), used = smaller(width, p.c.columns - first);
-      for_each_depth<T>(p.c, p.weights, group, first, [&](int64_t k, const T* weight) {
-        acc_t<T>* row = packed.at(group, panel, k);
-        for (int64_t j = 0; j < used; ++j) row[j] = to_acc(weight[j * p.weights.column_stride]);
-        fill_zero(row + used, width - used);
-      });
+      pack_weights(p, group, first, used, 0, packed.depth, width, packed.at(group, panel, 0));
     }
   });
 }
@@ -122,8 +173,8 @@ void store_pixels(const Problem<T>& p, const Segment* segments, int64_t count, i
     for (int64_t i = 0; i < segments[s].length; ++i) {
       const acc_t<T>* from = tile + (segments[s].start + i) * tile_stride;
       T* to = p.out + (segments[s].out + i * p.c.width.out_step) * pixel_stride + channel;
-      for_each_vec<T>(columns, [&](int64_t j, int n) {
-        Vec<T> value = load_partial<acc_t<T>>(from + j, n);
+      for_each_block<kLanes<T>>(columns, [&](int64_t j, int n) {
+        Vec<T> value = load<acc_t<T>>(from + j);
         if (p.bias) value += load_partial(p.bias + channel + j, n);
         store_partial(to + j, value, n);
       });
@@ -131,7 +182,7 @@ void store_pixels(const Problem<T>& p, const Segment* segments, int64_t count, i
   }
 }
 
-constexpr int64_t kBlockRows = 8 * kTileRows;
+constexpr int64_t kBlockRows = (96 + kTileRows - 1) / kTileRows * kTileRows;
 
 template <typename T>
 void correlate_channels_last(const Problem<T>& p) {
@@ -176,44 +227,53 @@ void correlate_channels_last(const Problem<T>& p) {
 // ---- contiguous: output channel rows x position vectors
 // ------------------------------------------
 
-constexpr int64_t kBlockChannels = 256;
+// Output channels of a block, at most: about 256, in whole tiles.
+constexpr int64_t kBlockChannels = (256 + kTileRows - 1) / kTileRows * kTileRows;
 
-// Weights as strips: [group][block of columns][depth block][strip][depth][column].
+// Weights as strips: [group][block of channels][depth block][strip][depth][kStripWidth].
 template <typename T>
 struct Strips {
-  DepthBlocks blocks;
-  int64_t columns;
+  static constexpr int64_t kWidth = kStripWidth<acc_t<T>>;
+  DepthBlocks depth;
+  int64_t channels, channel_blocks, block_channels, strips;  // of one group
   Scratch<acc_t<T>> data;
 
   explicit Strips(const Correlation& c)
-      : blocks(c.depth()), columns(c.columns), data(c.groups * columns * blocks.depth) {}
-  int64_t height(int64_t column) const { return smaller(kBlockChannels, columns - column); }
-  acc_t<T>* at(int64_t group, int64_t column, int64_t block) const {
-    return data.get() + (group * columns + column) * blocks.depth +
-           height(column) * blocks.begin(block);
+      : depth(c.depth()),
+        channels(c.columns),
+        channel_blocks(blocks(channels, kBlockChannels)),
+        block_channels(blocks(blocks(channels, channel_blocks), kTileRows) * kTileRows),
+        strips(channel_blocks * block_channels / kTileRows),
+        data(c.groups * strips * depth.depth * kWidth) {}
+  int64_t first(int64_t block) const { return smaller(block * block_channels, channels); }
+  int64_t size(int64_t block) const { return first(block + 1) - first(block); }
+  acc_t<T>* at(int64_t group, int64_t block, int64_t depth_block) const {
+    const int64_t block_strips = block_channels / kTileRows;
+    return data.get() + ((group * strips + block * block_strips) * depth.depth +
+                         block_strips * depth.begin(depth_block)) *
+                            kWidth;
   }
 };
 
 template <typename T>
 void pack_strips(const Problem<T>& p, const Strips<T>& packed) {
-  const int64_t size = packed.blocks.size, row_blocks = blocks(p.c.columns, kBlockChannels);
-  const int64_t work = kBlockChannels * p.c.depth();
-  parallel_for(
-      p.c.groups * row_blocks, kGrainCopies / (work + 1) + 1, [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) {
-          const int64_t group = item / row_blocks, column = item % row_blocks * kBlockChannels;
-          for_each_tile(packed.height(column), [&](int64_t first, int height) {
-            for_each_depth<T>(
-                p.c, p.weights, group, column + first, [&](int64_t k, const T* weight) {
-                  const int64_t block = k / size, length = packed.blocks.length(block);
-                  acc_t<T>* to = packed.at(group, column, block) + first * length +
-                                 (k - block * size) * height;
-                  for (int j = 0; j < height; ++j)
-                    to[j] = to_acc(weight[j * p.weights.column_stride]);
-                });
-          });
-        }
-      });
+  const int64_t work = packed.block_channels * packed.depth.size;
+  const int64_t depth_blocks = packed.depth.count, channel_blocks = packed.channel_blocks;
+  parallel_for(p.c.groups * channel_blocks * depth_blocks, kGrainCopies / (work + 1) + 1,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t item = begin; item < end; ++item) {
+                   const int64_t depth_block = item % depth_blocks;
+                   const int64_t block = item / depth_blocks % channel_blocks;
+                   const int64_t group = item / depth_blocks / channel_blocks;
+                   const int64_t length = packed.depth.length(depth_block);
+                   acc_t<T>* to = packed.at(group, block, depth_block);
+                   for_each_tile(packed.size(block), [&](int64_t, int64_t row, int height) {
+                     pack_weights(p, group, packed.first(block) + row, height,
+                                  packed.depth.begin(depth_block), length, packed.kWidth, to);
+                     to += length * packed.kWidth;
+                   });
+                 }
+               });
 }
 
 // Adds the bias and writes `rows` channels, from the tile to the output's planes.
@@ -230,7 +290,7 @@ void store_planes(const Problem<T>& p, const Segment* segments, int64_t count, i
       const int64_t others = segment.image * (p.c.groups * p.c.columns - 1) + channel + r;
       T* to = p.out + others * plane + segment.out;
       if (step == 1) {
-        for_each_vec<T>(segment.length, [&](int64_t i, int n) {
+        for_each_block<kLanes<T>>(segment.length, [&](int64_t i, int n) {
           store_partial(to + i, load_partial<acc_t<T>>(from + i, n) + bias, n);
         });
       } else {
@@ -243,52 +303,63 @@ void store_planes(const Problem<T>& p, const Segment* segments, int64_t count, i
 template <typename T>
 void correlate_contiguous(const Problem<T>& p) {
   const Correlation& c = p.c;
-  constexpr int64_t kWidth = kTileColumns<acc_t<T>>, kPositions = 8 * kWidth;
+  constexpr int64_t kWidth = kTileColumns<acc_t<T>>, kPositions = 4 * kWidth;
   const Strips<T> weights(c);
   pack_strips(p, weights);
-  const DepthBlocks& depth = weights.blocks;
-  const int64_t row_blocks = blocks(c.columns, kBlockChannels);
+  const DepthBlocks& depth = weights.depth;
+  const int64_t channel_blocks = weights.channel_blocks;
   const int64_t position_blocks = blocks(c.positions(), kPositions);
-  const int64_t flops = 2 * kPositions * smaller(c.columns, kBlockChannels) * (c.depth() + 1);
-  parallel_for(position_blocks * c.groups * row_blocks, kGrainFlops / flops + 1,
-               [&](int64_t begin, int64_t end) {
-                 const Scratch<acc_t<T>> panel(kPanelLength<Panel::rows> * kPositions),
-                     tile(kBlockChannels * kPositions);
-                 Segment segments[kPositions];
-                 for (int64_t item = begin; item < end; ++item) {
-                   const int64_t row = item % row_blocks * kBlockChannels;
-                   const int64_t rows = smaller(kBlockChannels, c.columns - row);
-                   const int64_t group = item / row_blocks % c.groups;
-                   const int64_t first = item / row_blocks / c.groups * kPositions;
-                   const int64_t positions = smaller(kPositions, c.positions() - first);
-                   const int64_t count = make_segments(c, first, first + positions, segments);
-                   const T* source = p.source + group * c.channels * c.source_plane();
-                   for (int64_t block = 0; block < depth.count; ++block) {
-                     const int64_t k = depth.begin(block), length = depth.length(block);
-                     for (int64_t i = 0; i < length; ++i) {
-                       acc_t<T> line[kPositions];
-                       gather_line(c, source, k + i, segments, count, line);
-                       for (int64_t j = 0; j < positions; j += kWidth) {
-                         copy_in(panel.get() + j * length + i * kWidth, line + j, kWidth);
-                       }
-                     }
-                     for (int64_t j = 0; j < positions; j += kWidth) {
-                       multiply<acc_t<T>, Panel::strips>(
-                           {weights.at(group, row, block), panel.get() + j * length, tile.get() + j,
-                            kWidth, kPositions, length, block > 0},
-                           rows, smaller(kWidth, positions - j));
-                     }
-                   }
-                   store_planes(p, segments, count, group * c.columns + row, rows, tile.get(),
-                                kPositions);
-                 }
-               });
+  const int64_t flops = 2 * kPositions * weights.block_channels * (c.depth() + 1);
+  parallel_for(
+      position_blocks * c.groups * channel_blocks, kGrainFlops / flops + 1,
+      [&](int64_t begin, int64_t end) {
+        const Scratch<acc_t<T>> panel(kPanelLength<Panel::rows> * kPositions),
+            tile(kBlockChannels * kPositions);
+        Segment segments[kPositions];
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t channel_block = item % channel_blocks;
+          const int64_t row = weights.first(channel_block), rows = weights.size(channel_block);
+          const int64_t group = item / channel_blocks % c.groups;
+          const int64_t first = item / channel_blocks / c.groups * kPositions;
+          const int64_t positions = smaller(kPositions, c.positions() - first);
+          const int64_t count = make_segments(c, first, first + positions, segments);
+          const T* source = p.source + group * c.channels * c.source_plane();
+          for (int64_t block = 0; block < depth.count; ++block) {
+            const int64_t k = depth.begin(block), length = depth.length(block);
+            for (int64_t i = 0; i < length; ++i) {
+              acc_t<T> line[kPositions];
+              gather_line(c, source, k + i, segments, count, line);
+              for (int64_t j = 0; j < positions; j += kWidth) {
+                copy_in(panel.get() + j * length + i * kWidth, line + j, kWidth);
+              }
+            }
+            for (int64_t j = 0; j < positions; j += kWidth) {
+              multiply<acc_t<T>, Panel::strips>(
+                  {weights.at(group, channel_block, block), panel.get() + j * length,
+                   tile.get() + j, kWidth, kPositions, length, block > 0},
+                  rows, smaller(kWidth, positions - j));
+            }
+          }
+          store_planes(p, segments, count, group * c.columns + row, rows, tile.get(), kPositions);
+        }
+      });
+}
+
+// The weight as the forward convolution reads it.
+template <typename T>
+Weights<T> forward_weights(const Conv2dShape& s, const void* weight) {
+  const int64_t width = s.window_width.size, taps = s.window_height.size * width;
+  const int64_t channels = s.in_channels / s.groups, column = channels * taps;
+  const int64_t group = s.out_channels / s.groups * column;
+  const auto* data = static_cast<const T*>(weight);
+  if (s.weight_channels_last) return {data, group, column, 1, width * channels, channels};
+  return {data, group, column, taps, width, 1};
 }
 
 template <typename T>
-void correlate(const Problem<T>& p, bool channels_last) {
+void correlate(const Problem<T>& p) {
   if (p.c.positions() == 0 || p.c.columns == 0) return;
-  if (channels_last) return correlate_channels_last(p);
+  if (p.channels_last) return correlate_channels_last(p);
   correlate_contiguous(p);
 }
 
@@ -297,13 +368,9 @@ void correlate(const Problem<T>& p, bool channels_last) {
 void conv2d(const Conv2dParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Correlation c = forward_correlation(p.shape);
-    const int64_t taps = p.shape.window_height.size * p.shape.window_width.size;
-    const Weights<T> weights{static_cast<const T*>(p.weight), c.columns * c.channels * taps,
-                             c.channels * taps, taps, p.shape.window_width.size};
-    correlate<T>({c, weights, static_cast<const T*>(p.input), static_cast<const T*>(p.bias),
-                  static_cast<T*>(p.output)},
-                 p.shape.channels_last);
+    correlate<T>({forward_correlation(p.shape), forward_weights<T>(p.shape, p.weight),
+                  static_cast<const T*>(p.input), static_cast<const T*>(p.bias),
+                  static_cast<T*>(p.output), p.shape.channels_last});
   });
 }
 
@@ -311,15 +378,13 @@ void conv2d_grad_input(const Conv2dGradInputParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Conv2dShape& s = p.shape;
-    const int64_t taps = s.window_height.size * s.window_width.size;
+    Weights<T> weights = forward_weights<T>(s, p.weight);
+    std::swap(weights.column_stride, weights.channel_stride);
     for (int64_t h = 0; h < smaller(s.window_height.stride, s.in_height); ++h) {
       for (int64_t w = 0; w < smaller(s.window_width.stride, s.in_width); ++w) {
-        const Correlation c = grad_input_correlation(s, h, w);
-        const Weights<T> weights{static_cast<const T*>(p.weight), c.columns * c.channels * taps,
-                                 taps, c.columns * taps, s.window_width.size};
-        correlate<T>({c, weights, static_cast<const T*>(p.grad_output), nullptr,
-                      static_cast<T*>(p.grad_input)},
-                     s.channels_last);
+        correlate<T>({grad_input_correlation(s, h, w), weights,
+                      static_cast<const T*>(p.grad_output), nullptr,
+                      static_cast<T*>(p.grad_input), s.channels_last});
       }
     }
   });

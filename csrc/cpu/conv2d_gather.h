@@ -1,8 +1,9 @@
 // A convolution, or the gradient of its input, seen as a matrix product: which source element
 // meets which position under which tap, and the copying of small panels of it (implicit im2col).
 //
-// Positions are numbered over images, rows and columns; the depth index runs over taps along the
-// height, taps along the width and channels, the channel fastest.
+// Positions are numbered over images, rows and columns. The depth index runs as a weight of the same
+// format lies in memory: channels_last over taps along the height, taps along the width, channels;
+// contiguous over channels, taps along the height, taps along the width.
 #pragma once
 
 #include "core/vec.h"
@@ -161,10 +162,11 @@ void gather_channels_last(const Correlation& c, const T* source, int64_t begin, 
 template <typename T>
 void gather_line(const Correlation& c, const T* source, int64_t k, const Segment* segments,
                  int64_t count, acc_t<T>* line) {
-  const int64_t tap = k / c.channels, th = tap / c.width.taps, tw = tap % c.width.taps;
+  const int64_t tw = k % c.width.taps, th = k / c.width.taps % c.height.taps;
+  const int64_t channel = k / c.width.taps / c.height.taps;
   const int64_t plane = c.source_plane(), image = c.groups * c.channels * plane;
   const int64_t step = c.width.step, length = c.width.source_length;
-  source += k % c.channels * plane;
+  source += channel * plane;
   for (int64_t s = 0; s < count; ++s) {
     const Segment& segment = segments[s];
     acc_t<T>* to = line + segment.start;

@@ -33,7 +33,7 @@ struct Plan {
   int64_t block_rows, block_positions;
   int64_t row_blocks, column_blocks, position_blocks, shares;
 
-  static constexpr int64_t kBlockColumns = 4 * kTileColumns<acc_t<T>>;
+  static constexpr int64_t kBlockColumns = 8 * kTileColumns<acc_t<T>>;
 
   explicit Plan(const Conv2dGradWeightParams& params)
       : p(params), c(forward_correlation(params.shape)) {
@@ -128,6 +128,50 @@ void add_block(const Plan<T>& plan, const Workspace<T>& work, int64_t group, int
   }
 }
 
+// Elements of a cache line.
+template <typename T> constexpr int64_t kStrip = 64 / sizeof(acc_t<T>);
+
+// Sums rows [row, row + rows) x columns [column, column + columns) of all shares and brings them
+// into the weight's order. `from` is their first element in the first share. Goes by squares of a
+// cache line, so that neither side is touched twice.
+template <typename T>
+void write(const Plan<T>& plan, const acc_t<T>* from, int64_t row_stride, int64_t group,
+           int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  const Correlation& c = plan.c;
+  const int64_t depth = c.depth(), taps = c.height.taps * c.width.taps;
+  // A weight of the format of the panels has its depth in the order of the rows.
+  const bool same_order = plan.p.shape.channels_last == plan.p.shape.weight_channels_last;
+  T* to = static_cast<T*>(plan.p.grad_weight) + (group * c.columns + column) * depth;
+  const auto square = [&](int64_t i, int64_t height, int64_t j, int64_t width) {
+    acc_t<T> sum[kStrip<T>][kStrip<T>];  // [column][row]
+    for (int64_t r = 0; r < height; ++r) {
+      acc_t<T> line[kStrip<T>] = {};
+      for (int64_t share = 0; share < plan.shares; ++share) {
+        const acc_t<T>* line_from = from + share * plan.share_size() + (i + r) * row_stride + j;
+        for (int64_t k = 0; k < width; ++k) line[k] += line_from[k];
+      }
+      for (int64_t k = 0; k < kStrip<T>; ++k) sum[k][r] = line[k];
+    }
+    for (int64_t k = 0; k < width; ++k) {
+      T* line = to + (j + k) * depth;
+      if (same_order) {
+        for (int64_t r = 0; r < height; ++r) line[row + i + r] = from_acc<T>(sum[k][r]);
+      } else {
+        for (int64_t r = 0; r < height; ++r) {
+          const int64_t index = row + i + r;
+          line[index % c.channels * taps + index / c.channels] = from_acc<T>(sum[k][r]);
+        }
+      }
+    }
+  };
+  for (int64_t i = 0; i < rows; i += kStrip<T>) {
+    const int64_t height = smaller(kStrip<T>, rows - i);
+    for (int64_t j = 0; j < columns; j += kStrip<T>) {
+      square(i, height, j, smaller(kStrip<T>, columns - j));
+    }
+  }
+}
+
 // One unit of work: fills rows x columns of one share.
 template <typename T>
 void sum_share(const Plan<T>& plan, const Workspace<T>& work, int64_t unit, acc_t<T>* sums) {
@@ -146,37 +190,28 @@ void sum_share(const Plan<T>& plan, const Workspace<T>& work, int64_t unit, acc_
     gather_grads(plan, first, positions, group * c.columns + column, columns, work.grads.get());
     add_block(plan, work, group, row, rows, columns, first, positions, block > begin);
   }
+  if (plan.shares == 1) {
+    write(plan, work.tile.get(), plan.kBlockColumns, group, row, rows, column, columns);
+    return;
+  }
   sums += share * plan.share_size() + (group * c.depth() + row) * c.columns + column;
   for (int64_t r = 0; r < rows; ++r) {
     copy_in(sums + r * c.columns, work.tile.get() + r * plan.kBlockColumns, columns);
   }
 }
 
-// Sums the shares in order, and brings [tap][channel][column] into the weight's own order: a cache
-// line of columns at a time, so that neither side is touched twice.
+// Sums the shares in order.
 template <typename T>
 void combine(const Plan<T>& plan, const acc_t<T>* sums) {
-  constexpr int64_t kStrip = 64 / sizeof(acc_t<T>);
-  auto* grad_weight = static_cast<T*>(plan.p.grad_weight);
   const Correlation& c = plan.c;
-  const int64_t taps = c.height.taps * c.width.taps, strips = blocks(c.columns, kStrip);
-  const int64_t work = plan.shares * c.depth() * kStrip;
+  const int64_t strips = blocks(c.columns, kStrip<T>);
+  const int64_t work = plan.shares * c.depth() * kStrip<T>;
   parallel_for(c.groups * strips, 65'536 / (work + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t group = item / strips, column = item % strips * kStrip;
-      const int64_t columns = smaller(kStrip, c.columns - column);
-      T* to = grad_weight + (group * c.columns + column) * c.depth();
-      for (int64_t channel = 0; channel < c.channels; ++channel) {
-        for (int64_t tap = 0; tap < taps; ++tap, ++to) {
-          const int64_t row = group * c.depth() + tap * c.channels + channel;
-          acc_t<T> sum[kStrip] = {};
-          for (int64_t share = 0; share < plan.shares; ++share) {
-            const acc_t<T>* from = sums + share * plan.share_size() + row * c.columns + column;
-            for (int64_t j = 0; j < columns; ++j) sum[j] += from[j];
-          }
-          for (int64_t j = 0; j < columns; ++j) to[j * c.depth()] = from_acc<T>(sum[j]);
-        }
-      }
+      const int64_t group = item / strips, column = item % strips * kStrip<T>;
+      const int64_t columns = smaller(kStrip<T>, c.columns - column);
+      write(plan, sums + group * c.depth() * c.columns + column, c.columns, group, 0, c.depth(),
+            column, columns);
     }
   });
 }
@@ -188,14 +223,14 @@ void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
     using T = typename decltype(tag)::type;
     const Plan<T> plan(p);
     if (plan.share_size() == 0) return;
-    const Scratch<acc_t<T>> sums(plan.shares * plan.share_size());
+    const Scratch<acc_t<T>> sums(plan.shares > 1 ? plan.shares * plan.share_size() : 0);
     const int64_t units = plan.shares * plan.c.groups * plan.row_blocks * plan.column_blocks;
     const int64_t flops = 2 * plan.c.positions() * plan.share_size() / (units + 1) + 1;
     parallel_for(units, kGrainFlops / flops + 1, [&](int64_t begin, int64_t end) {
       const Workspace<T> work(plan);
       for (int64_t unit = begin; unit < end; ++unit) sum_share(plan, work, unit, sums.get());
     });
-    combine(plan, sums.get());
+    if (plan.shares != 1) combine(plan, sums.get());
   });
 }
 

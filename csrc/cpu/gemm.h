@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "core/transpose.h"
 #include "core/vec.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -23,22 +24,27 @@ constexpr int kTileVecs = 2;
 template <typename T> constexpr int kTileColumns = kTileVecs * kLanes<T>;
 
 // How the panel of A lies: A(row, k) = panel[row * stride + k] or, transposed, panel[k * stride +
-// row], or in strips as high as the tiles, one after the other: strip[k * height + row].
+// row], or in strips of one tile each, one after the other: strip[k * kStripWidth + row].
 enum class Panel { rows, columns, strips };
 
+// A strip's rows in whole vectors, so that it can be filled by them.
+template <typename T>
+constexpr int kStripWidth = (kTileRows + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+
 // Longest row of a panel, and the distance of its rows: one cache line more than a power of two, so
-// that they do not fall into the same cache set.
-template <Panel panel> constexpr int64_t kPanelLength = panel == Panel::rows ? 512 : 126;
-template <Panel panel> constexpr int64_t kPanelStride = panel == Panel::rows ? 512 + 16 : 128 + 16;
+// that they do not fall into the same cache set. A depth of 256 keeps the panel of B, 16 KB with
+// AVX2, in L1 while the rows stream past it.
+template <Panel panel> constexpr int64_t kPanelLength = panel == Panel::rows ? 256 : 126;
+template <Panel panel> constexpr int64_t kPanelStride = panel == Panel::rows ? 256 + 16 : 128 + 16;
 
 // Rows are cut into tiles of nearly equal height: 16 rows as 8 + 8 cost less than as 14 + 2.
-// Calls f(first row, height).
+// Calls f(tile, first row, height).
 template <typename F>
 inline void for_each_tile(int64_t rows, const F& f) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t tile = 0, first = 0; tile < tiles; ++tile) {
     const int height = static_cast<int>((rows + tiles - 1 - tile) / tiles);
-    f(first, height);
+    f(tile, first, height);
     first += height;
   }
 }
@@ -57,7 +63,7 @@ void multiply_tile(const TileArguments<T>& t) {
   constexpr int64_t kRowStep = panel == Panel::rows ? kPanelStride<panel> : 1;
   constexpr int64_t kDepthStep = panel == Panel::rows      ? 1
                                  : panel == Panel::columns ? kPanelStride<panel>
-                                                           : kRows;
+                                                           : kStripWidth<T>;
   Vec<T> sum[kRows][kVecs] = {};
   const T *a = t.a, *b = t.b;
   for (int64_t k = 0; k < t.depth; ++k) {
@@ -98,11 +104,11 @@ inline TileFunction<T> pick_tile(int rows, std::integer_sequence<int, kRowsMinus
 template <typename T, Panel panel>
 void multiply(const TileArguments<T>& arguments, int64_t rows, int64_t columns) {
   constexpr auto kRowCounts = std::make_integer_sequence<int, kTileRows>{};
-  for_each_tile(rows, [&](int64_t first, int height) {
+  for_each_tile(rows, [&](int64_t index, int64_t first, int height) {
     TileArguments<T> t = arguments;
-    t.a += first * (panel == Panel::rows      ? kPanelStride<panel>
-                    : panel == Panel::columns ? 1
-                                              : t.depth);
+    t.a += panel == Panel::rows      ? first * kPanelStride<panel>
+           : panel == Panel::columns ? first
+                                     : index * kStripWidth<T> * t.depth;
     t.c += first * t.c_stride;
     const auto tile = columns > kLanes<T> ? pick_tile<T, panel, 2>(height, kRowCounts)
                                           : pick_tile<T, panel, 1>(height, kRowCounts);
@@ -113,9 +119,12 @@ void multiply(const TileArguments<T>& arguments, int64_t rows, int64_t columns) 
 // Copies with conversion between a storage type and its arithmetic type.
 template <typename T>
 inline void copy_in(acc_t<T>* to, const T* from, int64_t count) {
-  for_each_vec<T>(count, [&](int64_t i, int n) {
-    store_partial<acc_t<T>>(to + i, load_partial(from + i, n), n);
-  });
+  if (count < kLanes<T>) {
+    for (int64_t i = 0; i < count; ++i) to[i] = to_acc(from[i]);
+    return;
+  }
+  for_each_block<kLanes<T>>(
+      count, [&](int64_t i, int) { store<acc_t<T>>(to + i, load(from + i)); });
 }
 
 template <typename T>

@@ -81,6 +81,11 @@ void check_grad_output(const Tensor& grad_output, const Conv2dShape& s) {
                  to_string(expected), ", but got ", to_string(sizes_of(grad_output)));
 }
 
+// A weight in the format of the other tensors is packed faster, and native keeps it so.
+MemoryFormat weight_format(const Tensor& like, const Conv2dShape& s) {
+  return format_of(s.channels_last && s.groups == 1 && like.is_cpu());
+}
+
 bool is_pointwise(const Conv2dShape& s) {
   return s.groups == 1 && s.window_height.size == 1 && s.window_width.size == 1 &&
          s.window_height.padding == 0 && s.window_width.padding == 0;
@@ -106,7 +111,9 @@ Tensor conv2d(Tensor input, Tensor weight, OptionalTensor bias, IntList stride, 
     bias = contiguous(*bias, MemoryFormat::contiguous);
   }
   const Tensor dense = contiguous(input, format);
-  const Tensor dense_weight = contiguous(weight, MemoryFormat::contiguous);
+  const MemoryFormat layout = weight_format(input, s);
+  p.shape.weight_channels_last = layout == MemoryFormat::channels_last;
+  const Tensor dense_weight = contiguous(weight, layout);
   Tensor output = empty({s.batch, s.out_channels, s.out_height, s.out_width}, format, input);
   p.input = dense.const_data_ptr();
   p.weight = dense_weight.const_data_ptr();
@@ -132,7 +139,9 @@ Tensor conv2d_grad_input(Tensor grad_output, Tensor weight, IntList input_size, 
                        {stride, padding, dilation, groups}, format);
   check_grad_output(grad_output, p.shape);
   const Tensor dense = contiguous(grad_output, format);
-  const Tensor dense_weight = contiguous(weight, MemoryFormat::contiguous);
+  const MemoryFormat layout = weight_format(grad_output, p.shape);
+  p.shape.weight_channels_last = layout == MemoryFormat::channels_last;
+  const Tensor dense_weight = contiguous(weight, layout);
   Tensor grad_input = empty(input_size, format, grad_output);
   p.grad_output = dense.const_data_ptr();
   p.weight = dense_weight.const_data_ptr();
@@ -157,7 +166,14 @@ Tensor conv2d_grad_weight(Tensor input, Tensor grad_output, IntList weight_size,
       make_shape(input, sizes_of(input), weight_size, {stride, padding, dilation, groups}, format);
   check_grad_output(grad_output, p.shape);
   const Tensor dense = contiguous(input, format), dense_grad = contiguous(grad_output, format);
-  Tensor grad_weight = empty(weight_size, MemoryFormat::contiguous, input);
+  // Native's double kernel keeps a layout that is both formats at once.
+  const bool either = weight_size[1] == 1 || (weight_size[2] == 1 && weight_size[3] == 1);
+  const MemoryFormat result =
+      either && p.shape.dtype == DType::f64 ? MemoryFormat::contiguous : format;
+  const bool direct = result == weight_format(input, p.shape);
+  p.shape.weight_channels_last = direct && result == MemoryFormat::channels_last;
+  Tensor grad_weight =
+      empty(weight_size, direct ? result : MemoryFormat::contiguous, input);
   p.input = dense.const_data_ptr();
   p.grad_output = dense_grad.const_data_ptr();
   p.grad_weight = grad_weight.mutable_data_ptr();
@@ -168,11 +184,8 @@ Tensor conv2d_grad_weight(Tensor input, Tensor grad_output, IntList weight_size,
   } else {
     launch(input, p, cpu::conv2d_grad_weight, cuda::conv2d_grad_weight);
   }
-  if (!channels_last) return grad_weight;
-  // Native's double kernel keeps a layout that is both formats at once.
-  const bool either = weight_size[1] == 1 || (weight_size[2] == 1 && weight_size[3] == 1);
-  if (either && p.shape.dtype == DType::f64) return grad_weight;
-  Tensor formatted = empty(weight_size, format, input);
+  if (direct || result == MemoryFormat::contiguous) return grad_weight;
+  Tensor formatted = empty(weight_size, result, input);
   torch::stable::copy_(formatted, grad_weight);
   return formatted;
 }

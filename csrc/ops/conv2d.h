@@ -9,13 +9,15 @@
 
 namespace torchops {
 
-// input and output are dense in the one format that channels_last names; the weight is always
-// contiguous. out_channels and in_channels are multiples of groups.
+// input and output are dense in the one format that channels_last names; the weight, or its
+// gradient, is contiguous, but for kernels without groups on the CPU: those take it in the format
+// that weight_channels_last names. out_channels and in_channels are multiples of groups.
 struct Conv2dShape {
   DType dtype;
   bool channels_last;
   int64_t batch, in_channels, in_height, in_width, out_channels, out_height, out_width, groups;
   Window window_height, window_width;
+  bool weight_channels_last = false;
 };
 
 struct Conv2dParams {

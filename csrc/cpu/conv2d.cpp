@@ -121,6 +121,10 @@ void pack_weights(const Problem<T>& p, int64_t group, int64_t column, int64_t co
     return;
   }
   for (int64_t k = 0; k < length; ++k, to += width, walk.next()) {
+    if (stride == 1 && column + width <= p.c.columns) {
+      copy_in(to, from + walk.offset, width);
+      continue;
+    }
     if (stride == 1) {
       copy_in(to, from + walk.offset, columns);
     } else {
@@ -265,13 +269,18 @@ void pack_strips(const Problem<T>& p, const Strips<T>& packed) {
                    const int64_t depth_block = item % depth_blocks;
                    const int64_t block = item / depth_blocks % channel_blocks;
                    const int64_t group = item / depth_blocks / channel_blocks;
+                   const int64_t first = packed.depth.begin(depth_block);
                    const int64_t length = packed.depth.length(depth_block);
                    acc_t<T>* to = packed.at(group, block, depth_block);
-                   for_each_tile(packed.size(block), [&](int64_t, int64_t row, int height) {
-                     pack_weights(p, group, packed.first(block) + row, height,
-                                  packed.depth.begin(depth_block), length, packed.kWidth, to);
-                     to += length * packed.kWidth;
-                   });
+                   // A few lines of all channels at a time: strips share cache lines and pages.
+                   constexpr int64_t kChunk = 32;
+                   for (int64_t k = 0; k < length; k += kChunk) {
+                     for_each_tile(packed.size(block), [&](int64_t tile, int64_t row, int height) {
+                       pack_weights(p, group, packed.first(block) + row, height, first + k,
+                                    smaller(kChunk, length - k), packed.kWidth,
+                                    to + (tile * length + k) * packed.kWidth);
+                     });
+                   }
                  }
                });
 }

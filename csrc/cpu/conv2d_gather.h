@@ -6,6 +6,8 @@
 // contiguous over channels, taps along the height, taps along the width.
 #pragma once
 
+#include <utility>
+
 #include "core/vec.h"
 #include "cpu/gemm.h"
 #include "ops/conv2d.h"
@@ -157,6 +159,11 @@ void gather_channels_last(const Correlation& c, const T* source, int64_t begin, 
   }
 }
 
+template <typename V, std::size_t... e>
+inline V even_lanes(V a, V b, std::index_sequence<e...>) {
+  return __builtin_shufflevector(a, b, static_cast<int>(2 * e)...);
+}
+
 // contiguous: line[position] = element of depth index k at that position. `source` points at the
 // group's first plane of the first image.
 template <typename T>
@@ -181,12 +188,22 @@ void gather_line(const Correlation& c, const T* source, int64_t k, const Segment
     const T* from = source + segment.image * image + h * length + w;
     fill_zero(to, valid.first);
     // The next channel lies a plane further, in another page: the hardware does not foresee it.
-    for (int64_t i = valid.first; i < last; i += 64 / sizeof(T))
-      __builtin_prefetch(from + i * step + plane);
+    if (th == 0 && tw == 0) {
+      for (int64_t i = valid.first; i < last; i += 64 / sizeof(T))
+        __builtin_prefetch(from + i * step + plane);
+    }
     if (step == 1) {
       copy_in(to + valid.first, from + valid.first, last - valid.first);
     } else {
-      for (int64_t i = valid.first; i < last; ++i) to[i] = to_acc(from[i * step]);
+      int64_t i = valid.first;
+      if (step == 2) {
+        for (; i + kLanes<T> < last; i += kLanes<T>) {
+          const T* pair = from + 2 * i;
+          store<acc_t<T>>(to + i, even_lanes(load(pair), load(pair + kLanes<T>),
+                                             std::make_index_sequence<kLanes<T>>{}));
+        }
+      }
+      for (; i < last; ++i) to[i] = to_acc(from[i * step]);
     }
     fill_zero(to + last, segment.length - last);
   }

@@ -33,7 +33,7 @@ struct Plan {
   int64_t block_rows, block_positions;
   int64_t row_blocks, column_blocks, position_blocks, shares;
 
-  static constexpr int64_t kBlockColumns = 8 * kTileColumns<acc_t<T>>;
+  static constexpr int64_t kBlockColumns = 4 * kTileColumns<acc_t<T>>;
 
   explicit Plan(const Conv2dGradWeightParams& params)
       : p(params), c(forward_correlation(params.shape)) {
@@ -132,8 +132,8 @@ void add_block(const Plan<T>& plan, const Workspace<T>& work, int64_t group, int
 template <typename T> constexpr int64_t kStrip = 64 / sizeof(acc_t<T>);
 
 // Sums rows [row, row + rows) x columns [column, column + columns) of all shares and brings them
-// into the weight's order. `from` is their first element in the first share. Goes by squares of a
-// cache line, so that neither side is touched twice.
+// into the weight's order. `from` is their first element in the first share; it is read in whole
+// vectors.
 template <typename T>
 void write(const Plan<T>& plan, const acc_t<T>* from, int64_t row_stride, int64_t group,
            int64_t row, int64_t rows, int64_t column, int64_t columns) {
@@ -142,32 +142,31 @@ void write(const Plan<T>& plan, const acc_t<T>* from, int64_t row_stride, int64_
   // A weight of the format of the panels has its depth in the order of the rows.
   const bool same_order = plan.p.shape.channels_last == plan.p.shape.weight_channels_last;
   T* to = static_cast<T*>(plan.p.grad_weight) + (group * c.columns + column) * depth;
-  const auto square = [&](int64_t i, int64_t height, int64_t j, int64_t width) {
-    acc_t<T> sum[kStrip<T>][kStrip<T>];  // [column][row]
-    for (int64_t r = 0; r < height; ++r) {
-      acc_t<T> line[kStrip<T>] = {};
+  const auto square = [&](int64_t i, int height, int64_t j, int width) {
+    Vec<T> block[kLanes<T>] = {};
+    for (int r = 0; r < kLanes<T>; ++r) {
+      const acc_t<T>* line = from + (i + smaller(r, height - 1)) * row_stride + j;
       for (int64_t share = 0; share < plan.shares; ++share) {
-        const acc_t<T>* line_from = from + share * plan.share_size() + (i + r) * row_stride + j;
-        for (int64_t k = 0; k < width; ++k) line[k] += line_from[k];
+        block[r] += load(line + share * plan.share_size());
       }
-      for (int64_t k = 0; k < kStrip<T>; ++k) sum[k][r] = line[k];
     }
-    for (int64_t k = 0; k < width; ++k) {
+    transpose<T>(block);
+    for (int k = 0; k < width; ++k) {
       T* line = to + (j + k) * depth;
       if (same_order) {
-        for (int64_t r = 0; r < height; ++r) line[row + i + r] = from_acc<T>(sum[k][r]);
+        store_partial(line + row + i, block[k], height);
       } else {
-        for (int64_t r = 0; r < height; ++r) {
+        for (int r = 0; r < height; ++r) {
           const int64_t index = row + i + r;
-          line[index % c.channels * taps + index / c.channels] = from_acc<T>(sum[k][r]);
+          line[index % c.channels * taps + index / c.channels] = from_acc<T>(block[k][r]);
         }
       }
     }
   };
-  for (int64_t i = 0; i < rows; i += kStrip<T>) {
-    const int64_t height = smaller(kStrip<T>, rows - i);
-    for (int64_t j = 0; j < columns; j += kStrip<T>) {
-      square(i, height, j, smaller(kStrip<T>, columns - j));
+  for (int64_t i = 0; i < rows; i += kLanes<T>) {
+    const int height = static_cast<int>(smaller(kLanes<T>, rows - i));
+    for (int64_t j = 0; j < columns; j += kLanes<T>) {
+      square(i, height, j, static_cast<int>(smaller(kLanes<T>, columns - j)));
     }
   }
 }
@@ -223,7 +222,8 @@ void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
     using T = typename decltype(tag)::type;
     const Plan<T> plan(p);
     if (plan.share_size() == 0) return;
-    const Scratch<acc_t<T>> sums(plan.shares > 1 ? plan.shares * plan.share_size() : 0);
+    const Scratch<acc_t<T>> sums(plan.shares > 1 ? plan.shares * plan.share_size() + kLanes<T>
+                                                 : kLanes<T>);
     const int64_t units = plan.shares * plan.c.groups * plan.row_blocks * plan.column_blocks;
     const int64_t flops = 2 * plan.c.positions() * plan.share_size() / (units + 1) + 1;
     parallel_for(units, kGrainFlops / flops + 1, [&](int64_t begin, int64_t end) {

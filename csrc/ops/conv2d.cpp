@@ -93,6 +93,12 @@ bool is_pointwise(const Conv2dShape& s) {
 
 bool is_depthwise(const Conv2dShape& s) { return s.groups == s.in_channels && s.groups > 1; }
 
+bool is_grouped(const Conv2dShape& s) {
+  constexpr int64_t kWidest = 128;  // channels of a group
+  return s.groups > 1 && s.in_channels <= s.groups * kWidest &&
+         s.out_channels <= s.groups * kWidest;
+}
+
 Tensor conv2d(Tensor input, Tensor weight, OptionalTensor bias, IntList stride, IntList padding,
               IntList dilation, int64_t groups) {
   check_tensor("input", input, input);
@@ -123,6 +129,8 @@ Tensor conv2d(Tensor input, Tensor weight, OptionalTensor bias, IntList stride, 
     launch(input, p, cpu::conv2d_pointwise, cuda::conv2d_pointwise);
   } else if (is_depthwise(s)) {
     launch(input, p, cpu::conv2d_depthwise, cuda::conv2d_depthwise);
+  } else if (is_grouped(s)) {
+    launch(input, p, cpu::conv2d_grouped, cuda::conv2d_grouped);
   } else {
     launch(input, p, cpu::conv2d, cuda::conv2d);
   }
@@ -150,6 +158,8 @@ Tensor conv2d_grad_input(Tensor grad_output, Tensor weight, IntList input_size, 
     launch(grad_output, p, cpu::conv2d_pointwise_grad_input, cuda::conv2d_pointwise_grad_input);
   } else if (is_depthwise(p.shape)) {
     launch(grad_output, p, cpu::conv2d_depthwise_grad_input, cuda::conv2d_depthwise_grad_input);
+  } else if (is_grouped(p.shape)) {
+    launch(grad_output, p, cpu::conv2d_grouped_grad_input, cuda::conv2d_grouped_grad_input);
   } else {
     launch(grad_output, p, cpu::conv2d_grad_input, cuda::conv2d_grad_input);
   }
@@ -181,6 +191,8 @@ Tensor conv2d_grad_weight(Tensor input, Tensor grad_output, IntList weight_size,
     launch(input, p, cpu::conv2d_pointwise_grad_weight, cuda::conv2d_pointwise_grad_weight);
   } else if (is_depthwise(p.shape)) {
     launch(input, p, cpu::conv2d_depthwise_grad_weight, cuda::conv2d_depthwise_grad_weight);
+  } else if (is_grouped(p.shape)) {
+    launch(input, p, cpu::conv2d_grouped_grad_weight, cuda::conv2d_grouped_grad_weight);
   } else {
     launch(input, p, cpu::conv2d_grad_weight, cuda::conv2d_grad_weight);
   }

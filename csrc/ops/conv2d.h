@@ -56,6 +56,11 @@ TORCHOPS_KERNEL(conv2d_depthwise, Conv2dParams)
 TORCHOPS_KERNEL(conv2d_depthwise_grad_input, Conv2dGradInputParams)
 TORCHOPS_KERNEL(conv2d_depthwise_grad_weight, Conv2dGradWeightParams)
 
+// Several groups of a few channels each.
+TORCHOPS_KERNEL(conv2d_grouped, Conv2dParams)
+TORCHOPS_KERNEL(conv2d_grouped_grad_input, Conv2dGradInputParams)
+TORCHOPS_KERNEL(conv2d_grouped_grad_weight, Conv2dGradWeightParams)
+
 // Window 1x1, no padding, one group, any stride: a matrix product over pixels.
 TORCHOPS_KERNEL(conv2d_pointwise, Conv2dParams)
 TORCHOPS_KERNEL(conv2d_pointwise_grad_input, Conv2dGradInputParams)

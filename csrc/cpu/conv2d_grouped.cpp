@@ -1,0 +1,327 @@
+// Convolution with several channels per group, and the gradient of its input, on the CPU.
+//
+// Plan: a unit of work loads some rows of a few groups into padded planes in L2
+// (conv2d_grouped.h), multiplies weights, each broadcast, with vectors of positions, and stores
+// planes of results. A tile of up to 4 output channels x 3 vectors (6 with 32 registers) stays in
+// registers while all input channels and taps of the group pass. grad_input is the same with the
+// weights' channels swapped, one set of taps for each phase of the stride.
+//
+// Reached, one thread, AVX2, float32, on a busy machine where a matrix product of 1024 ran at 72
+// GFLOP/s: 68 with 24 channels a group (3x3, 33 x 75, contiguous); with 4 a group (3x3, 56 x 56) 32
+// contiguous and 15 channels_last, where transposing pixels into planes and back is half the time.
+//
+// Made no difference: 16 channels a unit in channels_last instead of 32.
+#include "core/parallel.h"
+#include "cpu/conv2d_grouped.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kTileVecs = 6;
+#else
+constexpr int kTileVecs = 3;
+#endif
+constexpr int kTileRows = 4;
+constexpr int64_t kDepth = 512;               // longest sum before it is added to the output
+constexpr int64_t kPlanesBytes = 192 * 1024;  // planes of a unit: within L2
+constexpr int64_t kGrainTaps = 1 << 19;       // about 30 us of multiply-adds
+
+template <typename acc>
+struct Tile {
+  const acc* input;
+  const int64_t* offsets;  // of `depth` channels and taps
+  const acc* weight;       // [depth][row]
+  int64_t depth;
+  const acc* bias;  // null: adds to the output
+  acc* output;
+  int64_t output_stride;  // from row to row
+};
+
+template <typename acc, int rows, int vecs>
+void correlate_tile(const Tile<acc>& t) {
+  constexpr int lanes = kLanes<acc>;
+  Vec<acc> sum[rows][vecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vecs; ++v) {
+      sum[r][v] = t.bias ? broadcast<acc>(t.bias[r])
+                         : load(t.output + r * t.output_stride + v * lanes);
+    }
+  }
+  const acc* weight = t.weight;
+  for (int64_t k = 0; k < t.depth; ++k, weight += rows) {
+    const acc* input = t.input + t.offsets[k];
+    Vec<acc> value[vecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < vecs; ++v) value[v] = load(input + v * lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const Vec<acc> w = broadcast<acc>(weight[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < vecs; ++v) sum[r][v] += w * value[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vecs; ++v) store(t.output + r * t.output_stride + v * lanes, sum[r][v]);
+  }
+}
+
+template <typename acc, int... index>
+void correlate_tile(const Tile<acc>& tile, int64_t rows, int64_t vecs,
+                    std::integer_sequence<int, index...>) {
+  static constexpr void (*kTable[])(const Tile<acc>&) = {
+      correlate_tile<acc, index / kTileVecs + 1, index % kTileVecs + 1>...};
+  kTable[(rows - 1) * kTileVecs + vecs - 1](tile);
+}
+
+// The taps that one phase of the outputs meets.
+struct Taps {
+  Phase rows, columns;
+  int64_t count() const { return rows.taps * columns.taps; }
+};
+
+template <typename scalar_t>
+struct Problem {
+  Grid grid;
+  int64_t batch, groups, input_width, output_width;  // channels of a group
+  Maps<const scalar_t> input;
+  Maps<scalar_t> output;
+  const scalar_t* weight;
+  int64_t group_stride, row_stride, channel_stride, tap_columns;  // of weight
+  const scalar_t* bias;  // or null
+
+  Taps taps(int64_t phase) const {
+    const int64_t width = grid.output_width.step;
+    return {grid.height.phase(phase / width), grid.width.phase(phase % width)};
+  }
+  int64_t phases() const { return grid.output_height.step * grid.output_width.step; }
+};
+
+// For every phase: where its channels and taps lie in the planes, and their weights as
+// [group][part of the rows][channel][tap][row of the part].
+template <typename scalar_t>
+class Plan {
+  using acc = acc_t<scalar_t>;
+
+ public:
+  Plan(const Problem<scalar_t>& p, const Planes<acc>& planes)
+      : p_(p),
+        taps_(p.phases() + 1),
+        offsets_(p.input_width * total_taps()),
+        weight_(p.groups * p.output_width * p.input_width * total_taps()),
+        bias_(p.groups * p.output_width) {
+    bias_.zero();
+    for (int64_t phase = 0; phase < p.phases(); ++phase) {
+      find_offsets(phase, planes);
+      pack(phase);
+    }
+    for (int64_t c = 0; p.bias && c < p.groups * p.output_width; ++c) {
+      bias_.get()[c] = to_acc(p.bias[c]);
+    }
+  }
+
+  int64_t depth(int64_t phase) const {
+    return p_.input_width * (taps_.get()[phase + 1] - taps_.get()[phase]);
+  }
+  const int64_t* offsets(int64_t phase) const {
+    return offsets_.get() + p_.input_width * taps_.get()[phase];
+  }
+  acc* weight(int64_t phase, int64_t group, int64_t row) const {
+    return weight_.get() + p_.groups * p_.output_width * p_.input_width * taps_.get()[phase] +
+           (group * p_.output_width + row) * depth(phase);
+  }
+  const acc* bias(int64_t group, int64_t row) const {
+    return bias_.get() + group * p_.output_width + row;
+  }
+
+ private:
+  int64_t total_taps() {
+    int64_t total = 0;
+    for (int64_t phase = 0; phase < p_.phases(); ++phase) {
+      taps_.get()[phase] = total;
+      total += p_.taps(phase).count();
+    }
+    return taps_.get()[p_.phases()] = total;
+  }
+
+  void find_offsets(int64_t phase, const Planes<acc>& planes) {
+    const Taps taps = p_.taps(phase);
+    int64_t* offset = offsets_.get() + p_.input_width * taps_.get()[phase];
+    for (int64_t c = 0; c < p_.input_width; ++c) {
+      for (int64_t a = 0; a < taps.rows.taps; ++a) {
+        for (int64_t b = 0; b < taps.columns.taps; ++b) {
+          *offset++ = c * planes.channel_stride() +
+                      planes.offset(planes.height.left + taps.rows.start + a * taps.rows.dilation,
+                                    planes.width.left + taps.columns.start +
+                                        b * taps.columns.dilation);
+        }
+      }
+    }
+  }
+
+  void pack(int64_t phase) {
+    const Taps taps = p_.taps(phase);
+    const int64_t work = p_.output_width * depth(phase);
+    parallel_for(p_.groups, kGrainTaps / 4 / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; ++group) {
+        for_each_part(p_.output_width, kTileRows, [&](int64_t row, int64_t rows) {
+          acc* packed = weight(phase, group, row);
+          for (int64_t c = 0; c < p_.input_width; ++c) {
+            const scalar_t* channel = p_.weight + group * p_.group_stride + row * p_.row_stride +
+                                      c * p_.channel_stride;
+            for (int64_t a = 0; a < taps.rows.taps; ++a) {
+              for (int64_t b = 0; b < taps.columns.taps; ++b) {
+                const scalar_t* tap =
+                    channel + (taps.rows.tap + a * taps.rows.tap_step) * p_.tap_columns +
+                    taps.columns.tap + b * taps.columns.tap_step;
+                for (int64_t r = 0; r < rows; ++r) *packed++ = to_acc(tap[r * p_.row_stride]);
+              }
+            }
+          }
+        });
+      }
+    });
+  }
+
+  const Problem<scalar_t>& p_;
+  Scratch<int64_t> taps_;  // before each phase
+  Scratch<int64_t> offsets_;
+  Scratch<acc> weight_, bias_;
+};
+
+// One group: `count` positions of all phases and output channels.
+template <typename scalar_t, typename acc = acc_t<scalar_t>>
+void correlate_group(const Problem<scalar_t>& p, const Plan<scalar_t>& plan, int64_t group,
+                     const acc* input, acc* output, const Planes<acc>& output_planes,
+                     int64_t count) {
+  constexpr auto kTiles = std::make_integer_sequence<int, kTileRows * kTileVecs>{};
+  const int64_t vectors = divide_up(count, kLanes<acc>), stride = output_planes.channel_stride();
+  for (int64_t phase = 0; phase < p.phases(); ++phase) {
+    const int64_t depth = plan.depth(phase);
+    for (int64_t k = 0; k == 0 || k < depth; k += kDepth) {
+      for_each_part(vectors, kTileVecs, [&](int64_t vector, int64_t vecs) {
+        const int64_t position = vector * kLanes<acc>;
+        for_each_part(p.output_width, kTileRows, [&](int64_t row, int64_t rows) {
+          correlate_tile<acc>({input + position, plan.offsets(phase) + k,
+                               plan.weight(phase, group, row) + k * rows,
+                               smaller(kDepth, depth - k), k ? nullptr : plan.bias(group, row),
+                               output + row * stride + phase * output_planes.size + position,
+                               stride},
+                              rows, vecs, kTiles);
+        });
+      });
+    }
+  }
+}
+
+template <typename scalar_t>
+void correlate(const Problem<scalar_t>& p) {
+  using acc = acc_t<scalar_t>;
+  const Grid& grid = p.grid;
+  if (p.batch * p.groups * grid.rows * grid.columns == 0) return;
+  const int64_t group_width = smaller(p.input_width, p.output_width);
+  const int64_t group_blocks =
+      p.input.channels_last ? larger(1, p.groups * group_width / kUnitChannels) : p.groups;
+  const int64_t unit_groups = divide_up(p.groups, group_blocks),
+                group_units = divide_up(p.groups, unit_groups);
+  const auto bytes = [&](int64_t rows) {
+    return (grid.input_planes<acc>(unit_groups * p.input_width, rows).count() +
+            grid.output_planes<acc>(unit_groups * p.output_width, rows).count()) *
+           int64_t{sizeof(acc)};
+  };
+  const int64_t row_bytes = bytes(2) - bytes(1) + 1;
+  const int64_t fit = larger(4, (kPlanesBytes - bytes(0)) / row_bytes);
+  const int64_t row_units = divide_up(grid.rows, fit), unit_rows = divide_up(grid.rows, row_units);
+  const Planes<acc> input = grid.input_planes<acc>(unit_groups * p.input_width, unit_rows);
+  const Planes<acc> output = grid.output_planes<acc>(unit_groups * p.output_width, unit_rows);
+  const Plan<scalar_t> plan(p, input);
+
+  const int64_t taps = grid.height.window.size * grid.width.window.size;
+  const int64_t work =
+      unit_groups * unit_rows * grid.pitch * p.output_width * (p.input_width * taps + 8);
+  const int64_t units = p.batch * group_units * row_units;
+  parallel_for(units, kGrainTaps / work + 1, [&](int64_t begin, int64_t end) {
+    const Scratch<acc> input_memory(input.count()), output_memory(output.count());
+    input_memory.zero();
+    Planes<acc> from = input, to = output;
+    from.data = input_memory.get();
+    to.data = output_memory.get();
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t n = unit / row_units / group_units;
+      const int64_t y = unit % row_units * unit_rows, rows = smaller(unit_rows, grid.rows - y);
+      const int64_t first = unit / row_units % group_units * unit_groups;
+      const int64_t groups = smaller(unit_groups, p.groups - first);
+      if (rows <= 0) continue;
+      p.input.load_rows(n, first * p.input_width, groups * p.input_width, y, rows + grid.reach_rows,
+                   from, 0);
+      for (int64_t g = 0; g < groups; ++g) {
+        correlate_group(p, plan, first + g, from.at(g * p.input_width, 0, 0, 0),
+                        to.at(g * p.output_width, 0, 0, 0), to, grid.positions(rows));
+      }
+      p.output.store_rows(n, first * p.output_width, groups * p.output_width, y, rows, to);
+    }
+  });
+}
+
+template <typename scalar_t>
+void forward(const Conv2dParams& params) {
+  const Conv2dShape& s = params.shape;
+  const int64_t inputs = s.in_channels / s.groups, outputs = s.out_channels / s.groups;
+  const int64_t taps = s.window_height.size * s.window_width.size;
+  correlate(Problem<scalar_t>{{Axis::forward(s.window_height, s.in_height, s.out_height),
+                               Axis::forward(s.window_width, s.in_width, s.out_width)},
+                              s.batch,
+                              s.groups,
+                              inputs,
+                              outputs,
+                              {static_cast<const scalar_t*>(params.input), s.channels_last, s.batch,
+                               s.in_channels, s.in_height, s.in_width},
+                              {static_cast<scalar_t*>(params.output), s.channels_last, s.batch,
+                               s.out_channels, s.out_height, s.out_width},
+                              static_cast<const scalar_t*>(params.weight),
+                              outputs * inputs * taps,
+                              inputs * taps,
+                              taps,
+                              s.window_width.size,
+                              static_cast<const scalar_t*>(params.bias)});
+}
+
+template <typename scalar_t>
+void grad_input(const Conv2dGradInputParams& params) {
+  const Conv2dShape& s = params.shape;
+  const int64_t inputs = s.in_channels / s.groups, outputs = s.out_channels / s.groups;
+  const int64_t taps = s.window_height.size * s.window_width.size;
+  correlate(Problem<scalar_t>{{Axis::grad_input(s.window_height, s.in_height, s.out_height),
+                               Axis::grad_input(s.window_width, s.in_width, s.out_width)},
+                              s.batch,
+                              s.groups,
+                              outputs,
+                              inputs,
+                              {static_cast<const scalar_t*>(params.grad_output), s.channels_last,
+                               s.batch, s.out_channels, s.out_height, s.out_width},
+                              {static_cast<scalar_t*>(params.grad_input), s.channels_last, s.batch,
+                               s.in_channels, s.in_height, s.in_width},
+                              static_cast<const scalar_t*>(params.weight),
+                              outputs * inputs * taps,
+                              taps,
+                              inputs * taps,
+                              s.window_width.size,
+                              nullptr});
+}
+
+}  // namespace
+
+void conv2d_grouped(const Conv2dParams& p) {
+  dispatch_dtype(p.shape.dtype, [&](auto scalar) { forward<typename decltype(scalar)::type>(p); });
+}
+
+void conv2d_grouped_grad_input(const Conv2dGradInputParams& p) {
+  dispatch_dtype(p.shape.dtype,
+                 [&](auto scalar) { grad_input<typename decltype(scalar)::type>(p); });
+}
+
+}  // namespace torchops::cpu::TORCHOPS_ISA

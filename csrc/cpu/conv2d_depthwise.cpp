@@ -3,7 +3,7 @@
 //
 // Plan: 3x3, 5x5 and 7x7 in NHWC run straight from tensor to tensor (conv2d_depthwise_rows.h; the
 // gradient of stride 2 in conv2d_depthwise_upsample.h). NCHW, other windows, several output
-// channels per group and float64 go through the working form (conv2d_depthwise.h).
+// channels per group, float16 and float64 go through the working form (conv2d_depthwise.h).
 //
 // Reached, one thread, AVX-512, batch 8, 3x3 of 144 x 56 x 56, as the best time against the best
 // time of a copy of the same bytes (shared machine, separate runs: a rough figure): float32 NHWC

@@ -99,7 +99,7 @@ using GradRowKernel = void (*)(const GradRow<T>&);
 template <typename T>
 GradRowKernel<T> grad_row_kernel(const Window& height, const Window& width) {
   GradRowKernel<T> found = nullptr;
-  if constexpr (!std::is_same_v<T, double>) {
+  if constexpr (kHasWindowKernels<T>) {
     dispatch_window(height, width,
                     [&](auto kernel, auto stride) { found = accumulate_row<T, kernel, stride>; });
   }

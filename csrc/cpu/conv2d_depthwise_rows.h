@@ -12,6 +12,12 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
+// The kernels below are slow to compile: float16, float64 and the baseline ISA, where speed matters
+// least, go through the working form.
+template <typename T>
+constexpr bool kHasWindowKernels =
+    kVecBytes > 16 && (std::is_same_v<T, float> || std::is_same_v<T, bf16>);
+
 constexpr int kStripPixels = 7;
 constexpr int kMaxWindowRows = 9;  // rows under two windows: 7 + stride 2
 
@@ -189,7 +195,7 @@ bool dispatch_window(const Window& height, const Window& width, const F& f) {
 template <typename T>
 RowsKernel<T> rows_kernel(const Window& height, const Window& width) {
   RowsKernel<T> found = nullptr;
-  if constexpr (!std::is_same_v<T, double>) {
+  if constexpr (kHasWindowKernels<T>) {
     dispatch_window(height, width,
                     [&](auto kernel, auto stride) { found = correlate_rows<T, kernel, stride>; });
   }

@@ -96,7 +96,7 @@ using UpsampleKernel = void (*)(const UpsampleRow<T>&);
 template <typename T>
 UpsampleKernel<T> upsample_kernel(const Window& height, const Window& width) {
   UpsampleKernel<T> found = nullptr;
-  if constexpr (!std::is_same_v<T, double>) {
+  if constexpr (kHasWindowKernels<T>) {
     dispatch_window(height, width, [&](auto kernel, auto stride) {
       if (stride == 2)
         found = width.padding % 2 ? upsample_row<T, kernel, 1> : upsample_row<T, kernel, 0>;

@@ -114,6 +114,10 @@ inline Vec<T> load(const T* p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return bit_cast<VecF32>(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, bit_cast<__m512i>(upper),
                                                            _mm512_castsi256_si512(half)));
+#elif defined(__AVX2__)
+    // GCC 12 converts the two halves one after the other.
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return bit_cast<VecF32>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 #else
     VecU16Half half;
     std::memcpy(&half, p, sizeof(half));
@@ -161,8 +165,48 @@ inline void store(T* p, Vec<T> v) {
   }
 }
 
+// ---- small integers ---------------------------------------------------------------------------
+// kLanes bytes <-> one integer register.
+
+template <typename T>
+inline Mask<T> widen_bytes(const uint8_t* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // GCC 12 takes vectors of eight bytes apart lane by lane.
+  if constexpr (kLanes<T> == 8) {
+    return bit_cast<Mask<T>>(
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+#endif
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes<T>)));
+  Bytes bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(bytes, Mask<T>);
+}
+
+template <typename T>
+inline void narrow_to_bytes(uint8_t* p, Mask<T> v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (kLanes<T> == 8) {
+    const __m256i words = _mm256_packus_epi32(bit_cast<__m256i>(v), bit_cast<__m256i>(v));
+    const __m128i low = _mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 0x08));
+    return _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, low));
+  }
+#endif
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes<T>)));
+  const Bytes bytes = __builtin_convertvector(v, Bytes);
+  std::memcpy(p, &bytes, sizeof(bytes));
+}
+
 // ---- tails: the first n lanes, 0 < n <= kLanes ------------------------------------------------
 // Lanes from n on read as zero, and nothing past p[n - 1] is touched.
+
+// All ones in the first n lanes.
+template <typename T>
+inline Mask<T> first_lanes(int n) {
+  Mask<T> lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  return lane < n;
+}
 
 template <typename T>
 inline Vec<T> load_partial(const T* p, int n) {
@@ -179,6 +223,10 @@ inline Vec<T> load_partial(const T* p, int n) {
     return load(buffer);
   }
 #else
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>)
+    return bit_cast<VecF32>(_mm256_maskload_ps(p, bit_cast<__m256i>(first_lanes<T>(n))));
+#endif
   T buffer[kLanes<T>] = {};
   std::memcpy(buffer, p, n * sizeof(T));
   return load(buffer);
@@ -193,6 +241,10 @@ inline void store_partial(T* p, Vec<T> v, int n) {
     return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), bit_cast<__m512>(v));
   } else if constexpr (std::is_same_v<T, double>) {
     return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), bit_cast<__m512d>(v));
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm256_maskstore_ps(p, bit_cast<__m256i>(first_lanes<T>(n)), bit_cast<__m256>(v));
   }
 #endif
   T buffer[kLanes<T>];

@@ -41,14 +41,6 @@ inline void set_channel_value(void* data, DType dtype, int64_t c, double value) 
   }
 }
 
-// All ones in the first n lanes.
-template <typename T>
-inline Mask<T> first_lanes(int n) {
-  Mask<T> lane;
-  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
-  return lane < n;
-}
-
 template <typename T>
 inline double lane_sum(Vec<T> v) {
   acc_t<T> lanes[kLanes<T>];

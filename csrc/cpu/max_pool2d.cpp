@@ -1,9 +1,10 @@
 // Max-pooling on the CPU: one read of the input, one write of the output and of the uint8 offsets.
 //
-// Plan: see max_windows.h.
+// Plan: see max_forward.h and max_backward.h.
 #include "ops/max_pool2d.h"
 
-#include "cpu/max_windows.h"
+#include "cpu/max_backward.h"
+#include "cpu/max_forward.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {

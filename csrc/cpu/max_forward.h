@@ -1,8 +1,10 @@
 // Largest values of windows, forward: one read of the input, one write of the output and of the
 // offsets.
 //
-// Channels lie in the lanes: channels_last in place; contiguous transposes a bundle of kLanes planes
-// into cache, pools there and transposes back. 2x2 and 3x3 windows are unrolled.
+// Channels lie in the lanes: channels_last in place; contiguous transposes a bundle of kLanes
+// planes into cache, pools there and transposes back. 2x2 and 3x3 windows are unrolled. On a Zen 3
+// core contiguous 3x3 stride 2 moves 5.6 GB/s of the 13 that a copy does. A row of column maxima
+// with a scalar pass along it was five times slower.
 #pragma once
 
 #include "core/transpose.h"

@@ -1,9 +1,9 @@
 // A convolution, or the gradient of its input, seen as a matrix product: which source element
 // meets which position under which tap, and the copying of small panels of it (implicit im2col).
 //
-// Positions are numbered over images, rows and columns. The depth index runs as a weight of the same
-// format lies in memory: channels_last over taps along the height, taps along the width, channels;
-// contiguous over channels, taps along the height, taps along the width.
+// Positions are numbered over images, rows and columns. The depth index runs as a weight of the
+// same format lies in memory: channels_last over taps along the height, taps along the width,
+// channels; contiguous over channels, taps along the height, taps along the width.
 #pragma once
 
 #include <utility>

@@ -3,12 +3,13 @@
 // Plan: a unit of work is a block of (tap, input channel) rows x a block of output channel columns
 // x a fixed share of the positions; it copies the input and grad_output of a few hundred positions
 // at a time into panels in L2. Shares are summed in order, so that the result does not depend on
-// threads. channels_last: both panels are copies, position by position. contiguous: grad_output is
-// transposed on its way into the panel.
+// threads; a single share is written from its tile. channels_last: both panels are copies, position
+// by position. contiguous: grad_output is transposed on its way into the panel. The rows run in the
+// order in which the weight lies in memory, so that the result is transposed by whole vectors.
 //
-// Reached in fp32, one thread with AVX-512, of the 166 GFLOP/s that the best native convolution
-// gets there: 3x3 128 @28 71 % channels_last, 74 % contiguous; 1x1 1024 -> 256 @14 61 and 62 %; 7x7
-// stem 59 and 53 %.
+// Reached in fp32, one thread of Zen 3, of the 70 GFLOP/s of torch.mm there: 3x3 128 @28 59 %
+// channels_last, 81 % contiguous; 1x1 1024 -> 256 @14 60 and 70 %; 7x7 stem 68 and 53 %. Blocks of
+// 128 output channels instead of 64 did not pay.
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "core/transpose.h"

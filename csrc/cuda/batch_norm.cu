@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int N = Form::N, L = Form::L;
   const auto* input = static_cast<const T*>(p.input);
   Moments<A> moments[L];
-  tiles.for_each_pack<Form>(blockIdx.y, [&](auto width, const auto& offsets) {
+  tiles.for_each_pack<Form, kInFlight>(blockIdx.y, [&](auto width, const auto& offsets) {
     constexpr int count = decltype(width)::value;
     Pack<T, N> packs[count];
 #pragma unroll
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (c >= tiles.channels) return;
   Affine<A, L> affine;
   affine.set(c, p.mean, p.var, p.norm.weight, p.norm.bias, p.norm.eps);
-  tiles.for_each_pack<Form>(gridDim.y - 1 - blockIdx.y, [&](auto width, const auto& offsets) {
+  tiles.for_each_pack<Form, kInFlight>(gridDim.y - 1 - blockIdx.y, [&](auto width, const auto& offsets) {
     constexpr int count = decltype(width)::value;
     Pack<T, N> packs[count], added[count];
 #pragma unroll

@@ -6,7 +6,8 @@
 //     grad_input = weight invstd (h - mean(h) - x^ mean(h x^)), in evaluation weight invstd h
 // One kernel for the sums, merged in order by the last-arriving block per group of channels, and one
 // for the tensors, through the chunks in reverse: two reads of grad_output, input and residual, one
-// write of grad_input and grad_residual. 16-byte accesses, four per tensor in flight and thread.
+// write of grad_input and grad_residual. 16-byte accesses, two per tensor in flight and thread:
+// at four, some kernels need more than 128 registers and spill.
 //
 // Compiled and emulated, not measured on a GPU yet.
 #include "cuda/batch_norm_channels.cuh"
@@ -23,7 +24,7 @@ __device__ inline void for_each_gradient(const Tiles& tiles, int64_t chunk,
   const auto* grad_output = static_cast<const T*>(p.grad_output);
   const auto* input = static_cast<const T*>(p.input);
   const auto* residual = static_cast<const T*>(p.residual);
-  tiles.for_each_pack<Form>(chunk, [&](auto width, const auto& offsets) {
+  tiles.for_each_pack<Form, kInFlight / 2>(chunk, [&](auto width, const auto& offsets) {
     constexpr int count = decltype(width)::value;
     Pack<T, N> inputs[count], gradients[count], added[count];
 #pragma unroll

@@ -85,9 +85,9 @@ struct Tiles {
     return (int64_t{blockIdx.x} * width + column()) * Form::N;
   }
 
-  // f(Width<count>, offsets) with the element offsets of this thread's packs in a chunk, kInFlight
+  // f(Width<count>, offsets) with the element offsets of this thread's packs in a chunk, `together`
   // at a time and then one by one.
-  template <typename Form, typename F>
+  template <typename Form, int together, typename F>
   __device__ void for_each_pack(int64_t which, const F& f) const {
     const int64_t c = channel<Form>(), step = rows();
     if (c >= channels) return;
@@ -98,11 +98,11 @@ struct Tiles {
       return (image * channels + c) * pixels + item * Form::N;
     };
     int64_t i = which * chunk + row();
-    for (; i + (kInFlight - 1) * step < end; i += kInFlight * step) {
-      int64_t offsets[kInFlight];
+    for (; i + (together - 1) * step < end; i += together * step) {
+      int64_t offsets[together];
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) offsets[k] = offset(i + k * step);
-      f(Width<kInFlight>{}, offsets);
+      for (int k = 0; k < together; ++k) offsets[k] = offset(i + k * step);
+      f(Width<together>{}, offsets);
     }
     for (; i < end; i += step) {
       const int64_t offsets[1] = {offset(i)};

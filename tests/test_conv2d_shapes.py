@@ -1,0 +1,60 @@
+"""Convolutions at the seams of their kernels: windows, strides, odd channels, misaligned tensors.
+
+Raw operators against float64. The GPU's kernels run it too, on tests/cuda_emulator.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import torchops  # noqa: F401  loads the operators
+
+# batch, channels, height, width, kernel, stride, padding, dilation, output channels, groups
+CASES = [
+    *((2, 6, 9, 13, (k, k), (s, s), (k // 2, k // 2), (1, 1), 6, 6) for k in (3, 5, 7) for s in (1, 2)),
+    (1, 66, 11, 8, (3, 3), (1, 1), (1, 1), (1, 1), 66, 66),
+    (3, 4, 10, 17, (3, 3), (2, 2), (0, 1), (1, 1), 4, 4),
+    (2, 4, 9, 9, (3, 3), (1, 1), (2, 2), (2, 2), 8, 4),
+    (2, 3, 1, 19, (1, 4), (1, 1), (0, 3), (1, 1), 3, 3),
+    (2, 4, 8, 9, (2, 3), (3, 2), (1, 0), (1, 2), 12, 4),
+    (2, 5, 9, 7, (3, 3), (1, 1), (1, 1), (1, 1), 70, 1),
+    (2, 8, 6, 7, (2, 3), (2, 1), (1, 0), (1, 2), 12, 4),
+    (3, 7, 5, 9, (1, 1), (1, 1), (0, 0), (1, 1), 6, 1),
+    (2, 6, 8, 8, (1, 1), (2, 2), (0, 0), (1, 1), 4, 1),
+]
+TOLERANCE = {torch.float64: 4e-14, torch.float32: 4e-6, torch.bfloat16: 1.6e-2}
+
+
+def misaligned(tensor):
+    buffer = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:]
+    return buffer.as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("align", [lambda t: t, misaligned], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_conv2d_and_its_gradients(case, align, channels_last, dtype):
+    batch, channels, height, width, kernel, *window, out_channels, groups = case
+    arguments = (*map(list, window), groups)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*sizes):
+        return torch.randn(sizes, generator=generator).to(dtype)
+
+    x = align(draw(batch, channels, height, width).contiguous(memory_format=memory_format))
+    weight, bias = draw(out_channels, channels // groups, *kernel), draw(out_channels)
+    exact_x, exact_weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    exact = F.conv2d(exact_x, exact_weight, bias.double(), *arguments)
+    grad = align(draw(*exact.shape).contiguous(memory_format=memory_format))
+    expected = (exact, *torch.autograd.grad(exact, (exact_x, exact_weight), grad.double()))
+    raw = torch.ops.torchops
+    results = (
+        raw.conv2d(x, weight, bias, *arguments),
+        raw.conv2d_grad_input(grad, weight, list(x.shape), *arguments, channels_last),
+        raw.conv2d_grad_weight(x, grad, list(weight.shape), *arguments, channels_last),
+    )
+    for result, reference in zip(results, expected, strict=True):
+        error = (result.double() - reference).abs().max() / reference.abs().max()
+        assert error <= TOLERANCE[dtype]

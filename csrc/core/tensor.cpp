@@ -161,4 +161,11 @@ Window2d make_window2d(const char* op, const IntList& kernel_size, const IntList
           make_window(op, kernel_size.back(), stride.back(), padding.back(), dilation.back())};
 }
 
+Window2d make_window2d(const char* op, const IntList& pool, size_t more) {
+  TORCHOPS_CHECK(pool.size() == 8 + more, op, ": expected a list of ", 8 + more,
+                 " numbers that describe the pool, but got ", to_string(pool));
+  return {make_window(op, pool[0], pool[2], pool[4], pool[6]),
+          make_window(op, pool[1], pool[3], pool[5], pool[7])};
+}
+
 }  // namespace torchops

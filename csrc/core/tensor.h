@@ -66,6 +66,11 @@ struct Window2d { Window height, width; };
 Window2d make_window2d(const char* op, const IntList& kernel_size, const IntList& stride,
                        const IntList& padding, const IntList& dilation);
 
+// A pool's arguments come as one list, since each further argument of an operator call takes half a
+// microsecond: kernel_size, stride, padding and dilation, each of height and width, and after these
+// eight as many more numbers as the operator has.
+Window2d make_window2d(const char* op, const IntList& pool, size_t more);
+
 }  // namespace torchops
 
 // Raises RuntimeError with the message made of the remaining arguments.

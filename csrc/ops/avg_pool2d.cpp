@@ -7,15 +7,11 @@
 namespace torchops {
 namespace {
 
-AvgPool2dParams make_params(DType dtype, const IntList& input_size, const Window2d& window,
-                            bool ceil_mode, bool count_include_pad,
-                            std::optional<int64_t> divisor_override, MemoryFormat format) {
+AvgPool2dParams make_params(DType dtype, const IntList& input_size, const IntList& pool,
+                            MemoryFormat format) {
   AvgPool2dParams p{};
   p.dtype = dtype;
   p.channels_last = format == MemoryFormat::channels_last;
-  p.count_include_pad = count_include_pad;
-  TORCHOPS_CHECK(!divisor_override || *divisor_override != 0, "divisor must be not zero");
-  p.divisor_override = divisor_override.value_or(0);
   const size_t rank = input_size.size();
   TORCHOPS_CHECK(rank == 3 || rank == 4, "avg_pool2d: expected a 3-D or 4-D input, but got sizes ",
                  to_string(input_size));
@@ -27,27 +23,29 @@ AvgPool2dParams make_params(DType dtype, const IntList& input_size, const Window
                  "avg_pool2d: expected an input with optional 0 dim batch size and other "
                  "dimensions non-zero, but got sizes ",
                  to_string(input_size));
-  for (const Window& w : {window.height, window.width}) {
+  const auto [height, width] = make_window2d("avg_pool2d", pool, 3);
+  const bool ceil_mode = pool[8] != 0;
+  p.count_include_pad = pool[9] != 0;
+  p.divisor_override = pool[10];
+  for (const Window& w : {height, width}) {
+    TORCHOPS_CHECK(w.dilation == 1, "avg_pool2d: expected a dilation of 1, but got ", w.dilation);
     TORCHOPS_CHECK(w.padding <= w.size / 2,
                    "avg_pool2d: pad should be at most half of the kernel size, but got pad ",
                    w.padding, " and kernel_size ", w.size);
   }
-  p.window_height = window.height;
-  p.window_width = window.width;
-  p.out_height = pooled_size(p.in_height, window.height, ceil_mode);
-  p.out_width = pooled_size(p.in_width, window.width, ceil_mode);
+  p.window_height = height;
+  p.window_width = width;
+  p.out_height = pooled_size(p.in_height, height, ceil_mode);
+  p.out_width = pooled_size(p.in_width, width, ceil_mode);
   TORCHOPS_CHECK(p.out_height > 0 && p.out_width > 0,
                  "avg_pool2d: output size is too small: ", p.out_height, "x", p.out_width,
                  " for the input sizes ", to_string(input_size));
   return p;
 }
 
-Tensor avg_pool2d(Tensor input, IntList kernel_size, IntList stride, IntList padding,
-                  bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor_override) {
-  const Window2d window = make_window2d("avg_pool2d", kernel_size, stride, padding, {1});
+Tensor avg_pool2d(Tensor input, IntList pool) {
   const MemoryFormat format = suggest_memory_format(input);
-  AvgPool2dParams p = make_params(dtype_of(input, "avg_pool2d"), sizes_of(input), window, ceil_mode,
-                                  count_include_pad, divisor_override, format);
+  AvgPool2dParams p = make_params(dtype_of(input, "avg_pool2d"), sizes_of(input), pool, format);
   const Tensor dense = contiguous(input, format);
   Tensor output = empty(with_spatial(input, p.out_height, p.out_width), format, input);
   p.input = dense.const_data_ptr();
@@ -56,15 +54,12 @@ Tensor avg_pool2d(Tensor input, IntList kernel_size, IntList stride, IntList pad
   return output;
 }
 
-Tensor avg_pool2d_backward(Tensor grad_output, IntList input_size, IntList kernel_size,
-                           IntList stride, IntList padding, bool ceil_mode, bool count_include_pad,
-                           std::optional<int64_t> divisor_override, bool channels_last) {
-  const Window2d window = make_window2d("avg_pool2d", kernel_size, stride, padding, {1});
+Tensor avg_pool2d_backward(Tensor grad_output, IntList input_size, IntList pool,
+                           bool channels_last) {
   const MemoryFormat format = channels_last && input_size.size() == 4 ? MemoryFormat::channels_last
                                                                       : MemoryFormat::contiguous;
   AvgPool2dBackwardParams p{};
-  p.shape = make_params(dtype_of(grad_output, "avg_pool2d"), input_size, window, ceil_mode,
-                        count_include_pad, divisor_override, format);
+  p.shape = make_params(dtype_of(grad_output, "avg_pool2d"), input_size, pool, format);
   IntList expected = input_size;
   expected[expected.size() - 2] = p.shape.out_height;
   expected[expected.size() - 1] = p.shape.out_width;
@@ -81,13 +76,11 @@ Tensor avg_pool2d_backward(Tensor grad_output, IntList input_size, IntList kerne
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchops, m) {
+  // pool: the window (see make_window2d), ceil_mode, count_include_pad, divisor_override or 0.
+  m.def("avg_pool2d(Tensor input, int[] pool) -> Tensor");
   m.def(
-      "avg_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, "
-      "bool ceil_mode, bool count_include_pad, int? divisor_override) -> Tensor");
-  m.def(
-      "avg_pool2d_backward(Tensor grad_output, SymInt[] input_size, int[2] kernel_size, "
-      "int[2] stride, int[2] padding, bool ceil_mode, bool count_include_pad, "
-      "int? divisor_override, bool channels_last) -> Tensor");
+      "avg_pool2d_backward(Tensor grad_output, SymInt[] input_size, int[] pool, "
+      "bool channels_last) -> Tensor");
 }
 
 TORCHOPS_IMPL(m) {

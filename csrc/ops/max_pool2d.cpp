@@ -9,8 +9,8 @@ namespace {
 
 constexpr int64_t kMaxUint8Taps = 256;
 
-MaxPool2dParams make_params(DType dtype, const IntList& input_size, const Window2d& window,
-                            bool ceil_mode, MemoryFormat format) {
+MaxPool2dParams make_params(DType dtype, const IntList& input_size, const IntList& pool,
+                            MemoryFormat format) {
   MaxPool2dParams p{};
   p.dtype = dtype;
   p.channels_last = format == MemoryFormat::channels_last;
@@ -25,16 +25,18 @@ MaxPool2dParams make_params(DType dtype, const IntList& input_size, const Window
                  "max_pool2d: expected an input with optional 0 dim batch size and other "
                  "dimensions non-zero, but got sizes ",
                  to_string(input_size));
-  for (const Window& w : {window.height, window.width}) {
+  const auto [height, width] = make_window2d("max_pool2d", pool, 1);
+  const bool ceil_mode = pool[8] != 0;
+  for (const Window& w : {height, width}) {
     TORCHOPS_CHECK(w.padding <= w.size / 2,
                    "max_pool2d: pad should be at most half of kernel size, but got pad ", w.padding,
                    " and kernel_size ", w.size);
   }
-  p.window_height = window.height;
-  p.window_width = window.width;
-  p.wide_offsets = window.height.size * window.width.size > kMaxUint8Taps;
-  p.out_height = pooled_size(p.in_height, window.height, ceil_mode);
-  p.out_width = pooled_size(p.in_width, window.width, ceil_mode);
+  p.window_height = height;
+  p.window_width = width;
+  p.wide_offsets = height.size * width.size > kMaxUint8Taps;
+  p.out_height = pooled_size(p.in_height, height, ceil_mode);
+  p.out_width = pooled_size(p.in_width, width, ceil_mode);
   TORCHOPS_CHECK(p.out_height > 0 && p.out_width > 0,
                  "max_pool2d: output size is too small: ", p.out_height, "x", p.out_width,
                  " for the input sizes ", to_string(input_size));
@@ -60,12 +62,9 @@ void check_offsets(const Tensor& offsets, const IntList& input_size, const MaxPo
                  p.wide_offsets ? "int32" : "uint8");
 }
 
-Tensor pool(const Tensor& input, const IntList& kernel_size, const IntList& stride,
-            const IntList& padding, const IntList& dilation, bool ceil_mode, Tensor* offsets) {
-  const Window2d window = make_window2d("max_pool2d", kernel_size, stride, padding, dilation);
+Tensor forward(const Tensor& input, const IntList& pool, Tensor* offsets) {
   const MemoryFormat format = suggest_memory_format(input);
-  MaxPool2dParams p =
-      make_params(dtype_of(input, "max_pool2d"), sizes_of(input), window, ceil_mode, format);
+  MaxPool2dParams p = make_params(dtype_of(input, "max_pool2d"), sizes_of(input), pool, format);
   const Tensor dense = contiguous(input, format);
   const IntList sizes = with_spatial(input, p.out_height, p.out_width);
   Tensor output = empty(sizes, format, input);
@@ -79,26 +78,20 @@ Tensor pool(const Tensor& input, const IntList& kernel_size, const IntList& stri
   return output;
 }
 
-Tensor max_pool2d(Tensor input, IntList kernel_size, IntList stride, IntList padding,
-                  IntList dilation, bool ceil_mode) {
-  return pool(input, kernel_size, stride, padding, dilation, ceil_mode, nullptr);
+Tensor max_pool2d(Tensor input, IntList pool) {
+  return forward(input, pool, nullptr);
 }
 
-std::tuple<Tensor, Tensor> max_pool2d_with_offsets(Tensor input, IntList kernel_size,
-                                                   IntList stride, IntList padding,
-                                                   IntList dilation, bool ceil_mode) {
+std::tuple<Tensor, Tensor> max_pool2d_with_offsets(Tensor input, IntList pool) {
   Tensor offsets;
-  Tensor output = pool(input, kernel_size, stride, padding, dilation, ceil_mode, &offsets);
+  Tensor output = forward(input, pool, &offsets);
   return {output, offsets};
 }
 
-Tensor max_pool2d_backward(Tensor grad_output, Tensor offsets, IntList input_size,
-                           IntList kernel_size, IntList stride, IntList padding, IntList dilation,
-                           bool ceil_mode) {
-  const Window2d window = make_window2d("max_pool2d", kernel_size, stride, padding, dilation);
+Tensor max_pool2d_backward(Tensor grad_output, Tensor offsets, IntList input_size, IntList pool) {
   const MemoryFormat format = suggest_memory_format(offsets);
   MaxPool2dBackwardParams p{};
-  p.shape = make_params(dtype_of(grad_output, "max_pool2d"), input_size, window, ceil_mode, format);
+  p.shape = make_params(dtype_of(grad_output, "max_pool2d"), input_size, pool, format);
   check_pooled("grad_output", grad_output, input_size, p.shape);
   check_offsets(offsets, input_size, p.shape);
   const Tensor dense = contiguous(grad_output, format), dense_offsets = contiguous(offsets, format);
@@ -110,12 +103,10 @@ Tensor max_pool2d_backward(Tensor grad_output, Tensor offsets, IntList input_siz
   return grad_input;
 }
 
-Tensor max_pool2d_gather(Tensor input, Tensor offsets, IntList kernel_size, IntList stride,
-                         IntList padding, IntList dilation, bool ceil_mode) {
-  const Window2d window = make_window2d("max_pool2d", kernel_size, stride, padding, dilation);
+Tensor max_pool2d_gather(Tensor input, Tensor offsets, IntList pool) {
   const MemoryFormat format = suggest_memory_format(offsets);
   MaxPool2dGatherParams p{};
-  p.shape = make_params(dtype_of(input, "max_pool2d"), sizes_of(input), window, ceil_mode, format);
+  p.shape = make_params(dtype_of(input, "max_pool2d"), sizes_of(input), pool, format);
   check_offsets(offsets, sizes_of(input), p.shape);
   const Tensor dense = contiguous(input, format), dense_offsets = contiguous(offsets, format);
   Tensor output = empty(sizes_of(offsets), format, input);
@@ -126,12 +117,10 @@ Tensor max_pool2d_gather(Tensor input, Tensor offsets, IntList kernel_size, IntL
   return output;
 }
 
-Tensor max_pool2d_indices(Tensor offsets, IntList input_size, IntList kernel_size, IntList stride,
-                          IntList padding, IntList dilation, bool ceil_mode) {
-  const Window2d window = make_window2d("max_pool2d", kernel_size, stride, padding, dilation);
+Tensor max_pool2d_indices(Tensor offsets, IntList input_size, IntList pool) {
   const MemoryFormat format = suggest_memory_format(offsets);
   MaxPool2dIndicesParams p{};
-  p.shape = make_params(DType::f32, input_size, window, ceil_mode, format);
+  p.shape = make_params(DType::f32, input_size, pool, format);
   check_offsets(offsets, input_size, p.shape);
   const Tensor dense = contiguous(offsets, format);
   Tensor indices = empty(sizes_of(offsets), format, offsets, Storage::int64);
@@ -144,22 +133,14 @@ Tensor max_pool2d_indices(Tensor offsets, IntList input_size, IntList kernel_siz
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchops, m) {
+  // pool: the window (see make_window2d), ceil_mode.
+  m.def("max_pool2d(Tensor input, int[] pool) -> Tensor");
+  m.def("max_pool2d_with_offsets(Tensor input, int[] pool) -> (Tensor, Tensor)");
   m.def(
-      "max_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, "
-      "int[2] dilation, bool ceil_mode) -> Tensor");
-  m.def(
-      "max_pool2d_with_offsets(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, "
-      "int[2] dilation, bool ceil_mode) -> (Tensor, Tensor)");
-  m.def(
-      "max_pool2d_backward(Tensor grad_output, Tensor offsets, SymInt[] input_size, "
-      "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) "
+      "max_pool2d_backward(Tensor grad_output, Tensor offsets, SymInt[] input_size, int[] pool) "
       "-> Tensor");
-  m.def(
-      "max_pool2d_gather(Tensor input, Tensor offsets, int[2] kernel_size, int[2] stride, "
-      "int[2] padding, int[2] dilation, bool ceil_mode) -> Tensor");
-  m.def(
-      "max_pool2d_indices(Tensor offsets, SymInt[] input_size, int[2] kernel_size, "
-      "int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) -> Tensor");
+  m.def("max_pool2d_gather(Tensor input, Tensor offsets, int[] pool) -> Tensor");
+  m.def("max_pool2d_indices(Tensor offsets, SymInt[] input_size, int[] pool) -> Tensor");
 }
 
 TORCHOPS_IMPL(m) {

@@ -12,7 +12,8 @@ from torch._prims_common import suggest_memory_format as _suggest_memory_format
 def pair(value: Any) -> tuple[Any, ...]:
     """An int, or a sequence of one or two, as torch's int[2] arguments take them."""
     if isinstance(value, (tuple, list)):
-        return (value[0], value[0]) if len(value) == 1 else tuple(value)
+        first, last = value * 2 if len(value) == 1 else value
+        return (first, last)
     return (value, value)
 
 
@@ -20,13 +21,6 @@ def single(value: Any) -> tuple[Any]:
     """An int, or a sequence of one, as torch's int[1] arguments take them."""
     (value,) = value if isinstance(value, (tuple, list)) else (value,)
     return (value,)
-
-
-def stride_or_kernel(stride: Any, kernel_size: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A pool's stride, which is its kernel_size where it is None or empty."""
-    if stride is None or (isinstance(stride, (tuple, list)) and not stride):
-        return kernel_size
-    return pair(stride)
 
 
 def adaptive_size(output_size: Any, input: Tensor) -> tuple[Any, ...]:
@@ -54,10 +48,8 @@ def adaptive_size_1d(output_size: Any) -> tuple[Any, ...]:
 
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether torch's own operators give channels_last to what they compute from `tensor`."""
-    if tensor.is_contiguous() and tensor.dim() == 4:
-        _, channels, height, width = tensor.shape
-        if channels > 1 and height * width > 1:
-            return False  # beyond doubt, and 4 us sooner
+    if tensor.dim() != 4 or tensor.stride(1) > tensor.stride(3):
+        return False  # beyond doubt, and 4 us sooner
     return suggest_memory_format(tensor) is torch.channels_last
 
 
@@ -68,12 +60,26 @@ def suggest_memory_format(tensor: Tensor) -> torch.memory_format:
     return _suggest_memory_format(tensor)
 
 
-def pooled_size(input: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool):
+def pool_numbers(kernel_size: Any, stride: Any, padding: Any, dilation: Any, *more: Any) -> tuple:
+    """A pool's arguments as its operators take them: one list, see csrc/core/tensor.h."""
+    kernel_size = pair(kernel_size)
+    if stride is None or stride == [] or stride == ():
+        stride = kernel_size
+    return (*kernel_size, *pair(stride), *pair(padding), *pair(dilation), *more)
+
+
+def pooled_shape(input_size: Any, pool: Any) -> tuple[Any, ...]:
+    """Sizes of a pool's output, `pool` being its pool_numbers."""
+    height, width = (pooled_size(input_size[axis - 2], *pool[axis:8:2], pool[8]) for axis in (0, 1))
+    return (*input_size[:-2], height, width)
+
+
+def pooled_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool):
     """Number of windows along an axis, also symbolic; csrc/core/window.h has the rule."""
-    span = input + 2 * padding - dilation * (kernel - 1) - 1 + (stride - 1 if ceil_mode else 0)
+    span = size + 2 * padding - dilation * (kernel - 1) - 1 + (stride - 1 if ceil_mode else 0)
     output = span // stride + 1
     if ceil_mode:
-        output = torch.sym_min(output, (input + padding - 1) // stride + 1)
+        output = torch.sym_min(output, (size + padding - 1) // stride + 1)
     return output
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from torchops.ops._autograd import (
     Function,
-    differentiable,
     fold_batch,
     kernel,
     register,
@@ -23,9 +22,6 @@ from torchops.ops._shape import (
     is_channels_last,
     suggest_memory_format,
 )
-
-_adaptive_avg_pool2d = kernel("adaptive_avg_pool2d")
-_backward = kernel("adaptive_avg_pool2d_backward")
 
 
 @drop_in(F.adaptive_avg_pool2d)
@@ -50,9 +46,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
     size = adaptive_size(output_size, input)
     if size == (1, 1) and _only_a_mean(input):
         return F.adaptive_avg_pool2d(input, size)
-    if differentiable(input):
-        return AdaptiveAvgPool2dFunction.apply(input, size)
-    return _adaptive_avg_pool2d(input, size)
+    return AdaptiveAvgPool2dFunction.call(input, size)
 
 
 @drop_in(F.adaptive_avg_pool1d)
@@ -77,9 +71,7 @@ adaptive_avg_pool3d = native_only("adaptive_avg_pool3d", F.adaptive_avg_pool3d)
 class AdaptiveAvgPool2dFunction(Function):
     """Linear in input; its adjoint spreads each output over its window."""
 
-    @staticmethod
-    def forward(input, output_size):
-        return _adaptive_avg_pool2d(input, output_size)
+    forward = staticmethod(kernel("adaptive_avg_pool2d"))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -90,22 +82,20 @@ class AdaptiveAvgPool2dFunction(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        grad_input = AdaptiveAvgPool2dBackwardFunction.apply(
+        grad_input = AdaptiveAvgPool2dBackwardFunction.call(
             grad_output, ctx.input_size, ctx.channels_last
         )
         return grad_input, None
 
     @staticmethod
     def tangent(ctx, input_tangent, _):
-        return AdaptiveAvgPool2dFunction.apply(input_tangent, ctx.output_size)
+        return AdaptiveAvgPool2dFunction.call(input_tangent, ctx.output_size)
 
 
 class AdaptiveAvgPool2dBackwardFunction(Function):
     """Linear in grad_output; its adjoint is the pooling."""
 
-    @staticmethod
-    def forward(grad_output, input_size, channels_last):
-        return _backward(grad_output, input_size, channels_last)
+    forward = staticmethod(kernel("adaptive_avg_pool2d_backward"))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -114,11 +104,11 @@ class AdaptiveAvgPool2dBackwardFunction(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return AdaptiveAvgPool2dFunction.apply(grad, ctx.output_size), None, None
+        return AdaptiveAvgPool2dFunction.call(grad, ctx.output_size), None, None
 
     @staticmethod
     def tangent(ctx, grad_output_tangent, *_):
-        return AdaptiveAvgPool2dBackwardFunction.apply(
+        return AdaptiveAvgPool2dBackwardFunction.call(
             grad_output_tangent, ctx.input_size, ctx.channels_last
         )
 

@@ -20,9 +20,6 @@ from torchops.ops._drop_in import drop_in, native_only
 from torchops.ops._shape import adaptive_size, adaptive_size_1d, suggest_memory_format
 
 _adaptive_max_pool2d = kernel("adaptive_max_pool2d")
-_with_offsets = kernel("adaptive_max_pool2d_with_offsets")
-_backward = kernel("adaptive_max_pool2d_backward")
-_gather = kernel("adaptive_max_pool2d_gather")
 _indices = kernel("adaptive_max_pool2d_indices")
 
 
@@ -46,15 +43,12 @@ def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = 
     (four where the largest window may have more than 256 taps) instead of native's eight.
     """
     size = adaptive_size(output_size, input)
-    if not return_indices:
-        if differentiable(input):
-            return AdaptiveMaxPool2dFunction.apply(input, size)[0]
-        return _adaptive_max_pool2d(input, size)
+    if return_indices:
+        output, offsets = AdaptiveMaxPool2dFunction.call(input, size)
+        return output, _indices(offsets, input.shape)
     if differentiable(input):
-        output, offsets = AdaptiveMaxPool2dFunction.apply(input, size)
-    else:
-        output, offsets = _with_offsets(input, size)
-    return output, _indices(offsets, input.shape)
+        return AdaptiveMaxPool2dFunction.apply(input, size)[0]
+    return _adaptive_max_pool2d(input, size)
 
 
 @drop_in(F.adaptive_max_pool1d)
@@ -77,15 +71,14 @@ adaptive_max_pool3d = native_only("adaptive_max_pool3d", F.adaptive_max_pool3d)
 class AdaptiveMaxPool2dFunction(Function):
     """(output, offsets) of the pooling; backward and tangent follow the winners."""
 
-    @staticmethod
-    def forward(input, output_size):
-        return _with_offsets(input, output_size)
+    forward = staticmethod(kernel("adaptive_max_pool2d_with_offsets"))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, _ = inputs
         offsets = output[1]
         ctx.mark_non_differentiable(offsets)
+        ctx.set_materialize_grads(False)
         ctx.input_size = input.shape
         ctx.save_for_backward(offsets)
         ctx.save_for_forward(offsets)
@@ -93,20 +86,18 @@ class AdaptiveMaxPool2dFunction(Function):
     @staticmethod
     def backward(ctx, grad_output, _):
         (offsets,) = ctx.saved_tensors
-        return AdaptiveMaxPool2dBackwardFunction.apply(grad_output, offsets, ctx.input_size), None
+        return AdaptiveMaxPool2dBackwardFunction.call(grad_output, offsets, ctx.input_size), None
 
     @staticmethod
     def tangent(ctx, input_tangent, _):
         (offsets,) = ctx.saved_tensors
-        return AdaptiveMaxPool2dGatherFunction.apply(input_tangent, offsets), None
+        return AdaptiveMaxPool2dGatherFunction.call(input_tangent, offsets), None
 
 
 class AdaptiveMaxPool2dBackwardFunction(Function):
     """Scatter to the winners: linear in grad_output, its adjoint is the gather."""
 
-    @staticmethod
-    def forward(grad_output, offsets, input_size):
-        return _backward(grad_output, offsets, input_size)
+    forward = staticmethod(kernel("adaptive_max_pool2d_backward"))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -117,20 +108,18 @@ class AdaptiveMaxPool2dBackwardFunction(Function):
     @staticmethod
     def backward(ctx, grad):
         (offsets,) = ctx.saved_tensors
-        return AdaptiveMaxPool2dGatherFunction.apply(grad, offsets), None, None
+        return AdaptiveMaxPool2dGatherFunction.call(grad, offsets), None, None
 
     @staticmethod
     def tangent(ctx, grad_output_tangent, *_):
         (offsets,) = ctx.saved_tensors
-        return AdaptiveMaxPool2dBackwardFunction.apply(grad_output_tangent, offsets, ctx.input_size)
+        return AdaptiveMaxPool2dBackwardFunction.call(grad_output_tangent, offsets, ctx.input_size)
 
 
 class AdaptiveMaxPool2dGatherFunction(Function):
     """input at the winners: linear in input, its adjoint is the scatter."""
 
-    @staticmethod
-    def forward(input, offsets):
-        return _gather(input, offsets)
+    forward = staticmethod(kernel("adaptive_max_pool2d_gather"))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -142,12 +131,12 @@ class AdaptiveMaxPool2dGatherFunction(Function):
     @staticmethod
     def backward(ctx, grad_output):
         (offsets,) = ctx.saved_tensors
-        return AdaptiveMaxPool2dBackwardFunction.apply(grad_output, offsets, ctx.input_size), None
+        return AdaptiveMaxPool2dBackwardFunction.call(grad_output, offsets, ctx.input_size), None
 
     @staticmethod
     def tangent(ctx, input_tangent, _):
         (offsets,) = ctx.saved_tensors
-        return AdaptiveMaxPool2dGatherFunction.apply(input_tangent, offsets)
+        return AdaptiveMaxPool2dGatherFunction.call(input_tangent, offsets)
 
 
 def _derive(input, size):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from torchops.ops._autograd import (
     Function,
-    differentiable,
     fold_batch,
     kernel,
     register,
@@ -19,15 +18,11 @@ from torchops.ops._autograd import (
 from torchops.ops._drop_in import drop_in, native_only
 from torchops.ops._shape import (
     is_channels_last,
-    pair,
-    pooled_size,
+    pool_numbers,
+    pooled_shape,
     single,
-    stride_or_kernel,
     suggest_memory_format,
 )
-
-_avg_pool2d = kernel("avg_pool2d")
-_backward = kernel("avg_pool2d_backward")
 
 
 @drop_in(F.avg_pool2d)
@@ -59,12 +54,11 @@ def avg_pool2d(
     Complexity: reads the input once and writes the output once; backward the reverse. Nothing is
         saved for backward.
     """
-    kernel_size = pair(kernel_size)
-    stride = stride_or_kernel(stride, kernel_size)
-    args = (kernel_size, stride, pair(padding), ceil_mode, count_include_pad, divisor_override)
-    if differentiable(input):
-        return AvgPool2dFunction.apply(input, *args)
-    return _avg_pool2d(input, *args)
+    if divisor_override == 0:
+        raise RuntimeError("divisor must be not zero")
+    divisor = divisor_override or 0
+    pool = pool_numbers(kernel_size, stride, padding, 1, ceil_mode, count_include_pad, divisor)
+    return AvgPool2dFunction.call(input, pool)
 
 
 @drop_in(F.avg_pool1d)
@@ -94,76 +88,51 @@ avg_pool3d = native_only("avg_pool3d", F.avg_pool3d)
 class AvgPool2dFunction(Function):
     """Linear in input; its adjoint spreads each output over its window."""
 
-    @staticmethod
-    def forward(
-        input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
-    ):
-        return _avg_pool2d(
-            input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
-        )
+    forward = staticmethod(kernel("avg_pool2d"))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, *ctx.window = inputs
-        ctx.input_size = input.shape
-        ctx.channels_last = is_channels_last(input)
+        input, pool = inputs
+        ctx.rest = (input.shape, pool, is_channels_last(input))
 
     @staticmethod
     def backward(ctx, grad_output):
-        grad_input = AvgPool2dBackwardFunction.apply(
-            grad_output, ctx.input_size, *ctx.window, ctx.channels_last
-        )
-        return grad_input, *(None,) * 6
+        return AvgPool2dBackwardFunction.call(grad_output, *ctx.rest), None
 
     @staticmethod
     def tangent(ctx, input_tangent, *_):
-        return AvgPool2dFunction.apply(input_tangent, *ctx.window)
+        return AvgPool2dFunction.call(input_tangent, ctx.rest[1])
 
 
 class AvgPool2dBackwardFunction(Function):
     """Linear in grad_output; its adjoint is the pooling."""
 
-    @staticmethod
-    def forward(
-        grad_output, input_size, kernel_size, stride, padding, ceil_mode, count_include_pad,
-        divisor_override, channels_last,
-    ):  # fmt: skip
-        return _backward(
-            grad_output, input_size, kernel_size, stride, padding, ceil_mode, count_include_pad,
-            divisor_override, channels_last,
-        )  # fmt: skip
+    forward = staticmethod(kernel("avg_pool2d_backward"))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.input_size, *ctx.window, ctx.channels_last = inputs
+        _, *ctx.rest = inputs
 
     @staticmethod
     def backward(ctx, grad):
-        return AvgPool2dFunction.apply(grad, *ctx.window), *(None,) * 8
+        return AvgPool2dFunction.call(grad, ctx.rest[1]), None, None, None
 
     @staticmethod
     def tangent(ctx, grad_output_tangent, *_):
-        return AvgPool2dBackwardFunction.apply(
-            grad_output_tangent, ctx.input_size, *ctx.window, ctx.channels_last
-        )
+        return AvgPool2dBackwardFunction.call(grad_output_tangent, *ctx.rest)
 
 
 # ---- fake kernels ------------------------------------------------------------------------
 
 
-def _fake_avg_pool2d(input, kernel_size, stride, padding, ceil_mode, *_):
-    size = [
-        pooled_size(input.shape[axis], kernel_size[axis], stride[axis], padding[axis], 1, ceil_mode)
-        for axis in (-2, -1)
-    ]
+def _fake_avg_pool2d(input, pool):
     return torch.empty(
-        (*input.shape[:-2], *size), dtype=input.dtype, device=input.device,
+        pooled_shape(input.shape, pool), dtype=input.dtype, device=input.device,
         memory_format=suggest_memory_format(input),
     )  # fmt: skip
 
 
-def _fake_backward(grad_output, input_size, *window_and_format):
-    channels_last = window_and_format[-1]
+def _fake_backward(grad_output, input_size, pool, channels_last):
     return torch.empty(
         input_size, dtype=grad_output.dtype, device=grad_output.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
@@ -173,15 +142,15 @@ def _fake_backward(grad_output, input_size, *window_and_format):
 # ---- vmap: a further batch dimension is more images ----------------------------------------
 
 
-def _vmap_avg_pool2d(info, in_dims, input, *window):
+def _vmap_avg_pool2d(info, in_dims, input, pool):
     images = fold_batch(input, in_dims[0], info.batch_size)
-    return unfold_batch(torch.ops.torchops.avg_pool2d(images, *window), info.batch_size), 0
+    return unfold_batch(torch.ops.torchops.avg_pool2d(images, pool), info.batch_size), 0
 
 
-def _vmap_backward(info, in_dims, grad_output, input_size, *window_and_format):
+def _vmap_backward(info, in_dims, grad_output, input_size, pool, channels_last):
     grads = fold_batch(grad_output, in_dims[0], info.batch_size)
     size = (info.batch_size * input_size[0], *input_size[1:])
-    grad_input = torch.ops.torchops.avg_pool2d_backward(grads, size, *window_and_format)
+    grad_input = torch.ops.torchops.avg_pool2d_backward(grads, size, pool, channels_last)
     return unfold_batch(grad_input, info.batch_size), 0
 
 

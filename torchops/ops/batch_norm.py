@@ -12,13 +12,10 @@ from torch.autograd.graph import increment_version
 
 from torchops.ops import _batch_norm_derivatives as derivatives
 from torchops.ops._activation import ACTIVATIONS, activation_number
-from torchops.ops._autograd import Function, differentiable, kernel, register
+from torchops.ops._autograd import Function, kernel, register
 from torchops.ops._drop_in import drop_in
 from torchops.ops._shape import suggest_memory_format
 
-_batch_norm = kernel("batch_norm")
-_apply = kernel("batch_norm_apply")
-_backward = kernel("batch_norm_backward")
 # Not below autograd: there, nothing would tell autograd that the running statistics have changed.
 _update = torch.ops.torchops.batch_norm_update.default
 
@@ -171,12 +168,11 @@ def check_residual(input: Tensor, residual: Tensor) -> None:
 def _normalize(
     input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
 ) -> Tensor:
-    needs_function = differentiable(input, weight, bias, residual)
     if not training:
-        apply = BatchNormApplyFunction.apply if needs_function else _apply
-        return apply(input, running_mean, running_var, weight, bias, residual, eps, activation)
-    train = BatchNormFunction.apply if needs_function else _batch_norm
-    output, mean, var = train(input, weight, bias, residual, eps, activation)
+        return BatchNormApplyFunction.call(
+            input, running_mean, running_var, weight, bias, residual, eps, activation
+        )
+    output, mean, var = BatchNormFunction.call(input, weight, bias, residual, eps, activation)
     if running_mean is not None:
         count = input.numel() // max(input.shape[1], 1)
         _update(running_mean, running_var, mean, var, count, momentum)
@@ -193,7 +189,7 @@ def _gradients(ctx, grad_output, mean, var, needs, training):
     # Without an activation the residual's gradient is grad_output itself.
     wants_residual = needs[3] and ctx.activation != 0
     mask = _needed(needs[0], needs[1], needs[2], wants_residual)
-    gradients = BatchNormBackwardFunction.apply(
+    gradients = BatchNormBackwardFunction.call(
         grad_output, input, mean, var, weight, bias, residual, ctx.eps, training, ctx.activation,
         mask,
     )  # fmt: skip
@@ -206,9 +202,8 @@ def _gradients(ctx, grad_output, mean, var, needs, training):
 class BatchNormFunction(Function):
     """Training: (output, mean, var) with the statistics of this batch."""
 
-    @staticmethod
-    def forward(input, weight, bias, residual, eps, activation):
-        return _batch_norm(input, weight, bias, residual, eps, activation)
+    tensors = 4
+    forward = staticmethod(kernel("batch_norm"))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -234,9 +229,8 @@ class BatchNormFunction(Function):
 class BatchNormApplyFunction(Function):
     """Evaluation: the output for a given mean and var, which are constants to autograd."""
 
-    @staticmethod
-    def forward(input, mean, var, weight, bias, residual, eps, activation):
-        return _apply(input, mean, var, weight, bias, residual, eps, activation)
+    tensors = 6
+    forward = staticmethod(kernel("batch_norm_apply"))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -265,13 +259,8 @@ class BatchNormBackwardFunction(Function):
     are the statistics of.
     """
 
-    @staticmethod
-    def forward(
-        grad_output, input, mean, var, weight, bias, residual, eps, training, activation, mask
-    ):
-        return _backward(
-            grad_output, input, mean, var, weight, bias, residual, eps, training, activation, mask
-        )
+    tensors = 7
+    forward = staticmethod(kernel("batch_norm_backward"))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

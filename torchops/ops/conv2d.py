@@ -14,18 +14,13 @@ from torch import Tensor
 
 from torchops.ops._autograd import (
     Function,
-    differentiable,
     fold_batch,
     kernel,
     register,
     unfold_batch,
 )
 from torchops.ops._drop_in import drop_in, native_only
-from torchops.ops._shape import convolved_size, is_channels_last, pair
-
-_conv2d = kernel("conv2d")
-_grad_input = kernel("conv2d_grad_input")
-_grad_weight = kernel("conv2d_grad_weight")
+from torchops.ops._shape import convolved_size, is_channels_last, pair, single
 
 
 @drop_in(F.conv2d)
@@ -67,10 +62,10 @@ def conv2d(
     stride, dilation = pair(stride), pair(dilation)
     if isinstance(padding, str):
         input, padding = _named_padding(input, weight, stride, padding, dilation)
+    window = (stride, pair(padding), dilation, groups)
     if input.dim() == 3:
-        images = input.unsqueeze(0)
-        return _convolve(images, weight, bias, stride, pair(padding), dilation, groups).squeeze(0)
-    return _convolve(input, weight, bias, stride, pair(padding), dilation, groups)
+        return Conv2dFunction.call(input.unsqueeze(0), weight, bias, *window).squeeze(0)
+    return Conv2dFunction.call(input, weight, bias, *window)
 
 
 cross_correlation2d = conv2d
@@ -90,8 +85,8 @@ def conv1d(
     if input.dim() not in (2, 3) or weight.dim() != 3:
         raise RuntimeError("conv1d: expected a 2-D or 3-D input and a 3-D weight")
     if not isinstance(padding, str):
-        padding = (0, *_single(padding))
-    stride, dilation = (1, *_single(stride)), (1, *_single(dilation))
+        padding = (0, *single(padding))
+    stride, dilation = (1, *single(stride)), (1, *single(dilation))
     # Contiguous, as torch does it: a transposed sequence is no channels_last image.
     rows, kernels = input.contiguous().unsqueeze(-2), weight.unsqueeze(-2)
     return conv2d.__wrapped__(rows, kernels, bias, stride, padding, dilation, groups).squeeze(-2)
@@ -150,11 +145,6 @@ def conv1x1(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: A
 conv3d = native_only("conv3d", F.conv3d)
 
 
-def _single(value: Any) -> tuple[int]:
-    (value,) = value if isinstance(value, (tuple, list)) else (value,)
-    return (value,)
-
-
 def _autocast(*tensors: Any) -> Any:
     """As torch's autocast before its own convolution: all but float64 to the region's dtype."""
     device = tensors[0].device.type
@@ -186,40 +176,32 @@ def _named_padding(
     return input, (total[0] // 2, total[1] // 2)
 
 
-def _convolve(input, weight, bias, stride, padding, dilation, groups):
-    if differentiable(input, weight, bias):
-        return Conv2dFunction.apply(input, weight, bias, stride, padding, dilation, groups)
-    return _conv2d(input, weight, bias, stride, padding, dilation, groups)
-
-
-def _convolve_grad_input(grad_output, weight, *arguments):
-    if differentiable(grad_output, weight):
-        return Conv2dGradInputFunction.apply(grad_output, weight, *arguments)
-    return _grad_input(grad_output, weight, *arguments)
-
-
-def _convolve_grad_weight(input, grad_output, *arguments):
-    if differentiable(input, grad_output):
-        return Conv2dGradWeightFunction.apply(input, grad_output, *arguments)
-    return _grad_weight(input, grad_output, *arguments)
-
-
 def _channels_last(input: Tensor, weight: Tensor) -> bool:
     """torch's rule for convolutions: one channels_last argument is enough."""
     return is_channels_last(input) or is_channels_last(weight)
 
 
-def _sum(*terms: Tensor | None) -> Tensor | None:
-    present = [term for term in terms if term is not None]
-    return sum(present[1:], present[0]) if present else None
+def _bilinear_tangent(function: type[Function], ctx: Any, tangents: tuple, *rest: Any) -> Any:
+    """The product rule for the two tensors that ctx saved; a tangent that is None is zero."""
+    first, second = ctx.saved_tensors
+    first_tangent, second_tangent = tangents
+    return _sum(
+        None if first_tangent is None else function.call(first_tangent, second, *rest),
+        None if second_tangent is None else function.call(first, second_tangent, *rest),
+    )
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return first if second is None else second
+    return first + second
 
 
 class Conv2dFunction(Function):
     """output = conv2d(input, weight) + bias."""
 
-    @staticmethod
-    def forward(input, weight, bias, stride, padding, dilation, groups):
-        return _conv2d(input, weight, bias, stride, padding, dilation, groups)
+    tensors = 3
+    forward = staticmethod(kernel("conv2d"))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -238,11 +220,11 @@ class Conv2dFunction(Function):
         channels_last = _channels_last(input, weight)
         grad_input = grad_weight = grad_bias = None
         if needs_input:
-            grad_input = _convolve_grad_input(
+            grad_input = Conv2dGradInputFunction.call(
                 grad_output, weight, input.shape, *ctx.window, channels_last
             )
         if needs_weight:
-            grad_weight = _convolve_grad_weight(
+            grad_weight = Conv2dGradWeightFunction.call(
                 input, grad_output, weight.shape, *ctx.window, channels_last
             )
         if needs_bias:
@@ -251,12 +233,11 @@ class Conv2dFunction(Function):
 
     @staticmethod
     def tangent(ctx, input_tangent, weight_tangent, bias_tangent, *_):
-        input, weight = ctx.saved_tensors
-        return _sum(
-            None if input_tangent is None else _convolve(input_tangent, weight, None, *ctx.window),
-            None if weight_tangent is None else _convolve(input, weight_tangent, None, *ctx.window),
-            None if bias_tangent is None else _bias_image(bias_tangent, input, weight, ctx.window),
-        )
+        tangents = (input_tangent, weight_tangent)
+        output = _bilinear_tangent(Conv2dFunction, ctx, tangents, None, *ctx.window)
+        if bias_tangent is None:
+            return output
+        return _sum(output, _bias_image(bias_tangent, *ctx.saved_tensors, ctx.window))
 
 
 def _bias_image(bias: Tensor, input: Tensor, weight: Tensor, window: list) -> Tensor:
@@ -267,11 +248,8 @@ def _bias_image(bias: Tensor, input: Tensor, weight: Tensor, window: list) -> Te
 class Conv2dGradInputFunction(Function):
     """grad_input, bilinear in grad_output and weight."""
 
-    @staticmethod
-    def forward(grad_output, weight, input_size, stride, padding, dilation, groups, channels_last):
-        return _grad_input(
-            grad_output, weight, input_size, stride, padding, dilation, groups, channels_last
-        )
+    tensors = 2
+    forward = staticmethod(kernel("conv2d_grad_input"))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -285,35 +263,25 @@ class Conv2dGradInputFunction(Function):
         needs_grad_output, needs_weight, *_ = ctx.needs_input_grad
         for_grad_output = for_weight = None
         if needs_grad_output:
-            for_grad_output = _convolve(grad, weight, None, *ctx.window)
+            for_grad_output = Conv2dFunction.call(grad, weight, None, *ctx.window)
         if needs_weight:
-            for_weight = _convolve_grad_weight(
+            for_weight = Conv2dGradWeightFunction.call(
                 grad, grad_output, weight.shape, *ctx.window, ctx.channels_last
             )
         return for_grad_output, for_weight, *(None,) * 6
 
     @staticmethod
     def tangent(ctx, grad_output_tangent, weight_tangent, *_):
-        grad_output, weight = ctx.saved_tensors
+        tangents = (grad_output_tangent, weight_tangent)
         rest = (ctx.input_size, *ctx.window, ctx.channels_last)
-        return _sum(
-            None
-            if grad_output_tangent is None
-            else _convolve_grad_input(grad_output_tangent, weight, *rest),
-            None
-            if weight_tangent is None
-            else _convolve_grad_input(grad_output, weight_tangent, *rest),
-        )
+        return _bilinear_tangent(Conv2dGradInputFunction, ctx, tangents, *rest)
 
 
 class Conv2dGradWeightFunction(Function):
     """grad_weight, bilinear in input and grad_output."""
 
-    @staticmethod
-    def forward(input, grad_output, weight_size, stride, padding, dilation, groups, channels_last):
-        return _grad_weight(
-            input, grad_output, weight_size, stride, padding, dilation, groups, channels_last
-        )
+    tensors = 2
+    forward = staticmethod(kernel("conv2d_grad_weight"))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -327,25 +295,18 @@ class Conv2dGradWeightFunction(Function):
         needs_input, needs_grad_output, *_ = ctx.needs_input_grad
         for_input = for_grad_output = None
         if needs_input:
-            for_input = _convolve_grad_input(
+            for_input = Conv2dGradInputFunction.call(
                 grad_output, grad, input.shape, *ctx.window, ctx.channels_last
             )
         if needs_grad_output:
-            for_grad_output = _convolve(input, grad, None, *ctx.window)
+            for_grad_output = Conv2dFunction.call(input, grad, None, *ctx.window)
         return for_input, for_grad_output, *(None,) * 6
 
     @staticmethod
     def tangent(ctx, input_tangent, grad_output_tangent, *_):
-        input, grad_output = ctx.saved_tensors
+        tangents = (input_tangent, grad_output_tangent)
         rest = (ctx.weight_size, *ctx.window, ctx.channels_last)
-        return _sum(
-            None
-            if input_tangent is None
-            else _convolve_grad_weight(input_tangent, grad_output, *rest),
-            None
-            if grad_output_tangent is None
-            else _convolve_grad_weight(input, grad_output_tangent, *rest),
-        )
+        return _bilinear_tangent(Conv2dGradWeightFunction, ctx, tangents, *rest)
 
 
 # ---- fake kernels ------------------------------------------------------------------------

@@ -17,12 +17,9 @@ from torchops.ops._autograd import (
     unfold_batch,
 )
 from torchops.ops._drop_in import drop_in, native_only
-from torchops.ops._shape import pair, pooled_size, suggest_memory_format
+from torchops.ops._shape import pool_numbers, pooled_shape, single, suggest_memory_format
 
 _max_pool2d = kernel("max_pool2d")
-_with_offsets = kernel("max_pool2d_with_offsets")
-_backward = kernel("max_pool2d_backward")
-_gather = kernel("max_pool2d_gather")
 _indices = kernel("max_pool2d_indices")
 
 
@@ -54,16 +51,13 @@ def max_pool2d(
     Complexity: reads the input once, writes the output once, and for backward one byte per output
     (four where the window has more than 256 taps) instead of native's eight.
     """
-    window = _window(kernel_size, stride, padding, dilation, ceil_mode)
-    if not return_indices:
-        if differentiable(input):
-            return MaxPool2dFunction.apply(input, *window)[0]
-        return _max_pool2d(input, *window)
+    pool = pool_numbers(kernel_size, stride, padding, dilation, ceil_mode)
+    if return_indices:
+        output, offsets = MaxPool2dFunction.call(input, pool)
+        return output, _indices(offsets, input.shape, pool)
     if differentiable(input):
-        output, offsets = MaxPool2dFunction.apply(input, *window)
-    else:
-        output, offsets = _with_offsets(input, *window)
-    return output, _indices(offsets, input.shape, *window)
+        return MaxPool2dFunction.apply(input, pool)[0]
+    return _max_pool2d(input, pool)
 
 
 @drop_in(F.max_pool1d)
@@ -84,23 +78,12 @@ def max_pool1d(
     needs_grad = differentiable(input) or (torch.is_grad_enabled() and input.requires_grad)
     if not (return_indices or needs_grad) and input.is_cpu:
         input = input.contiguous()  # native's strides there: it has a kernel without indices
-    row = [(1, *_single(v)) for v in (kernel_size, stride)]
-    row += [(0, *_single(padding)), (1, *_single(dilation))]
+    row = [(1, *single(v)) for v in (kernel_size, stride)]
+    row += [(0, *single(padding)), (1, *single(dilation))]
     result = max_pool2d.__wrapped__(input.unsqueeze(-2), *row, ceil_mode, return_indices)
     if return_indices:
         return tuple(tensor.squeeze(-2) for tensor in result)
     return result.squeeze(-2)
-
-
-def _single(value: Any) -> tuple[int]:
-    (value,) = value if isinstance(value, (tuple, list)) else (value,)
-    return (value,)
-
-
-def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> tuple:
-    kernel_size = pair(kernel_size)
-    stride = kernel_size if stride is None or stride == [] else pair(stride)
-    return kernel_size, stride, pair(padding), pair(dilation), bool(ceil_mode)
 
 
 max_pool3d = native_only("max_pool3d", F.max_pool3d)
@@ -109,171 +92,150 @@ max_pool3d = native_only("max_pool3d", F.max_pool3d)
 class MaxPool2dFunction(Function):
     """(output, offsets) of the pooling; backward and tangent follow the winners."""
 
-    @staticmethod
-    def forward(input, kernel_size, stride, padding, dilation, ceil_mode):
-        return _with_offsets(input, kernel_size, stride, padding, dilation, ceil_mode)
+    forward = staticmethod(kernel("max_pool2d_with_offsets"))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, *ctx.window = inputs
-        offsets = output[1]
+        input, pool = inputs
+        _, offsets = output
         ctx.mark_non_differentiable(offsets)
-        ctx.input_size = input.shape
+        ctx.set_materialize_grads(False)
+        ctx.rest = (input.shape, pool)
         ctx.save_for_backward(offsets)
         ctx.save_for_forward(offsets)
 
     @staticmethod
     def backward(ctx, grad_output, _):
         (offsets,) = ctx.saved_tensors
-        grad_input = MaxPool2dBackwardFunction.apply(
-            grad_output, offsets, ctx.input_size, *ctx.window
-        )
-        return grad_input, None, None, None, None, None
+        return MaxPool2dBackwardFunction.call(grad_output, offsets, *ctx.rest), None
 
     @staticmethod
     def tangent(ctx, input_tangent, *_):
         (offsets,) = ctx.saved_tensors
-        return MaxPool2dGatherFunction.apply(input_tangent, offsets, *ctx.window), None
+        return MaxPool2dGatherFunction.call(input_tangent, offsets, ctx.rest[1]), None
 
 
 class MaxPool2dBackwardFunction(Function):
     """Scatter to the winners: linear in grad_output, its adjoint is the gather."""
 
-    @staticmethod
-    def forward(
-        grad_output, offsets, input_size, kernel_size, stride, padding, dilation, ceil_mode
-    ):
-        return _backward(
-            grad_output, offsets, input_size, kernel_size, stride, padding, dilation, ceil_mode
-        )
+    forward = staticmethod(kernel("max_pool2d_backward"))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, offsets, ctx.input_size, *ctx.window = inputs
+        _, offsets, *ctx.rest = inputs
         ctx.save_for_backward(offsets)
         ctx.save_for_forward(offsets)
 
     @staticmethod
     def backward(ctx, grad):
         (offsets,) = ctx.saved_tensors
-        return MaxPool2dGatherFunction.apply(grad, offsets, *ctx.window), *(None,) * 7
+        return MaxPool2dGatherFunction.call(grad, offsets, ctx.rest[1]), None, None, None
 
     @staticmethod
     def tangent(ctx, grad_output_tangent, *_):
         (offsets,) = ctx.saved_tensors
-        return MaxPool2dBackwardFunction.apply(
-            grad_output_tangent, offsets, ctx.input_size, *ctx.window
-        )
+        return MaxPool2dBackwardFunction.call(grad_output_tangent, offsets, *ctx.rest)
 
 
 class MaxPool2dGatherFunction(Function):
     """input at the winners: linear in input, its adjoint is the scatter."""
 
-    @staticmethod
-    def forward(input, offsets, kernel_size, stride, padding, dilation, ceil_mode):
-        return _gather(input, offsets, kernel_size, stride, padding, dilation, ceil_mode)
+    forward = staticmethod(kernel("max_pool2d_gather"))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, offsets, *ctx.window = inputs
-        ctx.input_size = input.shape
+        input, offsets, pool = inputs
+        ctx.rest = (input.shape, pool)
         ctx.save_for_backward(offsets)
         ctx.save_for_forward(offsets)
 
     @staticmethod
     def backward(ctx, grad_output):
         (offsets,) = ctx.saved_tensors
-        grad_input = MaxPool2dBackwardFunction.apply(
-            grad_output, offsets, ctx.input_size, *ctx.window
-        )
-        return grad_input, *(None,) * 6
+        grad_input = MaxPool2dBackwardFunction.call(grad_output, offsets, *ctx.rest)
+        return grad_input, None, None
 
     @staticmethod
     def tangent(ctx, input_tangent, *_):
         (offsets,) = ctx.saved_tensors
-        return MaxPool2dGatherFunction.apply(input_tangent, offsets, *ctx.window)
+        return MaxPool2dGatherFunction.call(input_tangent, offsets, ctx.rest[1])
 
 
-def _derive(input, *window):
+def _derive(input, pool):
     """The pooling that keeps no offsets: with them where a derivative may be asked for."""
     if differentiable(input):
-        return MaxPool2dFunction.apply_here(input, *window)[0]
-    return _max_pool2d(input, *window)
+        return MaxPool2dFunction.apply_here(input, pool)[0]
+    return _max_pool2d(input, pool)
 
 
 # ---- fake kernels ------------------------------------------------------------------------
 
 
-def _fake_offsets(input, kernel_size, stride, padding, dilation, ceil_mode):
-    size = [
-        pooled_size(input.shape[axis], kernel_size[axis], stride[axis], padding[axis],
-                    dilation[axis], ceil_mode)
-        for axis in (-2, -1)
-    ]  # fmt: skip
-    dtype = torch.uint8 if kernel_size[0] * kernel_size[-1] <= 256 else torch.int32
-    shape = (*input.shape[:-2], *size)
+def _fake_offsets(input, pool):
     return torch.empty(
-        shape, dtype=dtype, device=input.device, memory_format=suggest_memory_format(input)
-    )
+        pooled_shape(input.shape, pool), device=input.device,
+        dtype=torch.uint8 if pool[0] * pool[1] <= 256 else torch.int32,
+        memory_format=suggest_memory_format(input),
+    )  # fmt: skip
 
 
-def _fake_max_pool2d(input, *window):
-    return torch.empty_like(_fake_offsets(input, *window), dtype=input.dtype)
+def _fake_max_pool2d(input, pool):
+    return torch.empty_like(_fake_offsets(input, pool), dtype=input.dtype)
 
 
-def _fake_with_offsets(input, *window):
-    offsets = _fake_offsets(input, *window)
+def _fake_with_offsets(input, pool):
+    offsets = _fake_offsets(input, pool)
     return torch.empty_like(offsets, dtype=input.dtype), offsets
 
 
-def _fake_backward(grad_output, offsets, input_size, *window):
+def _fake_backward(grad_output, offsets, input_size, pool):
     return torch.empty(
         input_size, dtype=grad_output.dtype, device=grad_output.device,
         memory_format=suggest_memory_format(offsets),
     )  # fmt: skip
 
 
-def _fake_gather(input, offsets, *window):
+def _fake_gather(input, offsets, pool):
     return torch.empty_like(offsets, dtype=input.dtype)
 
 
-def _fake_indices(offsets, input_size, *window):
+def _fake_indices(offsets, input_size, pool):
     return torch.empty_like(offsets, dtype=torch.int64)
 
 
 # ---- vmap: a further batch dimension is more images ----------------------------------------
 
 
-def _vmap_max_pool2d(info, in_dims, input, *window):
+def _vmap_max_pool2d(info, in_dims, input, pool):
     images = fold_batch(input, in_dims[0], info.batch_size)
-    return unfold_batch(torch.ops.torchops.max_pool2d(images, *window), info.batch_size), 0
+    return unfold_batch(torch.ops.torchops.max_pool2d(images, pool), info.batch_size), 0
 
 
-def _vmap_with_offsets(info, in_dims, input, *window):
+def _vmap_with_offsets(info, in_dims, input, pool):
     images = fold_batch(input, in_dims[0], info.batch_size)
-    output, offsets = torch.ops.torchops.max_pool2d_with_offsets(images, *window)
+    output, offsets = torch.ops.torchops.max_pool2d_with_offsets(images, pool)
     return (unfold_batch(output, info.batch_size), unfold_batch(offsets, info.batch_size)), (0, 0)
 
 
-def _vmap_backward(info, in_dims, grad_output, offsets, input_size, *window):
+def _vmap_backward(info, in_dims, grad_output, offsets, input_size, pool):
     grads = fold_batch(grad_output, in_dims[0], info.batch_size)
     winners = fold_batch(offsets, in_dims[1], info.batch_size)
     size = (info.batch_size * input_size[0], *input_size[1:])
-    grad_input = torch.ops.torchops.max_pool2d_backward(grads, winners, size, *window)
+    grad_input = torch.ops.torchops.max_pool2d_backward(grads, winners, size, pool)
     return unfold_batch(grad_input, info.batch_size), 0
 
 
-def _vmap_gather(info, in_dims, input, offsets, *window):
+def _vmap_gather(info, in_dims, input, offsets, pool):
     images = fold_batch(input, in_dims[0], info.batch_size)
     winners = fold_batch(offsets, in_dims[1], info.batch_size)
-    output = torch.ops.torchops.max_pool2d_gather(images, winners, *window)
+    output = torch.ops.torchops.max_pool2d_gather(images, winners, pool)
     return unfold_batch(output, info.batch_size), 0
 
 
-def _vmap_indices(info, in_dims, offsets, input_size, *window):
+def _vmap_indices(info, in_dims, offsets, input_size, pool):
     winners = fold_batch(offsets, in_dims[0], info.batch_size)
     size = (info.batch_size * input_size[0], *input_size[1:])
-    indices = torch.ops.torchops.max_pool2d_indices(winners, size, *window)
+    indices = torch.ops.torchops.max_pool2d_indices(winners, size, pool)
     return unfold_batch(indices, info.batch_size), 0
 
 

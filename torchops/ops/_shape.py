@@ -60,6 +60,13 @@ def suggest_memory_format(tensor: Tensor) -> torch.memory_format:
     return _suggest_memory_format(tensor)
 
 
+def check_bools(*flags: Any) -> None:
+    """In a list of numbers 1 would pass for True; torch takes no int for a bool."""
+    for flag in flags:
+        if not isinstance(flag, bool):
+            raise TypeError(f"expected a bool, but got {type(flag).__name__}")
+
+
 def pool_numbers(kernel_size: Any, stride: Any, padding: Any, dilation: Any, *more: Any) -> tuple:
     """A pool's arguments as its operators take them: one list, see csrc/core/tensor.h."""
     kernel_size = pair(kernel_size)

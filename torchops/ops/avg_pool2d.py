@@ -17,6 +17,7 @@ from torchops.ops._autograd import (
 )
 from torchops.ops._drop_in import drop_in, native_only
 from torchops.ops._shape import (
+    check_bools,
     is_channels_last,
     pool_numbers,
     pooled_shape,
@@ -54,6 +55,7 @@ def avg_pool2d(
     Complexity: reads the input once and writes the output once; backward the reverse. Nothing is
         saved for backward.
     """
+    check_bools(ceil_mode, count_include_pad)
     if divisor_override == 0:
         raise RuntimeError("divisor must be not zero")
     divisor = divisor_override or 0

@@ -17,7 +17,7 @@ from torchops.ops._autograd import (
     unfold_batch,
 )
 from torchops.ops._drop_in import drop_in, native_only
-from torchops.ops._shape import pool_numbers, pooled_shape, single, suggest_memory_format
+from torchops.ops._shape import check_bools, pool_numbers, pooled_shape, single, suggest_memory_format
 
 _max_pool2d = kernel("max_pool2d")
 _indices = kernel("max_pool2d_indices")
@@ -51,6 +51,7 @@ def max_pool2d(
     Complexity: reads the input once, writes the output once, and for backward one byte per output
     (four where the window has more than 256 taps) instead of native's eight.
     """
+    check_bools(ceil_mode)
     pool = pool_numbers(kernel_size, stride, padding, dilation, ceil_mode)
     if return_indices:
         output, offsets = MaxPool2dFunction.call(input, pool)

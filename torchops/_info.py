@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from torchops import _C, _backend, _cuda, _tuning, functional
+from torchops import _C, _backend, _tuning, functional
 from torchops.ops import _drop_in
 from torchops.ops._drop_in import Operator
 
@@ -90,10 +90,9 @@ def _coverage(name: str, operator: Operator) -> dict[str, Any]:
     if not operator.own:
         return {"kernel": False, "dtypes": [], "formats": [], "devices": []}
     devices = ["cpu"]
-    if _C.CUDA_ARCHS and name != "conv1x1":
-        limits = ["depthwise only"] if name in _cuda.CONVOLUTIONS else []
-        limits += [] if CUDA_VERIFIED_ON else ["compiled and emulated, not yet run on a GPU"]
-        devices.append(f"cuda ({'; '.join(limits)})" if limits else "cuda")
+    if _C.CUDA_ARCHS:
+        untried = "cuda (compiled and emulated, not yet run on a GPU)"
+        devices.append("cuda" if CUDA_VERIFIED_ON else untried)
     return {
         "kernel": True,
         "dtypes": sorted(

@@ -1,6 +1,6 @@
 """Drives CMake and Ninja; the only place that reads build switches.
 
-TORCHOPS_CUDA=auto|0|1      build the CUDA library (auto: where torch has CUDA and nvcc is on the PATH)
+TORCHOPS_CUDA=auto|0|1      build the CUDA library (auto: torch has CUDA, nvcc is on the PATH)
 TORCHOPS_CUDA_ARCHS="80;90a"  compute capabilities to build it for
 TORCHOPS_DEBUG=1            -O0 -g
 TORCHOPS_SANITIZE=address,undefined
@@ -109,7 +109,9 @@ def find_python_headers() -> str:
 
 def torch_has_cuda(torch_root: Path) -> bool:
     """A CPU-only torch never loads the CUDA library, which takes minutes to build."""
-    return re.search(r"^cuda\b.*= *['\"]", (torch_root / "version.py").read_text(), re.M) is not None
+    return (
+        re.search(r"^cuda\b.*= *['\"]", (torch_root / "version.py").read_text(), re.M) is not None
+    )
 
 
 def cuda_archs(torch_root: Path) -> str:

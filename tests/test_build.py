@@ -120,10 +120,17 @@ def test_bad_switches(setup, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("switch", "torch_cuda", "archs"),
-    [("auto", "'13.0'", "80;90a"), ("auto", "None", ""), ("1", "None", "80;90a"), ("0", "'13.0'", "")],
+    [
+        ("auto", "'13.0'", "80;90a"),
+        ("auto", "None", ""),
+        ("1", "None", "80;90a"),
+        ("0", "'13.0'", ""),
+    ],
 )
 def test_cuda_is_built_where_torch_has_it(setup, monkeypatch, tmp_path, switch, torch_cuda, archs):
-    (tmp_path / "version.py").write_text(f"__all__ = ['cuda']\ncuda: Optional[str] = {torch_cuda}\n")
+    (tmp_path / "version.py").write_text(
+        f"__all__ = ['cuda']\ncuda: Optional[str] = {torch_cuda}\n"
+    )
     monkeypatch.setattr(setup.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.delenv("TORCHOPS_CUDA_ARCHS", raising=False)
     monkeypatch.setenv("TORCHOPS_CUDA", switch)

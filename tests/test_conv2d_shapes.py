@@ -11,7 +11,11 @@ import torchops  # noqa: F401  loads the operators
 
 # batch, channels, height, width, kernel, stride, padding, dilation, output channels, groups
 CASES = [
-    *((2, 6, 9, 13, (k, k), (s, s), (k // 2, k // 2), (1, 1), 6, 6) for k in (3, 5, 7) for s in (1, 2)),
+    *(
+        (2, 6, 9, 13, (k, k), (s, s), (k // 2, k // 2), (1, 1), 6, 6)
+        for k in (3, 5, 7)
+        for s in (1, 2)
+    ),
     (1, 66, 11, 8, (3, 3), (1, 1), (1, 1), (1, 1), 66, 66),
     (3, 4, 10, 17, (3, 3), (2, 2), (0, 1), (1, 1), 4, 4),
     (2, 4, 9, 9, (3, 3), (1, 1), (2, 2), (2, 2), 8, 4),

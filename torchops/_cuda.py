@@ -64,4 +64,3 @@ def missing(name: str, args: Any, kwargs: Any) -> str | None:
     if family not in FAMILIES or family in available:
         return None
     return f"{family} on CUDA"
-

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchops.fuse import activation_name, has_hooks
-from torchops.nn.batch_norm import _statistics
+from torchops.nn.batch_norm import call_statistics
 from torchops.ops.batch_norm import batch_norm
 
 
@@ -21,7 +21,7 @@ def fuse(model: nn.Module) -> list[str]:
     sites = []
     for name, module in model.named_modules():
         if _is_batch_norm_act(type(module)) and _computable(module):
-            module.__class__ = _twin(type(module))
+            module.__class__ = _twin(type(module))  # type: ignore[arg-type]
             sites.append(f"{name} ({activation_name(module.act)} into BatchNormAct2d)")  # type: ignore[arg-type]
     return sites
 
@@ -43,13 +43,13 @@ def _computable(module: Any) -> bool:
 
 
 class _BatchNormAct:
-    """First base of the subclasses that _twin makes; copies and pickles as the class it stands for."""
+    """First base of what _twin makes; copies and pickles as the class it stands for."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if not _computable(self):  # its parts were exchanged since
             return super().forward(x)  # type: ignore[misc]
         self._check_input_dim(x)
-        mean, var, training, momentum = _statistics(self)
+        mean, var, training, momentum = call_statistics(self)
         return batch_norm(
             x, mean, var, self.weight, self.bias, training, momentum, self.eps,
             activation=activation_name(self.act),
@@ -65,5 +65,5 @@ def _twin(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
-    twin = _twin(cls)
+    twin = _twin(cls)  # type: ignore[arg-type]
     return twin.__new__(twin)

@@ -44,10 +44,10 @@ Isa active_isa();
   inline void (*kernel)(const Params&, int device) = nullptr;
 #endif
 
-#define TORCHOPS_KERNEL(kernel, Params)                                                  \
-  namespace torchops::cpu {                                                              \
-  TORCHOPS_CPU_KERNEL(kernel, Params)                                                    \
-  }                                                                                      \
-  namespace torchops::cuda {                                                             \
+#define TORCHOPS_KERNEL(kernel, Params)                                        \
+  namespace torchops::cpu {                                                    \
+  TORCHOPS_CPU_KERNEL(kernel, Params)                                          \
+  }                                                                            \
+  namespace torchops::cuda {                                                   \
   __attribute__((visibility("default"))) TORCHOPS_CUDA_POINTER(kernel, Params) \
   }

@@ -62,9 +62,7 @@ struct Problem {
 
 // Walks the depth index of a weight, the first digit the fastest.
 struct DepthWalk {
-  struct Digit {
-    int64_t size, stride, value;
-  } digits[3];
+  struct Digit { int64_t size, stride, value; } digits[3];
   int64_t offset;
 
   template <typename T>
@@ -395,8 +393,8 @@ void conv2d_grad_input(const Conv2dGradInputParams& p) {
     for (int64_t h = 0; h < smaller(s.window_height.stride, s.in_height); ++h) {
       for (int64_t w = 0; w < smaller(s.window_width.stride, s.in_width); ++w) {
         correlate<T>({grad_input_correlation(s, h, w), weights,
-                      static_cast<const T*>(p.grad_output), nullptr,
-                      static_cast<T*>(p.grad_input), s.channels_last});
+                      static_cast<const T*>(p.grad_output), nullptr, static_cast<T*>(p.grad_input),
+                      s.channels_last});
       }
     }
   });

@@ -11,8 +11,8 @@
 // contiguous and 15 channels_last, where transposing pixels into planes and back is half the time.
 //
 // Made no difference: 16 channels a unit in channels_last instead of 32.
-#include "core/parallel.h"
 #include "cpu/conv2d_grouped.h"
+#include "core/parallel.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -46,8 +46,8 @@ void correlate_tile(const Tile<acc>& t) {
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < vecs; ++v) {
-      sum[r][v] = t.bias ? broadcast<acc>(t.bias[r])
-                         : load(t.output + r * t.output_stride + v * lanes);
+      sum[r][v] =
+          t.bias ? broadcast<acc>(t.bias[r]) : load(t.output + r * t.output_stride + v * lanes);
     }
   }
   const acc* weight = t.weight;
@@ -92,7 +92,7 @@ struct Problem {
   Maps<scalar_t> output;
   const scalar_t* weight;
   int64_t group_stride, row_stride, channel_stride, tap_columns;  // of weight
-  const scalar_t* bias;  // or null
+  const scalar_t* bias;                                           // or null
 
   Taps taps(int64_t phase) const {
     const int64_t width = grid.output_width.step;
@@ -154,10 +154,10 @@ class Plan {
     for (int64_t c = 0; c < p_.input_width; ++c) {
       for (int64_t a = 0; a < taps.rows.taps; ++a) {
         for (int64_t b = 0; b < taps.columns.taps; ++b) {
-          *offset++ = c * planes.channel_stride() +
-                      planes.offset(planes.height.left + taps.rows.start + a * taps.rows.dilation,
-                                    planes.width.left + taps.columns.start +
-                                        b * taps.columns.dilation);
+          *offset++ =
+              c * planes.channel_stride() +
+              planes.offset(planes.height.left + taps.rows.start + a * taps.rows.dilation,
+                            planes.width.left + taps.columns.start + b * taps.columns.dilation);
         }
       }
     }
@@ -171,13 +171,13 @@ class Plan {
         for_each_part(p_.output_width, kTileRows, [&](int64_t row, int64_t rows) {
           acc* packed = weight(phase, group, row);
           for (int64_t c = 0; c < p_.input_width; ++c) {
-            const scalar_t* channel = p_.weight + group * p_.group_stride + row * p_.row_stride +
-                                      c * p_.channel_stride;
+            const scalar_t* channel =
+                p_.weight + group * p_.group_stride + row * p_.row_stride + c * p_.channel_stride;
             for (int64_t a = 0; a < taps.rows.taps; ++a) {
               for (int64_t b = 0; b < taps.columns.taps; ++b) {
-                const scalar_t* tap =
-                    channel + (taps.rows.tap + a * taps.rows.tap_step) * p_.tap_columns +
-                    taps.columns.tap + b * taps.columns.tap_step;
+                const scalar_t* tap = channel +
+                                      (taps.rows.tap + a * taps.rows.tap_step) * p_.tap_columns +
+                                      taps.columns.tap + b * taps.columns.tap_step;
                 for (int64_t r = 0; r < rows; ++r) *packed++ = to_acc(tap[r * p_.row_stride]);
               }
             }
@@ -206,12 +206,11 @@ void correlate_group(const Problem<scalar_t>& p, const Plan<scalar_t>& plan, int
       for_each_part(vectors, kTileVecs, [&](int64_t vector, int64_t vecs) {
         const int64_t position = vector * kLanes<acc>;
         for_each_part(p.output_width, kTileRows, [&](int64_t row, int64_t rows) {
-          correlate_tile<acc>({input + position, plan.offsets(phase) + k,
-                               plan.weight(phase, group, row) + k * rows,
-                               smaller(kDepth, depth - k), k ? nullptr : plan.bias(group, row),
-                               output + row * stride + phase * output_planes.size + position,
-                               stride},
-                              rows, vecs, kTiles);
+          correlate_tile<acc>(
+              {input + position, plan.offsets(phase) + k, plan.weight(phase, group, row) + k * rows,
+               smaller(kDepth, depth - k), k ? nullptr : plan.bias(group, row),
+               output + row * stride + phase * output_planes.size + position, stride},
+              rows, vecs, kTiles);
         });
       });
     }
@@ -257,7 +256,7 @@ void correlate(const Problem<scalar_t>& p) {
       const int64_t groups = smaller(unit_groups, p.groups - first);
       if (rows <= 0) continue;
       p.input.load_rows(n, first * p.input_width, groups * p.input_width, y, rows + grid.reach_rows,
-                   from, 0);
+                        from, 0);
       for (int64_t g = 0; g < groups; ++g) {
         correlate_group(p, plan, first + g, from.at(g * p.input_width, 0, 0, 0),
                         to.at(g * p.output_width, 0, 0, 0), to, grid.positions(rows));

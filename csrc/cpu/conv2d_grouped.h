@@ -50,8 +50,8 @@ struct Planes {
            row / height.step * pitch + column / width.step;
   }
   acc* at(int64_t channel, int64_t row_phase, int64_t column_phase, int64_t slot) const {
-    return data + channel * channel_stride() +
-           (row_phase * width.step + column_phase) * size + slot * pitch;
+    return data + channel * channel_stride() + (row_phase * width.step + column_phase) * size +
+           slot * pitch;
   }
 };
 
@@ -68,7 +68,7 @@ struct Maps {
 
   // Rows [begin, begin + rows) of the planes, from slot on, of channels [first, first + count).
   void load_rows(int64_t n, int64_t first, int64_t count, int64_t begin, int64_t rows,
-            const Planes<acc>& planes, int64_t slot) const {
+                 const Planes<acc>& planes, int64_t slot) const {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t phase = 0; phase < planes.height.step; ++phase) {
         const int64_t y = (begin + r) * planes.height.step + phase - planes.height.left;
@@ -87,7 +87,7 @@ struct Maps {
 
   // The reverse.
   void store_rows(int64_t n, int64_t first, int64_t count, int64_t begin, int64_t rows,
-             const Planes<acc>& planes) const {
+                  const Planes<acc>& planes) const {
     const int64_t end = smaller(height, (begin + rows) * planes.height.step);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t phase = 0; phase < planes.height.step; ++phase) {

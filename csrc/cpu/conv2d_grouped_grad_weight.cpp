@@ -106,18 +106,10 @@ class Worker {
   Worker(const Problem<scalar_t>& problem, int64_t groups, const Chunk& chunk)
       : p_(problem),
         chunk_(chunk),
-        input_{p_.grid.input_height,
-               p_.grid.input_width,
-               groups * p_.input_width,
-               p_.grid.pitch,
-               chunk.images * chunk.slots(),
-               p_.grid.reach_columns},
-        grad_output_{p_.grid.output_height,
-                     p_.grid.output_width,
-                     groups * p_.output_width,
-                     p_.grid.pitch,
-                     chunk.images * chunk.slots(),
-                     p_.grid.reach_columns},
+        input_{p_.grid.input_height, p_.grid.input_width,          groups * p_.input_width,
+               p_.grid.pitch,        chunk.images * chunk.slots(), p_.grid.reach_columns},
+        grad_output_{p_.grid.output_height, p_.grid.output_width,         groups * p_.output_width,
+                     p_.grid.pitch,         chunk.images * chunk.slots(), p_.grid.reach_columns},
         input_memory_(input_.count()),
         grad_output_memory_(grad_output_.count()),
         valid_(grad_output_.size),
@@ -180,11 +172,11 @@ class Worker {
     constexpr auto kTiles = std::make_integer_sequence<int, kTileRows * kTileTaps>{};
     for_each_part(p_.output_width, kTileRows, [&](int64_t row, int64_t rows) {
       for_each_part(p_.depth(), kTileTaps, [&](int64_t k, int64_t taps) {
-        sum_tile<acc>({grad_output_.at(group * p_.output_width + row, 0, 0, 0),
-                       grad_output_.channel_stride(), input_.at(group * p_.input_width, 0, 0, 0),
-                       offsets_.get() + k, valid_.get(), vectors, sums + row * p_.depth() + k,
-                       p_.depth()},
-                      rows, taps, kTiles);
+        sum_tile<acc>(
+            {grad_output_.at(group * p_.output_width + row, 0, 0, 0), grad_output_.channel_stride(),
+             input_.at(group * p_.input_width, 0, 0, 0), offsets_.get() + k, valid_.get(), vectors,
+             sums + row * p_.depth() + k, p_.depth()},
+            rows, taps, kTiles);
       });
     });
   }
@@ -202,17 +194,16 @@ void grad_weight(const Problem<scalar_t>& p, scalar_t* result) {
   const Grid& grid = p.grid;
   const int64_t group_width = smaller(p.input_width, p.output_width);
   const int64_t unit_groups =
-      p.input.channels_last
-          ? divide_up(p.groups, larger(1, p.groups * group_width / kUnitChannels))
-          : 1;
+      p.input.channels_last ? divide_up(p.groups, larger(1, p.groups * group_width / kUnitChannels))
+                            : 1;
   const int64_t group_units = divide_up(p.groups, unit_groups);
   const int64_t row_parts = divide_up(grid.rows, larger(1, kPositions / grid.pitch));
   const int64_t unit_rows = divide_up(grid.rows, larger(1, row_parts));
   const int64_t row_units = divide_up(grid.rows, larger(1, unit_rows));
   const Chunk chunk{
-      row_units > 1 ? 1
-                    : larger(1, smaller(p.batch, kPositions / ((unit_rows + grid.reach_rows) *
-                                                               grid.pitch))),
+      row_units > 1
+          ? 1
+          : larger(1, smaller(p.batch, kPositions / ((unit_rows + grid.reach_rows) * grid.pitch))),
       unit_rows, grid.reach_rows};
   const int64_t chunks = divide_up(p.batch, chunk.images) * row_units;
   const int64_t block_chunks = larger(1, divide_up(chunks, divide_up(kUnits, group_units)));
@@ -250,18 +241,17 @@ void grad_weight(const Problem<scalar_t>& p, scalar_t* result) {
 template <typename scalar_t>
 void grad_weight(const Conv2dGradWeightParams& params) {
   const Conv2dShape& s = params.shape;
-  grad_weight(
-      Problem<scalar_t>{{Axis::forward(s.window_height, s.in_height, s.out_height),
-                         Axis::forward(s.window_width, s.in_width, s.out_width)},
-                        s.batch,
-                        s.groups,
-                        s.in_channels / s.groups,
-                        s.out_channels / s.groups,
-                        {static_cast<const scalar_t*>(params.input), s.channels_last, s.batch,
-                         s.in_channels, s.in_height, s.in_width},
-                        {static_cast<const scalar_t*>(params.grad_output), s.channels_last, s.batch,
-                         s.out_channels, s.out_height, s.out_width}},
-      static_cast<scalar_t*>(params.grad_weight));
+  grad_weight(Problem<scalar_t>{{Axis::forward(s.window_height, s.in_height, s.out_height),
+                                 Axis::forward(s.window_width, s.in_width, s.out_width)},
+                                s.batch,
+                                s.groups,
+                                s.in_channels / s.groups,
+                                s.out_channels / s.groups,
+                                {static_cast<const scalar_t*>(params.input), s.channels_last,
+                                 s.batch, s.in_channels, s.in_height, s.in_width},
+                                {static_cast<const scalar_t*>(params.grad_output), s.channels_last,
+                                 s.batch, s.out_channels, s.out_height, s.out_width}},
+              static_cast<scalar_t*>(params.grad_weight));
 }
 
 }  // namespace

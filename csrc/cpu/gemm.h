@@ -123,8 +123,8 @@ inline void copy_in(acc_t<T>* to, const T* from, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = to_acc(from[i]);
     return;
   }
-  for_each_block<kLanes<T>>(
-      count, [&](int64_t i, int) { store<acc_t<T>>(to + i, load(from + i)); });
+  for_each_block<kLanes<T>>(count,
+                            [&](int64_t i, int) { store<acc_t<T>>(to + i, load(from + i)); });
 }
 
 template <typename T>

@@ -37,8 +37,7 @@ void max_pixels(const MaxAxis& width, const T* window, int64_t row_step, Span ro
       max_of_nothing<kOffsets>(channels, to, offsets_to);
       continue;
     }
-    const T* first =
-        window + rows.begin * row_step + width.position(ow, columns.begin) * channels;
+    const T* first = window + rows.begin * row_step + width.position(ow, columns.begin) * channels;
     for_each_overlapping<T>(channels, [&](int64_t c, int lanes) {
       Best<T, kOffsets> best;
       const T* row = first + c;

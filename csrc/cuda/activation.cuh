@@ -1,6 +1,6 @@
-// Activations on a pack: activate(a, z) in place, and activation_gradient(a, g, z), which multiplies g
-// by the slope at z. The activation is the same for a whole launch, so that choosing it costs a
-// uniform branch per pack and no instantiation. Where torch keeps a NaN, so do these.
+// Activations on a pack: activate(a, z) in place, and activation_gradient(a, g, z), which
+// multiplies g by the slope at z. The activation is the same for a whole launch, so that choosing
+// it costs a uniform branch per pack and no instantiation. Where torch keeps a NaN, so do these.
 #pragma once
 
 #include "core/activation.h"

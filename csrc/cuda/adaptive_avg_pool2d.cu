@@ -7,8 +7,8 @@
 // contiguous: a warp for each plane. Their gradients are one value per plane, written 16 bytes at a
 // time across the planes' borders.
 //
-// Not measured on a GPU yet. The slab of a channels_last image is one block's: a batch of 1 with few
-// channels does not fill the machine.
+// Not measured on a GPU yet. The slab of a channels_last image is one block's: a batch of 1 with
+// few channels does not fill the machine.
 #include "ops/adaptive_avg_pool2d.h"
 
 #include "cuda/avg_windows.cuh"
@@ -30,13 +30,14 @@ AvgWindows<MeanAxis> windows(const PoolShape& s) {
 
 bool is_global(const AdaptiveAvgPool2dParams& p) { return p.out_height == 1 && p.out_width == 1; }
 
-// ---- one window over the whole map ---------------------------------------------------------------
+// ---- one window over the whole map
+// ---------------------------------------------------------------
 
 constexpr int kSlabPacks = 32, kSlabRows = 8;
 
 // Block = kSlabPacks x kSlabRows threads; blocks = images x tiles of packs.
 template <typename T, int N>
-__global__ void __launch_bounds__(kSlabPacks * kSlabRows)
+__global__ void __launch_bounds__(kSlabPacks* kSlabRows)
     adaptive_avg_pool2d_slab_kernel(Divisor tiles, int64_t packs, int64_t pixels, const T* input,
                                     T* output) {
   using A = acc_t<T>;
@@ -126,7 +127,8 @@ __global__ void __launch_bounds__(kPoolThreads)
   }
 }
 
-// ---- launchers -----------------------------------------------------------------------------------
+// ---- launchers
+// -----------------------------------------------------------------------------------
 
 void launch_adaptive_avg_pool2d(const AdaptiveAvgPool2dParams& p, const Stream& stream) {
   if (p.batch * p.channels * p.out_height * p.out_width == 0) return;

@@ -28,8 +28,8 @@ void launch_adaptive_max_pool2d_backward(const AdaptiveMaxPool2dBackwardParams& 
                                          const Stream& stream) {
   const AdaptiveMaxPool2dParams& pool = p.shape;
   if (pool.batch * pool.channels == 0) return;
-  launch_max_backward(pool_shape(pool), windows(pool), pool.dtype, pool.wide_offsets,
-                      p.grad_output, p.offsets, p.grad_input, stream);
+  launch_max_backward(pool_shape(pool), windows(pool), pool.dtype, pool.wide_offsets, p.grad_output,
+                      p.offsets, p.grad_input, stream);
 }
 
 void launch_adaptive_max_pool2d_gather(const AdaptiveMaxPool2dGatherParams& p,

@@ -54,7 +54,8 @@ void with_windows(const AvgPool2dParams& p, const F& f) {
     return true;
   };
   if (try_one(Tag<FixedAxis<2, 2>>{}) || try_one(Tag<FixedAxis<3, 2>>{}) ||
-      try_one(Tag<FixedAxis<3, 1>>{})) return;
+      try_one(Tag<FixedAxis<3, 1>>{}))
+    return;
   run(Tag<SlidingAxis>{});
 }
 

@@ -2,9 +2,9 @@
 //
 // Training reads the input twice and writes the output once: one kernel for the statistics, whose
 // last-arriving block per group of channels merges the blocks' sums in order, and one that applies
-// them. That one takes the chunks of the tensor in reverse, so that it begins with what the first has
-// left in the L2 cache. Evaluation is the second kernel alone: one read, one write. 16-byte accesses,
-// four in flight per thread; four blocks of 256 threads per multiprocessor.
+// them. That one takes the chunks of the tensor in reverse, so that it begins with what the first
+// has left in the L2 cache. Evaluation is the second kernel alone: one read, one write. 16-byte
+// accesses, four in flight per thread; four blocks of 256 threads per multiprocessor.
 //
 // Statistics: a thread takes the mean of a batch of packs and the squares around it, in fp32 around
 // a center near the mean, and merges batches as Chan, Golub and LeVeque do; threads and blocks are
@@ -109,27 +109,28 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (c >= tiles.channels) return;
   Affine<A, L> affine;
   affine.set(c, p.mean, p.var, p.norm.weight, p.norm.bias, p.norm.eps);
-  tiles.for_each_pack<Form, kInFlight>(gridDim.y - 1 - blockIdx.y, [&](auto width, const auto& offsets) {
-    constexpr int count = decltype(width)::value;
-    Pack<T, N> packs[count], added[count];
+  tiles.for_each_pack<Form, kInFlight>(
+      gridDim.y - 1 - blockIdx.y, [&](auto width, const auto& offsets) {
+        constexpr int count = decltype(width)::value;
+        Pack<T, N> packs[count], added[count];
 #pragma unroll
-    for (int k = 0; k < count; ++k) packs[k] = load<N>(input + offsets[k]);
-    if (residual) {
+        for (int k = 0; k < count; ++k) packs[k] = load<N>(input + offsets[k]);
+        if (residual) {
 #pragma unroll
-      for (int k = 0; k < count; ++k) added[k] = load<N>(residual + offsets[k]);
-    }
+          for (int k = 0; k < count; ++k) added[k] = load<N>(residual + offsets[k]);
+        }
 #pragma unroll
-    for (int k = 0; k < count; ++k) {
-      Pack<A, N> z = to_acc(packs[k]);
+        for (int k = 0; k < count; ++k) {
+          Pack<A, N> z = to_acc(packs[k]);
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        z[i] = (z[i] - affine.mean[i % L]) * affine.scale[i % L] + affine.shift[i % L];
-        if (residual) z[i] += to_acc(added[k][i]);
-      }
-      activate(p.norm.activation, z);
-      store(output + offsets[k], from_acc<T>(z));
-    }
-  });
+          for (int i = 0; i < N; ++i) {
+            z[i] = (z[i] - affine.mean[i % L]) * affine.scale[i % L] + affine.shift[i % L];
+            if (residual) z[i] += to_acc(added[k][i]);
+          }
+          activate(p.norm.activation, z);
+          store(output + offsets[k], from_acc<T>(z));
+        }
+      });
 }
 
 // f(Tag<T>, Layout) for a forward call.

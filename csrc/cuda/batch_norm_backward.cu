@@ -4,9 +4,9 @@
 // saved, and x^ = the normalised input:
 //     grad_bias = sum h    grad_weight = sum h x^    grad_residual = h
 //     grad_input = weight invstd (h - mean(h) - x^ mean(h x^)), in evaluation weight invstd h
-// One kernel for the sums, merged in order by the last-arriving block per group of channels, and one
-// for the tensors, through the chunks in reverse: two reads of grad_output, input and residual, one
-// write of grad_input and grad_residual. 16-byte accesses, two per tensor in flight and thread:
+// One kernel for the sums, merged in order by the last-arriving block per group of channels, and
+// one for the tensors, through the chunks in reverse: two reads of grad_output, input and residual,
+// one write of grad_input and grad_residual. 16-byte accesses, two per tensor in flight and thread:
 // at four, some kernels need more than 128 registers and spill.
 //
 // Compiled and emulated, not measured on a GPU yet.
@@ -110,19 +110,19 @@ __global__ void __launch_bounds__(kThreads, 2)
           -affine.scale[i] * static_cast<A>(total.first / count) - slope[i] * affine.lost[i];
     }
   }
-  for_each_gradient<T, Form>(
-      tiles, gridDim.y - 1 - blockIdx.y, p, affine,
-      [&](int64_t offset, const Pack<A, N>& h, const Pack<A, N>& centered) {
-        if (grad_residual) store(grad_residual + offset, from_acc<T>(h));
-        if (!grad_input) return;
-        Pack<A, N> grad;
+  for_each_gradient<T, Form>(tiles, gridDim.y - 1 - blockIdx.y, p, affine,
+                             [&](int64_t offset, const Pack<A, N>& h, const Pack<A, N>& centered) {
+                               if (grad_residual) store(grad_residual + offset, from_acc<T>(h));
+                               if (!grad_input) return;
+                               Pack<A, N> grad;
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-          grad[i] = h[i] * affine.scale[i % L];
-          if (totals) grad[i] += centered[i] * slope[i % L] + constant[i % L];
-        }
-        store(grad_input + offset, from_acc<T>(grad));
-      });
+                               for (int i = 0; i < N; ++i) {
+                                 grad[i] = h[i] * affine.scale[i % L];
+                                 if (totals)
+                                   grad[i] += centered[i] * slope[i % L] + constant[i % L];
+                               }
+                               store(grad_input + offset, from_acc<T>(grad));
+                             });
 }
 
 void launch_batch_norm_backward(const BatchNormBackwardParams& p, const Stream& stream) {

@@ -1,5 +1,5 @@
-// What the forward and backward kernels of batch_norm share: which elements a thread reads, two sums
-// per channel over the whole grid, and the numbers of a channel.
+// What the forward and backward kernels of batch_norm share: which elements a thread reads, two
+// sums per channel over the whole grid, and the numbers of a channel.
 #pragma once
 
 #include <type_traits>
@@ -12,13 +12,13 @@ namespace torchops::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kInFlight = 4;            // packs that a thread loads before it uses the first
+constexpr int kInFlight = 4;              // packs that a thread loads before it uses the first
 constexpr int64_t kItemsPerThread = 256;  // at most: these are added in fp32
 constexpr int kBlocksPerMultiprocessor = 4;
 
 template <bool channels_last, int packed> struct Layout {
   static constexpr bool kChannelsLast = channels_last;
-  static constexpr int N = packed;                     // elements of a pack
+  static constexpr int N = packed;                      // elements of a pack
   static constexpr int L = channels_last ? packed : 1;  // channels of a pack
 };
 
@@ -210,8 +210,8 @@ __device__ inline void set_channel_value(void* data, DType dtype, int64_t c, dou
 __device__ inline float square_root(float x) { return sqrtf(x); }
 __device__ inline double square_root(double x) { return sqrt(x); }
 
-// z = (x - mean) * scale + shift for the channels of a pack. The mean is rounded to A, and what that
-// loses goes into the shift.
+// z = (x - mean) * scale + shift for the channels of a pack. The mean is rounded to A, and what
+// that loses goes into the shift.
 template <typename A, int L> struct Affine {
   Pack<A, L> mean, scale, shift, invstd, lost;
 

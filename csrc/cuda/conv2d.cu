@@ -1,9 +1,10 @@
 // Convolution and its gradients on the GPU, any shape: the portable kernels.
 //
-// Plan: an implicit matrix product for each group; nothing is unfolded in memory. A block computes a
-// tile of 64 x 64 from slices of 16 in shared memory, a thread 4 x 4 of it by multiply-adds in fp32
-// (fp64). Rows are pixels and columns channels; for grad_weight rows are output channels, columns
-// input channels x taps, and the sum over all pixels is cut into parts of fixed size, added in order.
+// Plan: an implicit matrix product for each group; nothing is unfolded in memory. A block computes
+// a tile of 64 x 64 from slices of 16 in shared memory, a thread 4 x 4 of it by multiply-adds in
+// fp32 (fp64). Rows are pixels and columns channels; for grad_weight rows are output channels,
+// columns input channels x taps, and the sum over all pixels is cut into parts of fixed size, added
+// in order.
 //
 // Not measured on a GPU yet; without tensor cores it cannot come near native for bf16 and f16.
 #include "cuda/pool_axis.cuh"
@@ -168,7 +169,7 @@ template <typename T> struct GradWeight {
 };
 
 struct Product {
-  int64_t rows, columns, depth, part;  // part: depth of one block
+  int64_t rows, columns, depth, part;       // part: depth of one block
   Divisor column_tiles, row_tiles, groups;  // blocks = parts x groups x rows x columns
   bool left_by_depth, right_by_depth;       // depth is what lies side by side in memory
 };
@@ -187,8 +188,7 @@ __device__ inline void for_slice(bool by_depth, const F& f) {
 }
 
 template <typename T, typename Operand>
-__global__ void __launch_bounds__(kThreads, 2)
-    conv2d_product_kernel(Operand operand, Product p) {
+__global__ void __launch_bounds__(kThreads, 2) conv2d_product_kernel(Operand operand, Product p) {
   using A = acc_t<T>;
   __shared__ A left[kTileK][kTile + 1], right[kTileK][kTile + 1];
   int64_t column_tile = blockIdx.x;
@@ -243,7 +243,8 @@ __global__ void conv2d_grad_weight_sum_kernel(int64_t parts, int64_t count, cons
   }
 }
 
-// ---- launchers -----------------------------------------------------------------------------------
+// ---- launchers
+// -----------------------------------------------------------------------------------
 
 int64_t tiles(int64_t count) { return ceil_div(count, kTile); }
 
@@ -251,8 +252,15 @@ template <typename T, typename Operand>
 void launch_product(const Operand& operand, int64_t groups, int64_t rows, int64_t columns,
                     int64_t depth, int64_t part, bool left_by_depth, bool right_by_depth,
                     const Stream& stream) {
-  const Product product{rows, columns, depth, part, Divisor(tiles(columns)), Divisor(tiles(rows)),
-                        Divisor(groups), left_by_depth, right_by_depth};
+  const Product product{rows,
+                        columns,
+                        depth,
+                        part,
+                        Divisor(tiles(columns)),
+                        Divisor(tiles(rows)),
+                        Divisor(groups),
+                        left_by_depth,
+                        right_by_depth};
   const int64_t parts = depth > 0 ? ceil_div(depth, part) : 1;
   launch(conv2d_product_kernel<T, Operand>,
          blocks_for(parts * groups * tiles(rows) * tiles(columns), 1), kThreads, 0, stream, operand,

@@ -1,12 +1,12 @@
 // Depthwise convolution and the gradient of its input on the GPU: one read of the one tensor, one
 // write of the other.
 //
-// Plan: a first small kernel turns the weights into fp32 [tap][channel]. 3x3, 5x5 and 7x7 with stride
-// 1 or 2 then give each thread a strip of targets along one axis and the channels of one 4- or
-// 8-byte pack: for every tap of the other axis, the strip's sources are loaded and unpacked once and
-// multiplied from registers with all taps along the strip. channels_last strips lie along the width
-// and neighbouring threads take neighbouring channels; contiguous ones lie along the height and
-// neighbouring threads take neighbouring columns. Any other window: a thread for each target.
+// Plan: a first small kernel turns the weights into fp32 [tap][channel]. 3x3, 5x5 and 7x7 with
+// stride 1 or 2 then give each thread a strip of targets along one axis and the channels of one 4-
+// or 8-byte pack: for every tap of the other axis, the strip's sources are loaded and unpacked once
+// and multiplied from registers with all taps along the strip. channels_last strips lie along the
+// width and neighbouring threads take neighbouring channels; contiguous ones lie along the height
+// and neighbouring threads take neighbouring columns. Any other window: a thread for each target.
 //
 // Not measured on a GPU yet. Large windows are bound by L1, not by their multiply-adds.
 #pragma once
@@ -54,7 +54,7 @@ struct DepthwiseShape {
     const int64_t in_step = s.channels_last ? s.in_channels : 1;
     const int64_t out_step = s.channels_last ? s.out_channels : 1;
     if (width) return {s.window_width, s.in_width, s.out_width, in_step, out_step, 1};
-    return {s.window_height,           s.in_height, s.out_height, in_step * s.in_width,
+    return {s.window_height,        s.in_height,        s.out_height, in_step * s.in_width,
             out_step * s.out_width, s.window_width.size};
   }
 
@@ -150,7 +150,8 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
   }
 }
 
-// ---- launchers -----------------------------------------------------------------------------------
+// ---- launchers
+// -----------------------------------------------------------------------------------
 
 // The weights as the kernels above read them; they live as long as `workspace`.
 template <typename T>

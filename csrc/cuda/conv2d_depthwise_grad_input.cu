@@ -23,14 +23,13 @@ __global__ void __launch_bounds__(kPoolThreads)
   for (int64_t i = global_thread(); i < places.count; i += grid_threads()) {
     const Place at = places.at(i);
     const int64_t batch = at.image / in_planes;
-    const int64_t first =
-        (p.channels_last ? at.pack : at.image - batch * in_planes) * multiplier;
+    const int64_t first = (p.channels_last ? at.pack : at.image - batch * in_planes) * multiplier;
     acc_t<T> sum = 0;
     for (int64_t m = 0; m < multiplier; ++m) {
       const int64_t channel = first + m;
-      const T* from = grad_output + (p.channels_last ? batch * p.out_pixels * p.channels + channel
-                                                     : (batch * p.out_channels + channel) *
-                                                           p.out_pixels);
+      const T* from =
+          grad_output + (p.channels_last ? batch * p.out_pixels * p.channels + channel
+                                         : (batch * p.out_channels + channel) * p.out_pixels);
       for (int64_t a = 0; a < p.across.taps; ++a) {
         const int64_t line = output_under(p.across, at.column, a);
         if (line < 0) continue;
@@ -51,7 +50,8 @@ __global__ void __launch_bounds__(kPoolThreads)
 void launch_conv2d_depthwise_grad_input(const Conv2dGradInputParams& p, const Stream& stream) {
   const Conv2dShape& s = p.shape;
   if (s.batch == 0 ||
-      launch_strips<true>(s, p.grad_output, p.weight, nullptr, p.grad_input, stream)) return;
+      launch_strips<true>(s, p.grad_output, p.weight, nullptr, p.grad_input, stream))
+    return;
   dispatch_dtype(s.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const DepthwiseShape shape(s);

@@ -1,15 +1,15 @@
-// Gradient of a depthwise convolution's weight on the GPU: in principle one read of input and one of
-// grad_output.
+// Gradient of a depthwise convolution's weight on the GPU: in principle one read of input and one
+// of grad_output.
 //
 // Plan: a block owns some channels and one tap of the one axis, a thread of it the sums of all taps
 // along the other axis. Threads walk over strips of outputs: grad_output and the inputs under the
-// strip are loaded and unpacked once and multiplied from registers. The blocks of the other taps, and
-// threads on neighbouring lines, find the same lines in L1 and L2. Windows other than those of
+// strip are loaded and unpacked once and multiplied from registers. The blocks of the other taps,
+// and threads on neighbouring lines, find the same lines in L1 and L2. Windows other than those of
 // conv2d_depthwise.cuh: one tap per block, one output at a time.
 //
-// channels_last: 32 threads side by side hold neighbouring channels; contiguous: all threads belong to
-// one channel. Sums meet in shared memory in order, then a second kernel adds the blocks' parts, their
-// number set by the problem alone: the same bits on every run and every GPU.
+// channels_last: 32 threads side by side hold neighbouring channels; contiguous: all threads belong
+// to one channel. Sums meet in shared memory in order, then a second kernel adds the blocks' parts,
+// their number set by the problem alone: the same bits on every run and every GPU.
 //
 // Not measured on a GPU yet.
 #include "cuda/conv2d_depthwise.cuh"
@@ -17,9 +17,9 @@
 namespace torchops::cuda {
 namespace {
 
-constexpr int kWorkers = 8;         // rows of 32 threads in a block
-constexpr int64_t kBlocks = 1024;   // several for each multiprocessor
-constexpr int64_t kItemsEach = 4;   // strips per thread at least
+constexpr int kWorkers = 8;        // rows of 32 threads in a block
+constexpr int64_t kBlocks = 1024;  // several for each multiprocessor
+constexpr int64_t kItemsEach = 4;  // strips per thread at least
 
 struct GradWeightPlan {
   Divisor tiles, taps;  // blocks = splits x taps x tiles, the tiles innermost
@@ -28,7 +28,7 @@ struct GradWeightPlan {
 
 // K taps along the strip in registers, stride S; K = 1 and S = 0: the block's own tap, any stride.
 template <typename T, int N, int K, int S>
-__global__ void __launch_bounds__(kWarp * kWorkers, 2)
+__global__ void __launch_bounds__(kWarp* kWorkers, 2)
     conv2d_depthwise_grad_weight_kernel(DepthwiseShape p, Places items, GradWeightPlan plan,
                                         const T* input, const T* grad_output, acc_t<T>* partial) {
   using A = acc_t<T>;
@@ -57,8 +57,7 @@ __global__ void __launch_bounds__(kWarp * kWorkers, 2)
        i += step) {
     const Place at = items.at(i);
     const int64_t stride = kAny ? p.across.stride.value() : S;
-    const int64_t line =
-        at.column * stride - p.across.padding + across_tap * p.across.dilation;
+    const int64_t line = at.column * stride - p.across.padding + across_tap * p.across.dilation;
     if (line < 0 || line >= p.across.in) continue;
     const int64_t first = at.row * outputs;
     const int64_t start = first * (kAny ? p.strip.stride.value() : S) - p.strip.padding +
@@ -135,19 +134,19 @@ void launch_grad_weight(const Conv2dGradWeightParams& p, const Stream& stream) {
   const int64_t tiles =
       shape.channels_last ? ceil_div(shape.out_channels, kWarp * N) : shape.out_channels;
   const int64_t taps = strip.taps * across.taps, tap_blocks = S ? across.taps : taps;
-  const int64_t most = ceil_div(
-      items.count, kItemsEach * (shape.channels_last ? kWorkers : kWorkers * kWarp));
+  const int64_t most =
+      ceil_div(items.count, kItemsEach * (shape.channels_last ? kWorkers : kWorkers * kWarp));
   const int64_t wanted = ceil_div(kBlocks, tiles * tap_blocks);
   const int64_t per_split = ceil_div(items.count, wanted < most ? wanted : most);
   const int64_t splits = ceil_div(items.count, per_split);
 
-  const Workspace workspace(stream, splits * taps * shape.out_channels *
-                                        static_cast<int64_t>(sizeof(acc_t<T>)));
+  const Workspace workspace(
+      stream, splits * taps * shape.out_channels * static_cast<int64_t>(sizeof(acc_t<T>)));
   auto* partial = workspace.at<acc_t<T>>(0);
   const GradWeightPlan plan{Divisor(tiles), Divisor(tap_blocks), per_split};
-  launch(conv2d_depthwise_grad_weight_kernel<T, N, K, S>, blocks_for(splits * tap_blocks * tiles, 1),
-         dim3(kWarp, kWorkers), 0, stream, shape, items, plan, static_cast<const T*>(p.input),
-         static_cast<const T*>(p.grad_output), partial);
+  launch(conv2d_depthwise_grad_weight_kernel<T, N, K, S>,
+         blocks_for(splits * tap_blocks * tiles, 1), dim3(kWarp, kWorkers), 0, stream, shape, items,
+         plan, static_cast<const T*>(p.input), static_cast<const T*>(p.grad_output), partial);
   launch(conv2d_depthwise_grad_weight_sum_kernel<T>,
          blocks_for(taps * shape.out_channels, kPoolThreads), kPoolThreads, 0, stream, splits, taps,
          shape.out_channels, partial, static_cast<T*>(p.grad_weight));

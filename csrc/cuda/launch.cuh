@@ -10,9 +10,10 @@
 //     }
 //     TORCHOPS_CUDA_KERNEL(relu)   // fills in torchops::cuda::relu when the library is loaded
 //
-// all of it in namespace torchops::cuda, the kernel and its launcher in an unnamed one. The launcher
-// runs with the tensors' device current and gets torch's current stream. It never synchronises, so
-// that it can be captured into a graph. The same sources compile for the CPU emulator of the tests.
+// all of it in namespace torchops::cuda, the kernel and its launcher in an unnamed one. The
+// launcher runs with the tensors' device current and gets torch's current stream. It never
+// synchronises, so that it can be captured into a graph. The same sources compile for the CPU
+// emulator of the tests.
 #pragma once
 
 #if defined(TORCHOPS_CUDA_EMULATOR)
@@ -46,9 +47,10 @@ inline void check(cudaError_t error, const char* what) {
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     text += ". This GPU has compute capability " + std::to_string(major) + "." +
-            std::to_string(minor) + "; torchops was built for " TORCHOPS_CUDA_ARCHS
-            ". In the source folder run: TORCHOPS_CUDA_ARCHS=" + std::to_string(major) +
             std::to_string(minor) +
+            "; torchops was built for " TORCHOPS_CUDA_ARCHS
+            ". In the source folder run: TORCHOPS_CUDA_ARCHS=" +
+            std::to_string(major) + std::to_string(minor) +
             " pip install --no-build-isolation --force-reinstall --no-deps .";
   }
   throw std::runtime_error(text);
@@ -134,7 +136,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_byt
   emulator::launch(grid, block, shared_bytes,
                    [&] { kernel(static_cast<Parameters>(arguments)...); });
 #else
-  kernel<<<grid, block, shared_bytes, stream.handle>>>(static_cast<Parameters>(arguments)...);
+  kernel<<<grid, block, shared_bytes, stream.handle> > >(static_cast<Parameters>(arguments)...);
   check(cudaGetLastError(), "kernel launch");
 #endif
 }
@@ -154,7 +156,8 @@ __device__ inline T* dynamic_shared() {
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Blocks of `threads` that cover `count`, as many as a grid may have: kernels run a grid-stride loop
+// Blocks of `threads` that cover `count`, as many as a grid may have: kernels run a grid-stride
+// loop
 //     for (int64_t i = global_thread(); i < count; i += grid_threads())
 inline dim3 blocks_for(int64_t count, int threads) {
   const int64_t blocks = ceil_div(count, threads);
@@ -175,7 +178,8 @@ class Divisor {
     while ((int64_t{1} << shift_) < value) ++shift_;
     multiplier_ = static_cast<uint32_t>(
         ((uint64_t{1} << 32) * ((uint64_t{1} << shift_) - static_cast<uint64_t>(value))) /
-            static_cast<uint64_t>(value) + 1);
+            static_cast<uint64_t>(value) +
+        1);
   }
   __device__ int64_t value() const { return value_; }
   __device__ int64_t divide(int64_t n) const {
@@ -200,11 +204,11 @@ class Divisor {
 }  // namespace torchops::cuda
 
 // Fills in torchops::cuda::<kernel> with launch_<kernel>, when the library is loaded.
-#define TORCHOPS_CUDA_KERNEL(name)                                  \
-  static const bool name##_is_registered = [] {                     \
-    name = [](const auto& params, int device) {                     \
-      const ::torchops::cuda::DeviceGuard guard(device);            \
+#define TORCHOPS_CUDA_KERNEL(name)                                     \
+  static const bool name##_is_registered = [] {                        \
+    name = [](const auto& params, int device) {                        \
+      const ::torchops::cuda::DeviceGuard guard(device);               \
       launch_##name(params, ::torchops::cuda::current_stream(device)); \
-    };                                                              \
-    return true;                                                    \
+    };                                                                 \
+    return true;                                                       \
   }();

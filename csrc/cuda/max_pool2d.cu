@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
     const Place at = places.at(i);
     const int64_t oh = at.row * strip, top = p.height.start(oh), left = p.width.start(at.column);
     const int64_t row_step = p.width.length * p.channels;
-    const T* window = input + at.pack * N + (at.image * p.height.length + top) * row_step +
-                      left * p.channels;
+    const T* window =
+        input + at.pack * N + (at.image * p.height.length + top) * row_step + left * p.channels;
     const int first_column = left < 0 ? static_cast<int>(-left) : 0;
     Best<A, N> best[strip];
 #pragma unroll
@@ -161,9 +161,9 @@ void launch_max_pool2d_indices(const MaxPool2dIndicesParams& p, const Stream& st
   const MaxPool2dParams& pool = p.shape;
   const PoolShape s = pool_shape(pool);
   if (s.images == 0) return;
-  const MaxWindows<SlidingAxis> windows{
-      SlidingAxis(pool.window_height, s.in_height, s.out_height),
-      SlidingAxis(pool.window_width, s.in_width, s.out_width), s.channels};
+  const MaxWindows<SlidingAxis> windows{SlidingAxis(pool.window_height, s.in_height, s.out_height),
+                                        SlidingAxis(pool.window_width, s.in_width, s.out_width),
+                                        s.channels};
   launch_max_indices(s, windows, pool.wide_offsets, p.offsets, p.indices, stream);
 }
 

@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
     const int64_t column_step = p.width.dilation() * p.channels;
     const T* window = input + at.pack * N +
                       ((at.image * p.height.length + p.height.start(at.row)) * p.width.length +
-                       p.width.start(at.column)) * p.channels;
+                       p.width.start(at.column)) *
+                          p.channels;
     Best<acc_t<T>, N> best;
     // A dilated window may step over a small input: native's answer is where it starts from.
     const bool empty = rows.begin >= rows.end || columns.begin >= columns.end;
@@ -89,8 +90,8 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
       for (int64_t ow = columns.begin; ow < columns.end; ++ow) {
         const int64_t column = p.width.tap_on(at.column, ow);
         if (column < 0) continue;
-        const int64_t o = ((at.image * p.height.outputs + oh) * p.width.outputs + ow) * p.channels +
-                          at.pack * N;
+        const int64_t o =
+            ((at.image * p.height.outputs + oh) * p.width.outputs + ow) * p.channels + at.pack * N;
         const auto grad = to_acc(load<N>(grad_output + o));
         const auto winner = load<N>(offsets + o);
 #pragma unroll
@@ -119,9 +120,8 @@ __device__ inline int64_t winner_position(const MaxWindows<Axis>& p, const Divis
                                           const Place& at, int64_t offset) {
   if (offset < 0) return -1;
   const int64_t row = taps.split(offset);
-  const int64_t position =
-      (p.height.start(at.row) + row * p.height.dilation()) * p.width.length +
-      p.width.start(at.column) + offset * p.width.dilation();
+  const int64_t position = (p.height.start(at.row) + row * p.height.dilation()) * p.width.length +
+                           p.width.start(at.column) + offset * p.width.dilation();
   const auto plane = static_cast<uint64_t>(p.height.length * p.width.length);
   return static_cast<uint64_t>(position) < plane ? position : -1;
 }
@@ -134,8 +134,8 @@ __global__ void max_windows_gather_kernel(MaxWindows<Axis> p, Places places, Div
     const Place at = places.at(i);
     const int64_t position = winner_position(p, taps, at, offsets[i]);
     const int64_t plane = p.height.length * p.width.length;
-    output[i] = position < 0 ? Bits{0}
-                             : input[(at.image * plane + position) * p.channels + at.pack];
+    output[i] =
+        position < 0 ? Bits{0} : input[(at.image * plane + position) * p.channels + at.pack];
   }
 }
 
@@ -147,13 +147,15 @@ __global__ void max_windows_indices_kernel(MaxWindows<Axis> p, Places places, Di
   }
 }
 
-// ---- launchers; the axes belong to `s` -----------------------------------------------------------
+// ---- launchers; the axes belong to `s`
+// -----------------------------------------------------------
 
 // f(Tag<offset_t>, Width<N>): int32 offsets belong to windows too large for packs to matter.
 template <typename T, typename F, typename... Pointers>
 void dispatch_offsets(bool wide, int64_t channels, const F& f, const Pointers*... pointers) {
   if (wide) return f(Tag<int32_t>{}, Width<1>{});
-  dispatch_width<T>(can_pack<T>(channels, pointers...), [&](auto width) { f(Tag<uint8_t>{}, width); });
+  dispatch_width<T>(can_pack<T>(channels, pointers...),
+                    [&](auto width) { f(Tag<uint8_t>{}, width); });
 }
 
 template <typename Axis>
@@ -206,8 +208,7 @@ void dispatch_wide(bool wide, const F& f) {
 
 template <typename Axis>
 void launch_max_gather(const PoolShape& s, const MaxWindows<Axis>& windows, DType dtype, bool wide,
-                       const void* input, const void* offsets, void* output,
-                       const Stream& stream) {
+                       const void* input, const void* offsets, void* output, const Stream& stream) {
   const Places places(s.images, s.out_height, s.out_width, s.channels);
   const auto run = [&](auto bits) {
     using Bits = decltype(bits);

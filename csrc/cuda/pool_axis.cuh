@@ -154,8 +154,8 @@ PoolShape pool_shape(const Params& p) {
           p.out_width};
 }
 
-// Columns that are pooled one by one are as good as channels, and can be packed. Turns the window of
-// the width into one of a single column.
+// Columns that are pooled one by one are as good as channels, and can be packed. Turns the window
+// of the width into one of a single column.
 inline PoolShape columns_as_channels(PoolShape shape, Window& width) {
   const bool apart = width.size == 1 && width.stride == 1 && width.padding == 0;
   if (!apart || shape.in_width != shape.out_width) return shape;

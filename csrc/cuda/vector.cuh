@@ -53,7 +53,7 @@ template <> struct Raw<1> { using type = unsigned char; };
 // p is aligned to the pack, and nobody writes there while the kernel runs.
 template <int N, typename T>
 __device__ inline Pack<T, N> load(const T* p) {
-  using raw_t = typename Raw<N * static_cast<int>(sizeof(T))>::type;
+  using raw_t = typename Raw<N* static_cast<int>(sizeof(T))>::type;
   const raw_t raw = __ldg(reinterpret_cast<const raw_t*>(p));
   Pack<T, N> pack;
   memcpy(&pack, &raw, sizeof(raw));
@@ -62,7 +62,7 @@ __device__ inline Pack<T, N> load(const T* p) {
 
 template <typename T, int N>
 __device__ inline void store(T* p, const Pack<T, N>& pack) {
-  using raw_t = typename Raw<N * static_cast<int>(sizeof(T))>::type;
+  using raw_t = typename Raw<N* static_cast<int>(sizeof(T))>::type;
   raw_t raw;
   memcpy(&raw, &pack, sizeof(raw));
   *reinterpret_cast<raw_t*>(p) = raw;
@@ -100,8 +100,8 @@ __device__ inline T from_acc(acc_t<T> x) {
       asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
     }
 #elif defined(TORCHOPS_CUDA_EMULATOR)
-    result.bits = std::is_same_v<T, bf16> ? emulator::float_to_bfloat16(x)
-                                          : emulator::float_to_half(x);
+    result.bits =
+        std::is_same_v<T, bf16> ? emulator::float_to_bfloat16(x) : emulator::float_to_half(x);
 #endif
     return result;
   }

@@ -182,8 +182,7 @@ Tensor conv2d_grad_weight(Tensor input, Tensor grad_output, IntList weight_size,
       either && p.shape.dtype == DType::f64 ? MemoryFormat::contiguous : format;
   const bool direct = result == weight_format(input, p.shape);
   p.shape.weight_channels_last = direct && result == MemoryFormat::channels_last;
-  Tensor grad_weight =
-      empty(weight_size, direct ? result : MemoryFormat::contiguous, input);
+  Tensor grad_weight = empty(weight_size, direct ? result : MemoryFormat::contiguous, input);
   p.input = dense.const_data_ptr();
   p.grad_output = dense_grad.const_data_ptr();
   p.grad_weight = grad_weight.mutable_data_ptr();

@@ -78,9 +78,7 @@ Tensor forward(const Tensor& input, const IntList& pool, Tensor* offsets) {
   return output;
 }
 
-Tensor max_pool2d(Tensor input, IntList pool) {
-  return forward(input, pool, nullptr);
-}
+Tensor max_pool2d(Tensor input, IntList pool) { return forward(input, pool, nullptr); }
 
 std::tuple<Tensor, Tensor> max_pool2d_with_offsets(Tensor input, IntList pool) {
   Tensor offsets;

@@ -2,10 +2,10 @@
 //
 // launch.cuh includes this instead of the CUDA runtime where TORCHOPS_CUDA_EMULATOR is defined. The
 // same .cu sources then compile with g++. Each thread of a block is a fiber; it runs until it meets
-// a barrier or a shuffle, and the next thread's turn comes. Threads of every second block, and blocks
-// of every second launch, run in reverse order: who relies on an order gives other bits. Shared and
-// workspace memory is NaN before it is written. A barrier that not all threads reach, and a misaligned
-// 16-byte access, end the process with a message.
+// a barrier or a shuffle, and the next thread's turn comes. Threads of every second block, and
+// blocks of every second launch, run in reverse order: who relies on an order gives other bits.
+// Shared and workspace memory is NaN before it is written. A barrier that not all threads reach,
+// and a misaligned 16-byte access, end the process with a message.
 //
 // interpose.cpp makes libtorchops.so call these kernels for CPU tensors. To use it:
 //
@@ -13,8 +13,8 @@
 //     LD_PRELOAD=$library pytest tests/test_values.py -k max_pool2d
 //
 // runs any test, script or debugger on emulated kernels. An operator without a CUDA kernel runs the
-// CPU's. EMULATOR_TRACE=1 writes every launch to stderr. In kernels, take dynamic shared memory from
-// dynamic_shared<T>() of launch.cuh; static __shared__ arrays are as usual.
+// CPU's. EMULATOR_TRACE=1 writes every launch to stderr. In kernels, take dynamic shared memory
+// from dynamic_shared<T>() of launch.cuh; static __shared__ arrays are as usual.
 #pragma once
 
 #include <setjmp.h>
@@ -83,8 +83,8 @@ inline int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }
 namespace emulator {
 
 [[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "cuda_emulator: block %u,%u,%u thread %u,%u,%u: %s\n", blockIdx.x, blockIdx.y,
-               blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z, what);
+  std::fprintf(stderr, "cuda_emulator: block %u,%u,%u thread %u,%u,%u: %s\n", blockIdx.x,
+               blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z, what);
   std::abort();
 }
 

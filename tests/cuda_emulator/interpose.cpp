@@ -10,21 +10,19 @@
 #include "cuda_emulator.h"
 
 #undef TORCHOPS_KERNEL
-#define TORCHOPS_KERNEL(kernel, Params)                                                \
-  namespace torchops::cuda {                                                           \
-  inline void (*kernel)(const Params&, int device) = nullptr;                          \
-  }                                                                                    \
-  TORCHOPS_INTERPOSE(baseline, kernel, Params) TORCHOPS_INTERPOSE(avx2, kernel, Params) \
-  TORCHOPS_INTERPOSE(avx512, kernel, Params)
+#define TORCHOPS_KERNEL(kernel, Params)                                                    \
+  namespace torchops::cuda { inline void (*kernel)(const Params&, int device) = nullptr; } \
+  TORCHOPS_INTERPOSE(baseline, kernel, Params)                                             \
+  TORCHOPS_INTERPOSE(avx2, kernel, Params) TORCHOPS_INTERPOSE(avx512, kernel, Params)
 
-#define TORCHOPS_INTERPOSE(isa, kernel, Params)                                    \
-  namespace torchops::cpu::isa {                                                   \
-  void kernel(const Params& params) {                                              \
-    if (cuda::kernel) return cuda::kernel(params, 0);                              \
-    static const auto hidden = reinterpret_cast<void (*)(const Params&)>(          \
+#define TORCHOPS_INTERPOSE(isa, kernel, Params)                                                 \
+  namespace torchops::cpu::isa {                                                                \
+  void kernel(const Params& params) {                                                           \
+    if (cuda::kernel) return cuda::kernel(params, 0);                                           \
+    static const auto hidden = reinterpret_cast<void (*)(const Params&)>(                       \
         hidden_symbol(reinterpret_cast<void*>(static_cast<void (*)(const Params&)>(&kernel)))); \
-    hidden(params);                                                                \
-  }                                                                                \
+    hidden(params);                                                                             \
+  }                                                                                             \
   }
 
 namespace {

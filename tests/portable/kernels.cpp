@@ -113,9 +113,10 @@ void test_conv2d(const ConvKernels& kernel, bool last, int64_t in_channels, int6
   weight.randomize(2);
   bias.randomize(3);
   Image<T> grad_output = Image<T>(output).randomize(4), grad_input = input, grad_weight = weight;
-  const Conv2dShape shape{kDType<T>,     last,          2,      in_channels, 9, 11, out_channels,
+  const Conv2dShape shape{kDType<T>,     last,         2,      in_channels, 9,     11, out_channels,
                           output.height, output.width, groups, window,      window};
-  kernel.forward({input.data.data(), weight.data.data(), bias.data.data(), output.data.data(), shape});
+  kernel.forward(
+      {input.data.data(), weight.data.data(), bias.data.data(), output.data.data(), shape});
   kernel.grad_input({grad_output.data.data(), weight.data.data(), grad_input.data.data(), shape});
   kernel.grad_weight({input.data.data(), grad_output.data.data(), grad_weight.data.data(), shape});
 
@@ -153,8 +154,20 @@ void test_pools(bool last) {
   input.randomize(1);
   Image<T> grad_output = Image<T>(output).randomize(4), grad_input = input;
   std::vector<uint8_t> offsets(output.data.size());
-  const MaxPool2dParams max{input.data.data(), output.data.data(), offsets.data(), kDType<T>, last,
-                            false, 2, 7, 9, 11, 5, 6, window, window};
+  const MaxPool2dParams max{input.data.data(),
+                            output.data.data(),
+                            offsets.data(),
+                            kDType<T>,
+                            last,
+                            false,
+                            2,
+                            7,
+                            9,
+                            11,
+                            5,
+                            6,
+                            window,
+                            window};
   Values forward(output.data.size()), backward(input.data.size());
   for_each_element(output, [&](int64_t n, int64_t c, int64_t h, int64_t w) {
     int64_t winner = -1;
@@ -170,12 +183,25 @@ void test_pools(bool last) {
     backward[winner] += grad_output.get(n, c, h, w);
   });
   kernels::max_pool2d(max);
-  kernels::max_pool2d_backward({grad_output.data.data(), offsets.data(), grad_input.data.data(), max});
+  kernels::max_pool2d_backward(
+      {grad_output.data.data(), offsets.data(), grad_input.data.data(), max});
   check("max_pool2d", output, forward);
   check("max_pool2d backward", grad_input, backward);
 
-  const AvgPool2dParams avg{input.data.data(), output.data.data(), kDType<T>, last, false, 0, 2, 7,
-                            9, 11, 5, 6, window, window};
+  const AvgPool2dParams avg{input.data.data(),
+                            output.data.data(),
+                            kDType<T>,
+                            last,
+                            false,
+                            0,
+                            2,
+                            7,
+                            9,
+                            11,
+                            5,
+                            6,
+                            window,
+                            window};
   std::fill(backward.begin(), backward.end(), 0.0);
   for_each_element(output, [&](int64_t n, int64_t c, int64_t h, int64_t w) {
     double sum = 0;
@@ -196,7 +222,8 @@ void test_pools(bool last) {
   check("avg_pool2d", output, forward);
   check("avg_pool2d backward", grad_input, backward);
 
-  kernels::adaptive_avg_pool2d({input.data.data(), output.data.data(), kDType<T>, last, 2, 7, 9, 11, 5, 6});
+  kernels::adaptive_avg_pool2d(
+      {input.data.data(), output.data.data(), kDType<T>, last, 2, 7, 9, 11, 5, 6});
   for_each_element(output, [&](int64_t n, int64_t c, int64_t h, int64_t w) {
     double sum = 0;
     int64_t taps = 0;
@@ -215,9 +242,16 @@ void test_batch_norm(bool last) {
   residual.randomize(2);
   std::vector<float> weight(13, 1.5f), bias(13, -0.25f);
   std::vector<double> mean(13), var(13);
-  kernels::batch_norm({{kDType<T>, last, 3, 13, 35}, input.data.data(), residual.data.data(),
-                       output.data.data(), {weight.data(), DType::f32}, {bias.data(), DType::f32},
-                       Activation::relu, 1e-5, mean.data(), var.data()});
+  kernels::batch_norm({{kDType<T>, last, 3, 13, 35},
+                       input.data.data(),
+                       residual.data.data(),
+                       output.data.data(),
+                       {weight.data(), DType::f32},
+                       {bias.data(), DType::f32},
+                       Activation::relu,
+                       1e-5,
+                       mean.data(),
+                       var.data()});
   Values sums(13), squares(13), expected(output.data.size());
   for_each_element(input, [&](int64_t n, int64_t c, int64_t h, int64_t w) {
     sums[c] += input.get(n, c, h, w) / 105;
@@ -227,8 +261,7 @@ void test_batch_norm(bool last) {
   });
   for_each_element(input, [&](int64_t n, int64_t c, int64_t h, int64_t w) {
     const double normal = (input.get(n, c, h, w) - sums[c]) / std::sqrt(squares[c] + 1e-5);
-    expected[output.at(n, c, h, w)] =
-        std::max(0.0, normal * 1.5 - 0.25 + residual.get(n, c, h, w));
+    expected[output.at(n, c, h, w)] = std::max(0.0, normal * 1.5 - 0.25 + residual.get(n, c, h, w));
   });
   check("batch_norm + residual + relu", output, expected);
 }
@@ -238,13 +271,13 @@ void test_all(const char* dtype) {
   for (bool last : {false, true}) {
     std::printf("---- %s\n", dtype);
     const ConvKernels dense{"conv2d", kernels::conv2d, kernels::conv2d_grad_input,
-                               kernels::conv2d_grad_weight};
+                            kernels::conv2d_grad_weight};
     const ConvKernels depthwise{"depthwise", kernels::conv2d_depthwise,
-                                   kernels::conv2d_depthwise_grad_input,
-                                   kernels::conv2d_depthwise_grad_weight};
+                                kernels::conv2d_depthwise_grad_input,
+                                kernels::conv2d_depthwise_grad_weight};
     const ConvKernels pointwise{"pointwise", kernels::conv2d_pointwise,
-                                   kernels::conv2d_pointwise_grad_input,
-                                   kernels::conv2d_pointwise_grad_weight};
+                                kernels::conv2d_pointwise_grad_input,
+                                kernels::conv2d_pointwise_grad_weight};
     test_conv2d<T>(dense, last, 6, 10, 1, {3, 1, 1, 1});
     test_conv2d<T>(dense, last, 6, 10, 2, {3, 2, 1, 1});
     test_conv2d<T>(depthwise, last, 19, 19, 19, {3, 1, 1, 1});

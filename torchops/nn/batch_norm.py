@@ -12,7 +12,7 @@ from torchops.ops._activation import activation_number
 from torchops.ops.batch_norm import batch_norm, native_ending
 
 
-def _statistics(module: Any) -> tuple[Tensor | None, Tensor | None, bool, float]:
+def call_statistics(module: Any) -> tuple[Tensor | None, Tensor | None, bool, float]:
     """running_mean, running_var, training and momentum of this call; counts the batch."""
     momentum = 0.0 if module.momentum is None else module.momentum
     if module.training and module.track_running_stats and module.num_batches_tracked is not None:
@@ -39,7 +39,7 @@ class _Fused:
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)  # type: ignore[attr-defined]
-        mean, var, training, momentum = _statistics(self)
+        mean, var, training, momentum = call_statistics(self)
         return batch_norm(
             input, mean, var, self.weight, self.bias, training, momentum, self.eps,  # type: ignore[attr-defined]
             activation=self.activation, residual=residual,

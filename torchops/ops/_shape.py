@@ -77,8 +77,11 @@ def pool_numbers(kernel_size: Any, stride: Any, padding: Any, dilation: Any, *mo
 
 def pooled_shape(input_size: Any, pool: Any) -> tuple[Any, ...]:
     """Sizes of a pool's output, `pool` being its pool_numbers."""
-    height, width = (pooled_size(input_size[axis - 2], *pool[axis:8:2], pool[8]) for axis in (0, 1))
-    return (*input_size[:-2], height, width)
+    size = []
+    for axis in (0, 1):
+        kernel, stride, padding, dilation = pool[axis:8:2]
+        size.append(pooled_size(input_size[axis - 2], kernel, stride, padding, dilation, pool[8]))
+    return (*input_size[:-2], *size)
 
 
 def pooled_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool):

@@ -237,7 +237,8 @@ class Conv2dFunction(Function):
         output = _bilinear_tangent(Conv2dFunction, ctx, tangents, None, *ctx.window)
         if bias_tangent is None:
             return output
-        return _sum(output, _bias_image(bias_tangent, *ctx.saved_tensors, ctx.window))
+        input, weight = ctx.saved_tensors
+        return _sum(output, _bias_image(bias_tangent, input, weight, ctx.window))
 
 
 def _bias_image(bias: Tensor, input: Tensor, weight: Tensor, window: list) -> Tensor:

@@ -17,7 +17,13 @@ from torchops.ops._autograd import (
     unfold_batch,
 )
 from torchops.ops._drop_in import drop_in, native_only
-from torchops.ops._shape import check_bools, pool_numbers, pooled_shape, single, suggest_memory_format
+from torchops.ops._shape import (
+    check_bools,
+    pool_numbers,
+    pooled_shape,
+    single,
+    suggest_memory_format,
+)
 
 _max_pool2d = kernel("max_pool2d")
 _indices = kernel("max_pool2d_indices")

@@ -135,8 +135,7 @@ void pack_weights(const Problem<T>& p, int64_t group, int64_t column, int64_t co
   }
 }
 
-// ---- channels_last: position rows x output channel vectors
-// ---------------------------------------
+// ---- channels_last: position rows x output channel vectors -------------------------------------
 
 // Columns are kept in panels of kTileColumns: [panel][depth][column], the last panel of a group
 // only as wide as it needs, in whole vectors.
@@ -229,8 +228,7 @@ void correlate_channels_last(const Problem<T>& p) {
                });
 }
 
-// ---- contiguous: output channel rows x position vectors
-// ------------------------------------------
+// ---- contiguous: output channel rows x position vectors ----------------------------------------
 
 // Output channels of a block, at most: about 256, in whole tiles.
 constexpr int64_t kBlockChannels = (256 + kTileRows - 1) / kTileRows * kTileRows;

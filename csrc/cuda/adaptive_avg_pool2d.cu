@@ -30,8 +30,7 @@ AvgWindows<MeanAxis> windows(const PoolShape& s) {
 
 bool is_global(const AdaptiveAvgPool2dParams& p) { return p.out_height == 1 && p.out_width == 1; }
 
-// ---- one window over the whole map
-// ---------------------------------------------------------------
+// ---- one window over the whole map -------------------------------------------------------------
 
 constexpr int kSlabPacks = 32, kSlabRows = 8;
 
@@ -127,8 +126,7 @@ __global__ void __launch_bounds__(kPoolThreads)
   }
 }
 
-// ---- launchers
-// -----------------------------------------------------------------------------------
+// ---- launchers ---------------------------------------------------------------------------------
 
 void launch_adaptive_avg_pool2d(const AdaptiveAvgPool2dParams& p, const Stream& stream) {
   if (p.batch * p.channels * p.out_height * p.out_width == 0) return;

@@ -67,8 +67,7 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
   }
 }
 
-// ---- launchers; the axes belong to `s`
-// -----------------------------------------------------------
+// ---- launchers; the axes belong to `s` ---------------------------------------------------------
 
 template <typename T, typename Axis>
 void launch_avg_forward(const PoolShape& s, const AvgWindows<Axis>& windows, const T* input,

@@ -243,8 +243,7 @@ __global__ void conv2d_grad_weight_sum_kernel(int64_t parts, int64_t count, cons
   }
 }
 
-// ---- launchers
-// -----------------------------------------------------------------------------------
+// ---- launchers ---------------------------------------------------------------------------------
 
 int64_t tiles(int64_t count) { return ceil_div(count, kTile); }
 

@@ -150,8 +150,7 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
   }
 }
 
-// ---- launchers
-// -----------------------------------------------------------------------------------
+// ---- launchers ---------------------------------------------------------------------------------
 
 // The weights as the kernels above read them; they live as long as `workspace`.
 template <typename T>

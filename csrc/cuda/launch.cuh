@@ -127,7 +127,7 @@ class Workspace {
 #endif
 };
 
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), checked.
+// Launches the kernel on the stream, checked; not by <<<>>>, which the emulator does not know.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes,
             const Stream& stream, const Arguments&... arguments) {
@@ -136,8 +136,13 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_byt
   emulator::launch(grid, block, shared_bytes,
                    [&] { kernel(static_cast<Parameters>(arguments)...); });
 #else
-  kernel<<<grid, block, shared_bytes, stream.handle> > >(static_cast<Parameters>(arguments)...);
-  check(cudaGetLastError(), "kernel launch");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream.handle;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...),
+        "kernel launch");
 #endif
 }
 

@@ -147,8 +147,7 @@ __global__ void max_windows_indices_kernel(MaxWindows<Axis> p, Places places, Di
   }
 }
 
-// ---- launchers; the axes belong to `s`
-// -----------------------------------------------------------
+// ---- launchers; the axes belong to `s` ---------------------------------------------------------
 
 // f(Tag<offset_t>, Width<N>): int32 offsets belong to windows too large for packs to matter.
 template <typename T, typename F, typename... Pointers>

@@ -85,6 +85,8 @@ class AdaptiveMaxPool2dFunction(Function):
 
     @staticmethod
     def backward(ctx, grad_output, _):
+        if grad_output is None:
+            return None, None
         (offsets,) = ctx.saved_tensors
         return AdaptiveMaxPool2dBackwardFunction.call(grad_output, offsets, ctx.input_size), None
 

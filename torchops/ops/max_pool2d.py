@@ -113,6 +113,8 @@ class MaxPool2dFunction(Function):
 
     @staticmethod
     def backward(ctx, grad_output, _):
+        if grad_output is None:
+            return None, None
         (offsets,) = ctx.saved_tensors
         return MaxPool2dBackwardFunction.call(grad_output, offsets, *ctx.rest), None
 

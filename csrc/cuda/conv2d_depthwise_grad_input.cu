@@ -15,7 +15,7 @@ __device__ inline int64_t output_under(const ConvAxis& axis, int64_t i, int64_t 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, 2)
     conv2d_depthwise_grad_input_any_kernel(DepthwiseShape p, Places places, const T* grad_output,
                                            const acc_t<T>* weight, T* grad_input) {
   const int64_t multiplier = p.multiplier.value(), in_planes = p.channels_last ? 1 : p.in_channels;

@@ -1,8 +1,26 @@
 """Calls on the GPU that have no kernel in the CUDA library run natively."""
 
+import re
+from pathlib import Path
+
 import torch
 
 from torchops import _cuda
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+
+
+def kernels(pattern, macro):
+    text = "".join(path.read_text() for path in sorted(CSRC.glob(pattern)))
+    return set(re.findall(rf"^{macro}\((\w+)", text, re.MULTILINE))
+
+
+def test_every_kernel_has_a_cuda_side_and_a_family():
+    """An operator without one would say on a GPU that no CUDA library was built."""
+    declared = kernels("ops/*.h", "TORCHOPS_KERNEL")
+    assert len(declared) > 20
+    assert kernels("cuda/*.cu", "TORCHOPS_CUDA_KERNEL") == declared
+    assert {name for names in _cuda.FAMILIES.values() for name in names} == declared
 
 
 def test_the_family_that_a_call_takes():
@@ -11,7 +29,7 @@ def test_the_family_that_a_call_takes():
     assert _cuda.family_of("conv1d", vector, torch.zeros(8, 1, 3)) == "conv2d_depthwise"
     assert _cuda.family_of("conv2d", input, weight=torch.zeros(4, 8, 1, 1)) == "conv2d_pointwise"
     assert _cuda.family_of("conv2d", input, torch.zeros(4, 8, 3, 3)) == "conv2d"
-    assert _cuda.family_of("conv2d", input, torch.zeros(4, 4, 1, 1), groups=2) == "conv2d"
+    assert _cuda.family_of("conv2d", input, torch.zeros(4, 4, 1, 1), groups=2) == "conv2d_grouped"
     assert _cuda.family_of("max_pool1d", vector, 2) == "max_pool2d"
 
 

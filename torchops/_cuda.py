@@ -10,18 +10,14 @@ from typing import Any
 FAMILIES = {
     **{
         stem: (stem, f"{stem}_grad_input", f"{stem}_grad_weight")
-        for stem in ("conv2d", "conv2d_depthwise", "conv2d_pointwise")
+        for stem in ("conv2d", "conv2d_depthwise", "conv2d_grouped", "conv2d_pointwise")
     },
+    **{stem: (stem, f"{stem}_backward") for stem in ("avg_pool2d", "adaptive_avg_pool2d")},
     **{
-        stem: (stem, f"{stem}_backward")
-        for stem in ("max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d")
+        stem: (stem, f"{stem}_backward", f"{stem}_gather", f"{stem}_indices")
+        for stem in ("max_pool2d", "adaptive_max_pool2d")
     },
-    "batch_norm": (
-        "batch_norm",
-        "batch_norm_apply",
-        "batch_norm_backward",
-        "batch_norm_update",
-    ),
+    "batch_norm": ("batch_norm", "batch_norm_apply", "batch_norm_backward", "batch_norm_update"),
 }
 
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "cross_correlation2d", "convolution2d", "conv1x1"})
@@ -47,10 +43,9 @@ def family_of(name: str, *args: Any, **kwargs: Any) -> str:
     input = args[0] if args else kwargs["input"]
     weight = args[1] if len(args) > 1 else kwargs["weight"]
     channels = input.shape[1 - weight.dim()]
-    if weight.shape[1] == 1 and channels > 1:
-        return "conv2d_depthwise"
-    pointwise = weight.shape[1] == channels and all(size == 1 for size in weight.shape[2:])
-    return "conv2d_pointwise" if pointwise else "conv2d"
+    if weight.shape[1] < channels:
+        return "conv2d_depthwise" if weight.shape[1] == 1 else "conv2d_grouped"
+    return "conv2d_pointwise" if all(size == 1 for size in weight.shape[2:]) else "conv2d"
 
 
 def missing(name: str, args: Any, kwargs: Any) -> str | None:

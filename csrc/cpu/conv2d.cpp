@@ -11,10 +11,12 @@
 // The depth runs in the order in which the weight lies in memory, so that packing it for the
 // forward product is a transposition in registers. Packing still bounds layers of few positions.
 //
-// Reached in fp32, one thread of Zen 3, of the 70 GFLOP/s of torch.mm there: channels_last 3x3 128
-// @28 91 %, 64 @56 84 %, 1x1 1024 -> 256 @14 87 %, 7x7 stem 78 %; contiguous 97, 77, 84 and 47 %.
-// Of native's speed, over usual and odd shapes: 1x1 0.83 contiguous, 1.0 channels_last; windows
-// 0.85 and 1.0.
+// Reached on Zen 3, fp32, contiguous / channels_last, of the 72 GFLOP/s of torch.mm there
+// (torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
+//   conv2d:mb8_ic128ih28oc128kh3ph1    75 / 90 %
+//   conv2d:mb8_ic64ih56oc64kh3ph1      69 / 84 %
+//   conv1x1:mb8_ic1024ih14oc256        76 / 82 %
+//   conv2d:mb8_ic3ih224oc64kh7sh2ph3   61 / 51 %
 #include "ops/conv2d.h"
 
 #include <utility>

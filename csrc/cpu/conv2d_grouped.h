@@ -126,9 +126,7 @@ struct Maps {
   static Vec<acc> read(const T* p, int64_t n, const T* last_whole) {
     if (n >= kSize) return load(p);
     if (p > last_whole) return load_partial(p, int(n));
-    Mask<acc> lane;
-    for (int i = 0; i < kSize; ++i) lane[i] = i;
-    return lane < Mask<acc>{} + decltype(lane[0] + 0)(n) ? load(p) : Vec<acc>{};
+    return first_lanes<acc>(int(n)) ? load(p) : Vec<acc>{};
   }
 
   // What the registers hold over is zero in the plane, and the next row is written later.

@@ -331,7 +331,16 @@ void launch_conv2d_grad_weight(const Conv2dGradWeightParams& p, const Stream& st
   });
 }
 
-// A pointwise convolution is one whose window has a single tap.
+// What the CPU has kernels of its own for, the product covers: several groups, a single tap.
+void launch_conv2d_grouped(const Conv2dParams& p, const Stream& stream) {
+  launch_conv2d(p, stream);
+}
+void launch_conv2d_grouped_grad_input(const Conv2dGradInputParams& p, const Stream& stream) {
+  launch_conv2d_grad_input(p, stream);
+}
+void launch_conv2d_grouped_grad_weight(const Conv2dGradWeightParams& p, const Stream& stream) {
+  launch_conv2d_grad_weight(p, stream);
+}
 void launch_conv2d_pointwise(const Conv2dParams& p, const Stream& stream) {
   launch_conv2d(p, stream);
 }
@@ -347,6 +356,9 @@ void launch_conv2d_pointwise_grad_weight(const Conv2dGradWeightParams& p, const 
 TORCHOPS_CUDA_KERNEL(conv2d)
 TORCHOPS_CUDA_KERNEL(conv2d_grad_input)
 TORCHOPS_CUDA_KERNEL(conv2d_grad_weight)
+TORCHOPS_CUDA_KERNEL(conv2d_grouped)
+TORCHOPS_CUDA_KERNEL(conv2d_grouped_grad_input)
+TORCHOPS_CUDA_KERNEL(conv2d_grouped_grad_weight)
 TORCHOPS_CUDA_KERNEL(conv2d_pointwise)
 TORCHOPS_CUDA_KERNEL(conv2d_pointwise_grad_input)
 TORCHOPS_CUDA_KERNEL(conv2d_pointwise_grad_weight)

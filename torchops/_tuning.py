@@ -50,7 +50,7 @@ _XEON = "Xeon with AVX-512 and AMX, one thread, N=8"
 
 # Whether native multiplies bfloat16 in hardware of its own (AMX tiles, vdpbf16ps), which no kernel
 # here does yet. With AVX2 alone it does not: on Zen 3, native took 7 and 16 times our time forward
-# and backward for conv1x1:mb8_ic1024ih14oc256, 19 and 20 times for conv2d:mb8_g32ic128ih56oc128kh3ph1
+# and backward for conv1x1:mb8_ic1024ih14oc256, 19 and 20 for conv2d:mb8_g32ic128ih56oc128kh3ph1
 # (torchops bench PROBLEM --dtype bf16 --layout channels_last --threads 1 --quick). Asked once:
 # hardware does not change.
 _NATIVE_BFLOAT16 = torch.cpu._is_avx512_supported() or not torch.cpu._is_avx2_supported()

@@ -16,7 +16,7 @@ KERNEL = re.compile(
 )
 
 
-@pytest.mark.skipif(not LOGS, reason="built without nvcc")
+@pytest.mark.skipif(not LOGS, reason="built without nvcc: TORCHOPS_CUDA=1 make install")
 @pytest.mark.parametrize("log", LOGS, ids=lambda log: log.name.removesuffix(".cu.o.log"))
 def test_no_kernel_spills(log):
     kernels = [match.groupdict() for match in KERNEL.finditer(log.read_text())]

@@ -94,7 +94,7 @@ void launch_global(const PoolShape& s, const T* input, T* output, const Stream& 
   if (s.channels == 1) {
     dispatch_width<T>(can_pack<T>(pixels, input), [&](auto width) {
       launch(adaptive_avg_pool2d_plane_kernel<T, decltype(width)::value>,
-             blocks_for(s.images * kWarp, kPoolThreads), kPoolThreads, 0, stream, s.images, pixels,
+             blocks_for(s.images * kWarp, kPoolThreads), kPoolThreads, stream, s.images, pixels,
              input, output);
     });
     return;
@@ -103,7 +103,7 @@ void launch_global(const PoolShape& s, const T* input, T* output, const Stream& 
     constexpr int N = decltype(width)::value;
     const int64_t packs = s.channels / N, tiles = ceil_div(packs, kSlabPacks);
     launch(adaptive_avg_pool2d_slab_kernel<T, N>, blocks_for(s.images * tiles, 1),
-           dim3(kSlabPacks, kSlabRows), 0, stream, Divisor(tiles), packs, pixels, input, output);
+           dim3(kSlabPacks, kSlabRows), stream, Divisor(tiles), packs, pixels, input, output);
   });
 }
 
@@ -156,7 +156,7 @@ void launch_adaptive_avg_pool2d_backward(const AdaptiveAvgPool2dBackwardParams& 
     dispatch_width<T>(can_pack<T>(count, grad_input), [&](auto width) {
       constexpr int N = decltype(width)::value;
       launch(adaptive_avg_pool2d_spread_kernel<T, N>, blocks_for(count / N, kPoolThreads),
-             kPoolThreads, 0, stream, count, Divisor(pixels), grad_output, grad_input);
+             kPoolThreads, stream, count, Divisor(pixels), grad_output, grad_input);
     });
   });
 }

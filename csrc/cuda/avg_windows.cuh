@@ -75,7 +75,7 @@ void launch_avg_forward(const PoolShape& s, const AvgWindows<Axis>& windows, con
   dispatch_width<T>(can_pack<T>(s.channels, input, output), [&](auto width) {
     constexpr int N = decltype(width)::value;
     const Places places(s.images, s.out_height, s.out_width, s.channels / N);
-    launch(avg_windows_kernel<T, N, Axis>, blocks_for(places.count, kPoolThreads), kPoolThreads, 0,
+    launch(avg_windows_kernel<T, N, Axis>, blocks_for(places.count, kPoolThreads), kPoolThreads,
            stream, windows, places, input, output);
   });
 }
@@ -87,7 +87,7 @@ void launch_avg_backward(const PoolShape& s, const AvgWindows<Axis>& windows, co
     constexpr int N = decltype(width)::value;
     const Places places(s.images, s.in_height, s.in_width, s.channels / N);
     launch(avg_windows_backward_kernel<T, N, Axis>, blocks_for(places.count, kPoolThreads),
-           kPoolThreads, 0, stream, windows, places, grad_output, grad_input);
+           kPoolThreads, stream, windows, places, grad_output, grad_input);
   });
 }
 

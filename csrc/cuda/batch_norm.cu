@@ -146,7 +146,7 @@ void launch_batch_norm_apply(const BatchNormApplyParams& p, const Stream& stream
   dispatch(p.norm, [&](auto tag, auto form) {
     using T = typename decltype(tag)::type;
     const auto tiles = Tiles::of<T>(p.norm.shape, form, stream);
-    launch(batch_norm_apply_kernel<T, decltype(form)>, tiles.grid, kThreads, 0, stream, tiles, p);
+    launch(batch_norm_apply_kernel<T, decltype(form)>, tiles.grid, kThreads, stream, tiles, p);
   });
 }
 
@@ -156,7 +156,7 @@ void launch_batch_norm(const BatchNormParams& p, const Stream& stream) {
     const auto tiles = Tiles::of<T>(p.shape, form, stream);
     const Workspace workspace(stream, Partials::bytes(tiles));
     const Partials partials(tiles, workspace, 0, stream);
-    launch(batch_norm_statistics_kernel<T, decltype(form)>, tiles.grid, kThreads, 0, stream, tiles,
+    launch(batch_norm_statistics_kernel<T, decltype(form)>, tiles.grid, kThreads, stream, tiles,
            partials, p);
   });
   launch_batch_norm_apply({p, {p.mean, DType::f64}, {p.var, DType::f64}}, stream);
@@ -176,7 +176,7 @@ __global__ void batch_norm_update_kernel(BatchNormUpdateParams p) {
 
 void launch_batch_norm_update(const BatchNormUpdateParams& p, const Stream& stream) {
   if (p.channels == 0) return;
-  launch(batch_norm_update_kernel, blocks_for(p.channels, 128), 128, 0, stream, p);
+  launch(batch_norm_update_kernel, blocks_for(p.channels, 128), 128, stream, p);
 }
 
 TORCHOPS_CUDA_KERNEL(batch_norm)

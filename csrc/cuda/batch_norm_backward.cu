@@ -136,11 +136,11 @@ void launch_batch_norm_backward(const BatchNormBackwardParams& p, const Stream& 
     auto* totals = workspace.at<Pair>(0);
     if (p.grad_weight || p.grad_bias || through_statistics) {
       const Partials partials(tiles, workspace, totals_bytes, stream);
-      launch(batch_norm_backward_sums_kernel<T, Form>, tiles.grid, kThreads, 0, stream, tiles,
+      launch(batch_norm_backward_sums_kernel<T, Form>, tiles.grid, kThreads, stream, tiles,
              partials, p, totals);
     }
     if (p.grad_input || p.grad_residual) {
-      launch(batch_norm_backward_apply_kernel<T, Form>, tiles.grid, kThreads, 0, stream, tiles, p,
+      launch(batch_norm_backward_apply_kernel<T, Form>, tiles.grid, kThreads, stream, tiles, p,
              through_statistics ? totals : nullptr);
     }
   };

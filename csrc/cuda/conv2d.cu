@@ -262,7 +262,7 @@ void launch_product(const Operand& operand, int64_t groups, int64_t rows, int64_
                         right_by_depth};
   const int64_t parts = depth > 0 ? ceil_div(depth, part) : 1;
   launch(conv2d_product_kernel<T, Operand>,
-         blocks_for(parts * groups * tiles(rows) * tiles(columns), 1), kThreads, 0, stream, operand,
+         blocks_for(parts * groups * tiles(rows) * tiles(columns), 1), kThreads, stream, operand,
          product);
 }
 
@@ -326,8 +326,8 @@ void launch_conv2d_grad_weight(const Conv2dGradWeightParams& p, const Stream& st
       launch_product<T>(operand, s.groups, shape.out_channels, columns, pixels, part,
                         !s.channels_last, !s.channels_last, stream);
     }
-    launch(conv2d_grad_weight_sum_kernel<T>, blocks_for(weights, kThreads), kThreads, 0, stream,
-           parts, weights, partial, static_cast<T*>(p.grad_weight));
+    launch(conv2d_grad_weight_sum_kernel<T>, blocks_for(weights, kThreads), kThreads, stream, parts,
+           weights, partial, static_cast<T*>(p.grad_weight));
   });
 }
 

@@ -47,7 +47,7 @@ void launch_conv2d_depthwise(const Conv2dParams& p, const Stream& stream) {
     const DepthwiseShape shape(s);
     const Workspace workspace(stream, packed_bytes<T>(s));
     const Places places(shape.images, shape.strip.out, shape.across.out, shape.channels);
-    launch(conv2d_depthwise_any_kernel<T>, blocks_for(places.count, kPoolThreads), kPoolThreads, 0,
+    launch(conv2d_depthwise_any_kernel<T>, blocks_for(places.count, kPoolThreads), kPoolThreads,
            stream, shape, places, static_cast<const T*>(p.input),
            pack_weight<T>(s, p.weight, workspace, stream), static_cast<const T*>(p.bias),
            static_cast<T*>(p.output));

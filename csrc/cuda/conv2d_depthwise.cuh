@@ -159,7 +159,7 @@ const acc_t<T>* pack_weight(const Conv2dShape& s, const void* weight, const Work
   const int64_t taps = s.window_height.size * s.window_width.size;
   acc_t<T>* packed = workspace.at<acc_t<T>>(0);
   launch(conv2d_depthwise_pack_kernel<T>, blocks_for(s.out_channels * taps, kPoolThreads),
-         kPoolThreads, 0, stream, s.out_channels, taps, static_cast<const T*>(weight), packed);
+         kPoolThreads, stream, s.out_channels, taps, static_cast<const T*>(weight), packed);
   return packed;
 }
 
@@ -222,7 +222,7 @@ bool launch_strips(const Conv2dShape& s, const void* source, const void* weight,
       const Places places(shape.images, ceil_div(length + lead, kTargets<K>),
                           kTransposed ? shape.across.in : shape.across.out, shape.channels / N);
       launch(conv2d_depthwise_strip_kernel<T, N, K, S, kTransposed>,
-             blocks_for(places.count, kPoolThreads), kPoolThreads, 0, stream, shape, places,
+             blocks_for(places.count, kPoolThreads), kPoolThreads, stream, shape, places,
              static_cast<const T*>(source), pack_weight<T>(s, weight, workspace, stream),
              static_cast<const T*>(bias), static_cast<T*>(target));
     };

@@ -59,7 +59,7 @@ void launch_conv2d_depthwise_grad_input(const Conv2dGradInputParams& p, const St
     const Places places(s.channels_last ? s.batch : s.batch * s.in_channels, shape.strip.in,
                         shape.across.in, s.channels_last ? s.in_channels : 1);
     launch(conv2d_depthwise_grad_input_any_kernel<T>, blocks_for(places.count, kPoolThreads),
-           kPoolThreads, 0, stream, shape, places, static_cast<const T*>(p.grad_output),
+           kPoolThreads, stream, shape, places, static_cast<const T*>(p.grad_output),
            pack_weight<T>(s, p.weight, workspace, stream), static_cast<T*>(p.grad_input));
   });
 }

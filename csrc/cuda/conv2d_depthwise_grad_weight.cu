@@ -145,10 +145,10 @@ void launch_grad_weight(const Conv2dGradWeightParams& p, const Stream& stream) {
   auto* partial = workspace.at<acc_t<T>>(0);
   const GradWeightPlan plan{Divisor(tiles), Divisor(tap_blocks), per_split};
   launch(conv2d_depthwise_grad_weight_kernel<T, N, K, S>,
-         blocks_for(splits * tap_blocks * tiles, 1), dim3(kWarp, kWorkers), 0, stream, shape, items,
+         blocks_for(splits * tap_blocks * tiles, 1), dim3(kWarp, kWorkers), stream, shape, items,
          plan, static_cast<const T*>(p.input), static_cast<const T*>(p.grad_output), partial);
   launch(conv2d_depthwise_grad_weight_sum_kernel<T>,
-         blocks_for(taps * shape.out_channels, kPoolThreads), kPoolThreads, 0, stream, splits, taps,
+         blocks_for(taps * shape.out_channels, kPoolThreads), kPoolThreads, stream, splits, taps,
          shape.out_channels, partial, static_cast<T*>(p.grad_weight));
 }
 

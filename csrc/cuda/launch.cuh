@@ -5,7 +5,7 @@
 //     void launch_relu(const ReluParams& p, const Stream& stream) {
 //       dispatch_dtype(p.dtype, [&](auto tag) {
 //         using T = typename decltype(tag)::type;
-//         launch(relu_kernel<T>, blocks_for(p.count, 256), 256, 0, stream, ...);
+//         launch(relu_kernel<T>, blocks_for(p.count, 256), 256, stream, ...);
 //       });
 //     }
 //     TORCHOPS_CUDA_KERNEL(relu)   // fills in torchops::cuda::relu when the library is loaded
@@ -129,31 +129,18 @@ class Workspace {
 
 // Launches the kernel on the stream, checked; not by <<<>>>, which the emulator does not know.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes,
-            const Stream& stream, const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, const Stream& stream,
+            const Arguments&... arguments) {
 #if defined(TORCHOPS_CUDA_EMULATOR)
   (void)stream;
-  emulator::launch(grid, block, shared_bytes,
-                   [&] { kernel(static_cast<Parameters>(arguments)...); });
+  emulator::launch(grid, block, [&] { kernel(static_cast<Parameters>(arguments)...); });
 #else
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream.handle;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...),
         "kernel launch");
-#endif
-}
-
-// The dynamic shared memory of the block, aligned to 16 bytes.
-template <typename T>
-__device__ inline T* dynamic_shared() {
-#if defined(TORCHOPS_CUDA_EMULATOR)
-  return reinterpret_cast<T*>(emulator::shared);
-#else
-  extern __shared__ uint4 shared_memory[];
-  return reinterpret_cast<T*>(shared_memory);
 #endif
 }
 

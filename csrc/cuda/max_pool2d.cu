@@ -123,7 +123,7 @@ void launch_max_pool2d(const MaxPool2dParams& p, const Stream& stream) {
       const Places places(s.images, ceil_div(s.out_height, kStrip<N>), s.out_width, s.channels / N);
       const auto kernel = p.offsets ? max_pool2d_strip_kernel<T, N, true, W>
                                     : max_pool2d_strip_kernel<T, N, false, W>;
-      launch(kernel, blocks_for(places.count, kPoolThreads), kPoolThreads, 0, stream,
+      launch(kernel, blocks_for(places.count, kPoolThreads), kPoolThreads, stream,
              pool.windows<typename W::Axis>(), places, static_cast<const T*>(p.input),
              static_cast<T*>(p.output), static_cast<uint8_t*>(p.offsets));
     };

@@ -167,7 +167,7 @@ void launch_max_forward(const PoolShape& s, const MaxWindows<Axis>& windows, DTy
       constexpr int N = decltype(width)::value;
       const Places places(s.images, s.out_height, s.out_width, s.channels / N);
       launch(max_windows_kernel<T, N, O, Axis>, blocks_for(places.count, kPoolThreads),
-             kPoolThreads, 0, stream, windows, places, static_cast<const T*>(input),
+             kPoolThreads, stream, windows, places, static_cast<const T*>(input),
              static_cast<T*>(output), static_cast<O*>(offsets));
     };
     dispatch_offsets<T>(wide, s.channels, run, input, output, offsets);
@@ -180,7 +180,7 @@ void launch_max_backward(const PoolShape& s, const MaxWindows<Axis>& windows,
                          const Stream& stream) {
   const Places places(s.images, ceil_div(s.in_height, kBackwardRows), s.in_width, s.channels / N);
   launch(max_windows_backward_kernel<T, N, O, Axis>, blocks_for(places.count, kPoolThreads),
-         kPoolThreads, 0, stream, windows, places, static_cast<const T*>(grad_output),
+         kPoolThreads, stream, windows, places, static_cast<const T*>(grad_output),
          static_cast<const O*>(offsets), static_cast<T*>(grad_input));
 }
 
@@ -214,7 +214,7 @@ void launch_max_gather(const PoolShape& s, const MaxWindows<Axis>& windows, DTyp
     dispatch_wide(wide, [&](auto offset) {
       using O = typename decltype(offset)::type;
       launch(max_windows_gather_kernel<Bits, O, Axis>, blocks_for(places.count, kPoolThreads),
-             kPoolThreads, 0, stream, windows, places, Divisor(windows.width.taps),
+             kPoolThreads, stream, windows, places, Divisor(windows.width.taps),
              static_cast<const Bits*>(input), static_cast<const O*>(offsets),
              static_cast<Bits*>(output));
     });
@@ -234,7 +234,7 @@ void launch_max_indices(const PoolShape& s, const MaxWindows<Axis>& windows, boo
   dispatch_wide(wide, [&](auto offset) {
     using O = typename decltype(offset)::type;
     launch(max_windows_indices_kernel<O, Axis>, blocks_for(places.count, kPoolThreads),
-           kPoolThreads, 0, stream, windows, places, Divisor(windows.width.taps),
+           kPoolThreads, stream, windows, places, Divisor(windows.width.taps),
            static_cast<const O*>(offsets), indices);
   });
 }

@@ -136,20 +136,6 @@ __device__ inline T warp_sum(T value) {
   return value;
 }
 
-// The sum over the block, for all of its threads; blockDim.x is a multiple of 32. `shared` holds
-// blockDim.x / 32 values and is free for another use on return.
-template <typename T>
-__device__ inline T block_sum(T value, T* shared) {
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
-  value = warp_sum(value);
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  T sum = shared[0];
-  for (int i = 1; i < warps; ++i) sum += shared[i];
-  __syncthreads();
-  return sum;
-}
-
 // True in every thread of the last of `blocks` blocks that get here with this counter (zero
 // before); it then sees what the others wrote to global memory, but not through __ldg. `shared` is
 // one word.

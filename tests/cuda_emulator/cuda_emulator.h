@@ -13,8 +13,8 @@
 //     LD_PRELOAD=$library pytest tests/test_values.py -k max_pool2d
 //
 // runs any test, script or debugger on emulated kernels. An operator without a CUDA kernel runs the
-// CPU's. EMULATOR_TRACE=1 writes every launch to stderr. In kernels, take dynamic shared memory
-// from dynamic_shared<T>() of launch.cuh; static __shared__ arrays are as usual.
+// CPU's. EMULATOR_TRACE=1 writes every launch to stderr. What kernels may call is at the end: an
+// intrinsic that is not there is added when the first kernel needs it.
 #pragma once
 
 #include <setjmp.h>
@@ -130,7 +130,6 @@ struct Block {
 
 inline Block block;
 inline std::mutex mutex;
-inline unsigned char* shared = nullptr;
 inline int64_t launches = 0;
 
 inline void yield() {
@@ -199,17 +198,16 @@ inline void run_block(bool reversed) {
   }
 }
 
-inline void launch(dim3 grid, dim3 size, int shared_bytes, const std::function<void()>& kernel) {
+inline void launch(dim3 grid, dim3 size, const std::function<void()>& kernel) {
   const std::lock_guard lock(mutex);
   const unsigned threads = size.x * size.y * size.z;
   const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
   if (std::getenv("EMULATOR_TRACE"))
-    std::fprintf(stderr, "cuda_emulator: launch of %lld blocks of %u threads, %d bytes shared\n",
-                 static_cast<long long>(blocks), threads, shared_bytes);
+    std::fprintf(stderr, "cuda_emulator: launch of %lld blocks of %u threads\n",
+                 static_cast<long long>(blocks), threads);
   if (threads == 0 || threads > 1024 || blocks == 0 || grid.y > 65535 || grid.z > 65535)
     fail("invalid launch configuration");
-  if (shared_bytes > 227 * 1024) fail("more shared memory than a multiprocessor has");
-  if (block.fibers.size() < threads || block.fibers.size() > threads) {
+  if (block.fibers.size() != threads) {
     std::vector<Fiber> fibers(threads);
     for (size_t i = 0; i < std::min<size_t>(threads, block.fibers.size()); ++i)
       fibers[i].stack.swap(block.fibers[i].stack);
@@ -228,9 +226,7 @@ inline void launch(dim3 grid, dim3 size, int shared_bytes, const std::function<v
     const int64_t i = reversed ? blocks - 1 - b : b;
     blockIdx = dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                     static_cast<unsigned>(i / grid.x / grid.y));
-    shared = static_cast<unsigned char*>(allocate(shared_bytes));
     run_block(i % 2);
-    release(shared);
   }
 }
 
@@ -279,29 +275,11 @@ inline uint16_t float_to_bfloat16(float x) {
 // ---- what kernels call --------------------------------------------------------------------------
 
 inline void __syncthreads() { emulator::wait(emulator::block.barrier); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) {
-  emulator::exchange(mask, 0, [](unsigned lane) { return lane; });
-}
 inline void __threadfence() {}
 
 template <typename T> T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
   (void)width;
   return emulator::exchange(mask, value, [=](unsigned lane) { return lane ^ lanes; });
-}
-template <typename T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  return emulator::exchange(mask, value, [=](unsigned lane) {
-    return lane % width + delta < static_cast<unsigned>(width) ? lane + delta : emulator::kLanes;
-  });
-}
-template <typename T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  return emulator::exchange(mask, value, [=](unsigned lane) {
-    return lane % width >= delta ? lane - delta : emulator::kLanes;
-  });
-}
-template <typename T> T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
-  return emulator::exchange(mask, value, [=](unsigned lane) {
-    return lane / width * width + static_cast<unsigned>(source) % width;
-  });
 }
 
 template <typename T> T __ldg(const T* p) {
@@ -309,8 +287,6 @@ template <typename T> T __ldg(const T* p) {
   return *p;
 }
 template <typename T> T __ldcg(const T* p) { return __ldg(p); }
-template <typename T> T __ldcs(const T* p) { return __ldg(p); }
-template <typename T> void __stcs(T* p, T value) { *p = value; }
 
 template <typename T> T atomicAdd(T* p, T value) {
   static_assert(std::is_integral_v<T>, "float atomics make results depend on timing");
@@ -327,17 +303,4 @@ inline float __uint_as_float(unsigned bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
-inline unsigned __float_as_uint(float x) {
-  unsigned bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
-inline int __float_as_int(float x) { return static_cast<int>(__float_as_uint(x)); }
-inline float __expf(float x) { return expf(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline double rsqrt(double x) { return 1 / std::sqrt(x); }
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-template <typename T> const T& min(const T& a, const T& b) { return b < a ? b : a; }
 template <typename T> const T& max(const T& a, const T& b) { return a < b ? b : a; }

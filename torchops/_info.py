@@ -91,7 +91,7 @@ def _coverage(name: str, operator: Operator) -> dict[str, Any]:
         return {"kernel": False, "dtypes": [], "formats": [], "devices": []}
     devices = ["cpu"]
     if _C.CUDA_ARCHS:
-        untried = "cuda (compiled and emulated, not yet run on a GPU)"
+        untried = "cuda (never run on a GPU)"
         devices.append("cuda" if CUDA_VERIFIED_ON else untried)
     return {
         "kernel": True,
@@ -172,7 +172,7 @@ def _group(covered: dict[str, Any]) -> str:
     if not covered["kernel"]:
         return _NATIVE
     fields = (" ".join(covered[field]) for field in ("dtypes", "formats", "devices"))
-    return "own kernels for " + "; ".join(fields) + ":"
+    return "own kernels, " + "; ".join(fields) + ":"
 
 
 def _wrapped(names: list[str]) -> list[str]:

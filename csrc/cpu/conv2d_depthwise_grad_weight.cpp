@@ -37,22 +37,20 @@ struct GradRow {
 };
 
 // `size` output pixels from o on: grad_output stays in registers, each input pixel is loaded once.
-template <typename T, int kernel, int stride, int size, bool border>
-void accumulate_strip(const GradRow<T>& p, int64_t vector, int64_t o) {
+template <typename T, int kernel, int stride, int size>
+void accumulate_strip(const GradRow<T>& p, const StripInput<T>& input,
+                      const StripInput<T>& grad_output, int64_t vector) {
   constexpr int lanes = kLanes<T>, pixels = (size - 1) * stride + kernel;
   Vec<T> grad[size];
-  const T* grad_pixel = p.grad_output_row + o * p.grad_output.stride + vector * lanes;
+  const T* grad_pixel = *grad_output.rows + grad_output.offset;
 #pragma GCC unroll 16
-  for (int i = 0; i < size; ++i, grad_pixel += p.grad_output.stride) {
-    grad[i] = p.grad_output.template at<border>(grad_pixel, o + i);
-  }
-  const int64_t column = p.first + o * stride;
+  for (int i = 0; i < size; ++i, grad_pixel += grad_output.stride) grad[i] = load(grad_pixel);
   for (int row = p.window.begin; row < p.window.end; ++row) {
-    const T* input = p.window.rows[row] + column * p.input.stride + vector * lanes;
+    const T* pixel = input.rows[row] + input.offset;
     Vec<T> sum[kernel] = {};
 #pragma GCC unroll 64
-    for (int x = 0; x < pixels; ++x, input += p.input.stride) {
-      const Vec<T> value = p.input.template at<border>(input, column + x);
+    for (int x = 0; x < pixels; ++x, pixel += input.stride) {
+      const Vec<T> value = load(pixel);
 #pragma GCC unroll 8
       for (int k = 0; k < kernel; ++k) {
         const int i = (x - k) / stride;
@@ -69,17 +67,23 @@ template <typename T, int kernel, int stride, int size>
 void accumulate_strips(const GradRow<T>& p, int64_t o) {
   constexpr int64_t reach = (size - 1) * stride + kernel;
   const int64_t column = p.first + o * stride, lanes = kLanes<T>;
+  Patch<T, kernel, reach> patch;
+  Patch<T, 1, size> grad_patch;
   const bool inside =
       column >= p.input.begin && column + reach <= p.input.end && o + size <= p.width;
   const int64_t readable = p.window.readable(p.input) - (column + reach - 1) * p.input.stride;
   const int64_t readable_grad =
       p.grad_output.last_whole - p.grad_output_row - (o + size - 1) * p.grad_output.stride;
   for (int64_t v = 0; v < p.vectors; ++v) {
-    if (inside && v * lanes <= smaller(readable, readable_grad)) {
-      accumulate_strip<T, kernel, stride, size, false>(p, v, o);
-    } else {
-      accumulate_strip<T, kernel, stride, size, true>(p, v, o);
+    const int64_t channel = v * lanes;
+    StripInput<T> input{p.window.rows, column * p.input.stride + channel, p.input.stride};
+    StripInput<T> grad_output{&p.grad_output_row, o * p.grad_output.stride + channel,
+                              p.grad_output.stride};
+    if (!inside || channel > smaller(readable, readable_grad)) {
+      input = patch.copy(p.input, p.window.rows, p.window.begin, p.window.end, column, channel);
+      grad_output = grad_patch.copy(p.grad_output, &p.grad_output_row, 0, 1, o, channel);
     }
+    accumulate_strip<T, kernel, stride, size>(p, input, grad_output, v);
   }
 }
 

@@ -4,7 +4,7 @@
 // Sums of 2 x 7 output pixels stay in registers. Each input pixel is loaded and unpacked once and
 // multiplied into all the sums that it reaches, so loads and bf16 conversions are a small part of
 // the multiply-adds. 7 is a divisor of the usual widths, and 14 sums leave a 16-register machine
-// two registers to work with.
+// two registers to work with. At borders a strip reads from a copy that has the padding.
 #pragma once
 
 #include "cpu/conv2d_depthwise.h"
@@ -42,13 +42,37 @@ struct Pixels {
   const T* last_whole;  // see Edge
   const T* edge;
 
-  // `border`: the column may not exist, or a whole register not be readable.
-  template <bool border>
-  [[gnu::always_inline]] Vec<T> at(const T* pixel, int64_t column) const {
-    const T* source = pixel;
-    if (border && pixel > last_whole) source = edge + (pixel - last_whole);
-    if (border && (column < begin || column >= end)) source = edge + kLanes<T>;
-    return load(source);
+  // Where to load the register at `pixel` from: its column may not exist, or memory end within it.
+  const T* address(const T* pixel, int64_t column) const {
+    if (column < begin || column >= end) return edge + kLanes<T>;
+    return pixel > last_whole ? edge + (pixel - last_whole) : pixel;
+  }
+};
+
+// The pixels of one channel vector as a strip reads them: `rows[r] + offset` is its first column.
+template <typename T>
+struct StripInput {
+  const T* const* rows;
+  int64_t offset, stride;
+};
+
+// A copy of them with zeros for the padding, for strips that meet a border or the end of memory.
+template <typename T, int most_rows, int width>
+struct Patch {
+  T pixels[most_rows][width * kLanes<T>];
+  const T* rows[most_rows];
+
+  StripInput<T> copy(const Pixels<T>& from, const T* const* from_rows, int begin, int end,
+                     int64_t column, int64_t channel) {
+    for (int row = begin; row < end; ++row) {
+      rows[row] = pixels[row];
+      const T* pixel = from_rows[row] + column * from.stride + channel;
+      for (int x = 0; x < width; ++x, pixel += from.stride) {
+        std::memcpy(pixels[row] + x * kLanes<T>, from.address(pixel, column + x),
+                    kLanes<T> * sizeof(T));
+      }
+    }
+    return {rows, 0, kLanes<T>};
   }
 };
 
@@ -97,13 +121,13 @@ inline void store_sum(T* output, Vec<T> sum, int lanes) {
   store_partial(output, sum, lanes);
 }
 
-template <typename T, int kernel, int stride, bool upper, bool lower, bool border>
-[[gnu::always_inline]] inline void add_row(const RowPair<T>& p, const T* input, int64_t column,
+template <typename T, int kernel, int stride, bool upper, bool lower>
+[[gnu::always_inline]] inline void add_row(const T* input, int64_t pixel_stride,
                                            const acc_t<T>* weight, Vec<T> (&sum)[2][kStripPixels]) {
   constexpr int pixels = (kStripPixels - 1) * stride + kernel;
 #pragma GCC unroll 32
-  for (int x = 0; x < pixels; ++x, input += p.input.stride) {
-    const Vec<T> value = p.input.template at<border>(input, column + x);
+  for (int x = 0; x < pixels; ++x, input += pixel_stride) {
+    const Vec<T> value = load(input);
 #pragma GCC unroll 8
     for (int k = 0; k < kernel; ++k) {
       const int i = (x - k) / stride;
@@ -115,24 +139,23 @@ template <typename T, int kernel, int stride, bool upper, bool lower, bool borde
 }
 
 // Output pixels [o, o + kStripPixels) of one channel vector, of which `count` are stored.
-template <typename T, int kernel, int stride, bool border>
-void correlate_strip(const RowPair<T>& p, int64_t vector, int64_t o, int64_t count) {
+template <typename T, int kernel, int stride>
+void correlate_strip(const RowPair<T>& p, const StripInput<T>& input, int64_t vector, int64_t o,
+                     int64_t count) {
   constexpr int size = kLanes<T>;
-  const int64_t channel = vector * size, column = p.first + o * stride;
+  const int64_t channel = vector * size;
   const int lanes = int(p.channels - channel < size ? p.channels - channel : size);
   const Vec<T> bias = p.bias ? load(p.bias + channel) : Vec<T>{};
   Vec<T> sum[2][kStripPixels];
 #pragma GCC unroll 8
   for (int i = 0; i < kStripPixels; ++i) sum[0][i] = sum[1][i] = bias;
   const acc_t<T>* weight = p.weight + channel * kernel * kernel;
-  const int64_t offset = column * p.input.stride + channel;
-  int row = border ? p.window.begin : 0;
+  int row = p.window.begin;
   const auto add_rows = [&](auto upper, auto lower, int limit) {
-    const int end = border && p.window.end < limit ? p.window.end : limit;
-#pragma GCC unroll 2
+    const int end = p.window.end < limit ? p.window.end : limit;
     for (; row < end; ++row) {
-      add_row<T, kernel, stride, upper, lower, border>(p, p.window.rows[row] + offset, column,
-                                                       weight + row * kernel * size, sum);
+      add_row<T, kernel, stride, upper, lower>(input.rows[row] + input.offset, input.stride,
+                                               weight + row * kernel * size, sum);
     }
   };
   add_rows(std::true_type{}, std::false_type{}, stride);
@@ -152,7 +175,7 @@ template <typename T, int kernel, int stride>
 void correlate_rows(const RowPair<T>& p) {
   constexpr int size = kLanes<T>;
   constexpr int64_t reach = (kStripPixels - 1) * stride + kernel;
-  const bool all = p.window.begin == 0 && p.window.end == kernel + stride;
+  Patch<T, kernel + stride, reach> patch;
   const int64_t readable = p.window.readable(p.input);
   for (int64_t o = 0; o < p.output_width; o += kStripPixels) {
     // The last strip steps back to be a whole one.
@@ -160,13 +183,13 @@ void correlate_rows(const RowPair<T>& p) {
     const int64_t start = o <= back ? o : back > 0 ? back : 0;
     const int64_t count = p.output_width < kStripPixels ? p.output_width : kStripPixels;
     const int64_t column = p.first + start * stride;
-    const bool inside = all && column >= p.input.begin && column + reach <= p.input.end;
+    const bool inside = column >= p.input.begin && column + reach <= p.input.end;
     for (int64_t v = 0; v * size < p.channels; ++v) {
-      if (inside && (column + reach - 1) * p.input.stride + v * size <= readable) {
-        correlate_strip<T, kernel, stride, false>(p, v, start, count);
-      } else {
-        correlate_strip<T, kernel, stride, true>(p, v, start, count);
+      StripInput<T> input{p.window.rows, column * p.input.stride + v * size, p.input.stride};
+      if (!inside || (column + reach - 1) * p.input.stride + v * size > readable) {
+        input = patch.copy(p.input, p.window.rows, p.window.begin, p.window.end, column, v * size);
       }
+      correlate_strip<T, kernel, stride>(p, input, v, start, count);
     }
   }
 }

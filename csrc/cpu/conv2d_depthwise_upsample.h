@@ -39,52 +39,61 @@ struct UpsampleRow {
 
 // Pixel x0 + j, x0 even, is reached from pixel c of grad_output through the tap
 // x0 + j + padding - 2 c; odd says whether the padding is.
-template <typename T, int kernel, int odd, bool border>
-void upsample_strip(const UpsampleRow<T>& p, int64_t vector, int64_t x0) {
-  constexpr int size = kLanes<T>, pixels = 2 * kStripPixels;
-  constexpr int before = (kernel - 1 - odd) / 2;  // columns left of the one under tap `odd` of x0
-  constexpr int after = (pixels - 1 + odd) / 2;
-  const int64_t column = (x0 + p.padding - odd) / 2 - before, channel = vector * size;
-  Vec<T> sum[pixels] = {};
+template <int kernel, int odd>
+struct UpsampleStrip {
+  static constexpr int pixels = 2 * kStripPixels;
+  // Columns left of the one under tap `odd` of x0.
+  static constexpr int before = (kernel - 1 - odd) / 2;
+  static constexpr int columns = before + (pixels - 1 + odd) / 2 + 1;
+};
+
+template <typename T, int kernel, int odd>
+void upsample_strip(const UpsampleRow<T>& p, const StripInput<T>& input, int64_t vector,
+                    int64_t x0) {
+  using Strip = UpsampleStrip<kernel, odd>;
+  constexpr int size = kLanes<T>;
+  const int64_t channel = vector * size;
+  Vec<T> sum[Strip::pixels] = {};
   for (int i = 0; i < p.count; ++i) {
-    const T* input = p.rows[i] + column * p.input.stride + channel;
+    const T* pixel = input.rows[i] + input.offset;
     const acc_t<T>* weight = p.weight + (channel * kernel + p.taps[i] * size) * kernel;
 #pragma GCC unroll 32
-    for (int c = 0; c <= before + after; ++c, input += p.input.stride) {
-      const Vec<T> value = p.input.template at<border>(input, column + c);
+    for (int c = 0; c < Strip::columns; ++c, pixel += input.stride) {
+      const Vec<T> value = load(pixel);
 #pragma GCC unroll 8
       for (int k = 0; k < kernel; ++k) {
-        const int j = k - odd + 2 * (c - before);
-        if (j >= 0 && j < pixels) sum[j] += value * load(weight + k * size);
+        const int j = k - odd + 2 * (c - Strip::before);
+        if (j >= 0 && j < Strip::pixels) sum[j] += value * load(weight + k * size);
       }
     }
   }
   const int lanes = int(smaller(size, p.channels - channel));
   T* output = p.output + x0 * p.output_pixel + channel;
 #pragma GCC unroll 16
-  for (int j = 0; j < pixels; ++j, output += p.output_pixel) {
-    if (!border || x0 + j < p.output_width) store_sum(output, sum[j], lanes);
+  for (int j = 0; j < Strip::pixels; ++j, output += p.output_pixel) {
+    if (x0 + j < p.output_width) store_sum(output, sum[j], lanes);
   }
 }
 
 template <typename T, int kernel, int odd>
 void upsample_row(const UpsampleRow<T>& p) {
-  constexpr int64_t pixels = 2 * kStripPixels, lanes = kLanes<T>;
-  constexpr int64_t before = (kernel - 1 - odd) / 2, after = (pixels - 1 + odd) / 2;
+  using Strip = UpsampleStrip<kernel, odd>;
+  constexpr int64_t lanes = kLanes<T>;
+  Patch<T, kMaxUpsampleRows, Strip::columns> patch;
   const T* last_row = p.rows[0];
   for (int i = 1; i < p.count; ++i) last_row = p.rows[i] > last_row ? p.rows[i] : last_row;
-  for (int64_t x0 = 0; x0 < p.output_width; x0 += pixels) {
-    const int64_t column = (x0 + p.padding - odd) / 2;
-    const bool inside = column - before >= p.input.begin && column + after < p.input.end &&
-                        x0 + pixels <= p.output_width;
+  for (int64_t x0 = 0; x0 < p.output_width; x0 += Strip::pixels) {
+    const int64_t column = (x0 + p.padding - odd) / 2 - Strip::before;
+    const int64_t last = column + Strip::columns - 1;
+    const bool inside = column >= p.input.begin && last < p.input.end;
     const int64_t readable =
-        p.count ? p.input.last_whole - last_row - (column + after) * p.input.stride : INT64_MAX;
+        p.count ? p.input.last_whole - last_row - last * p.input.stride : INT64_MAX;
     for (int64_t v = 0; v * lanes < p.channels; ++v) {
-      if (inside && v * lanes <= readable) {
-        upsample_strip<T, kernel, odd, false>(p, v, x0);
-      } else {
-        upsample_strip<T, kernel, odd, true>(p, v, x0);
+      StripInput<T> input{p.rows, column * p.input.stride + v * lanes, p.input.stride};
+      if (!inside || v * lanes > readable) {
+        input = patch.copy(p.input, p.rows, 0, p.count, column, v * lanes);
       }
+      upsample_strip<T, kernel, odd>(p, input, v, x0);
     }
   }
 }

@@ -47,7 +47,7 @@ CASES = [
         "adaptive_avg_pool2d",
         TF.adaptive_avg_pool2d,
         F.adaptive_avg_pool2d,
-        SAMPLES_2D,
+        [*SAMPLES_2D, sample((4, 9), 1)],  # torch's mean takes any rank
         [sample((2, 2, 5, 6), (3, 4)), sample((1, 2, 4, 3), 1), sample((2, 3, 4), (2, None))],
         bad_inputs=BAD_INPUTS,
     ),

@@ -45,7 +45,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
     """
     size = adaptive_size(output_size, input)
     if size == (1, 1) and _only_a_mean(input):
-        return F.adaptive_avg_pool2d(input, size)
+        return F.adaptive_avg_pool2d(input, output_size)
     return AdaptiveAvgPool2dFunction.call(input, size)
 
 

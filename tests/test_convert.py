@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchops
 import torchops.nn as tnn
 from torchops import _tolerance
-from torchops.fuse import Folded
 
 
 class BasicBlock(nn.Module):
@@ -85,6 +85,26 @@ def assert_same_training_step(model: nn.Module, reference: nn.Module, input: Ten
         torch.testing.assert_close(dict(model.named_buffers())[name], buffer)
 
 
+class Activations(TorchDispatchMode):
+    """Records torch's own activations while it is on: what was not folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in ("relu", "leaky_relu", "gelu", "silu", "sigmoid"):
+            self.names.append(name)
+        return func(*args, **kwargs or {})
+
+
+def left_to_torch(model: nn.Module, *inputs: Tensor) -> list[str]:
+    with Activations() as activations:
+        model(*inputs)
+    return activations.names
+
+
 @pytest.mark.parametrize("fuse", [True, False])
 def test_same_numbers_and_state(fuse: bool) -> None:
     torch.manual_seed(0)
@@ -101,20 +121,9 @@ def test_same_numbers_and_state(fuse: bool) -> None:
 
 
 def test_every_activation_of_the_net_is_fused() -> None:
-    model = torchops.convert(Net())
-    assert [m.activation for m in model.modules() if isinstance(m, nn.BatchNorm2d)] == [
-        "silu", "relu", "relu", "relu", "relu", None,
-    ]  # fmt: skip
-    assert isinstance(model.stem[2], Folded)
-
-
-def test_fused_blocks_do_not_call_the_activation() -> None:
-    model = torchops.convert(Net())
-    calls = []
-    for block in model.blocks:
-        block.relu.forward = calls.append
-    model(torch.randn(2, 3, 16, 16))
-    assert calls == []
+    input = torch.randn(2, 3, 16, 16)
+    assert left_to_torch(torchops.convert(Net()), input) == []
+    assert len(left_to_torch(torchops.convert(Net(), fuse=False), input)) == 5
 
 
 def test_revert_restores_classes_modules_and_numbers() -> None:
@@ -180,19 +189,114 @@ def test_a_hook_keeps_the_activation_apart(watched: int) -> None:
     seen = []
     model[watched].register_forward_hook(lambda module, args, output: seen.append(output))
     torchops.convert(model)
-    assert type(model[1]) is nn.ReLU
     output = model(torch.randn(2, 3, 4, 4))
     assert (seen[0] < 0).any() == (watched == 0)
     assert (output >= 0).all()
 
 
-def test_a_batch_norm_with_two_places_is_not_fused() -> None:
-    shared, twice = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-    model = nn.Sequential(nn.Sequential(shared, nn.ReLU()), nn.Sequential(shared, nn.Sigmoid()))
-    torchops.convert(model)
-    torchops.convert(nn.Sequential(twice, nn.ReLU(), twice))
-    assert shared.activation is None
-    assert twice.activation is None
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.act, self.shortcut = nn.BatchNorm2d(3), nn.ReLU(), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn(x)
+        if self.shortcut is not None:
+            out = out + self.shortcut(x)
+        return self.act(out)
+
+
+def pair_of_blocks() -> tuple[nn.Module, nn.Module]:
+    """Native and converted: a batch-norm and an activation in a Sequential and in a block."""
+    torch.manual_seed(0)
+    reference = nn.Sequential(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), Block()).eval()
+    for batch_norm in (reference[0][0], reference[1].bn):
+        nn.init.normal_(batch_norm.weight), nn.init.normal_(batch_norm.bias)
+    model = torchops.convert(copy.deepcopy(reference))
+    assert left_to_torch(model, torch.randn(2, 3, 4, 4)) == []
+    return reference, model
+
+
+@pytest.mark.parametrize("target", ["0.0", "0.1", "1.bn", "1.act"])
+@pytest.mark.parametrize(
+    "register",
+    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"],
+)
+def test_a_hook_that_comes_later_sees_what_it_would_see(target: str, register: str) -> None:
+    input, found = torch.randn(2, 3, 4, 4, requires_grad=True), []
+    for model in pair_of_blocks():
+        seen: list[Tensor] = []
+        hook = getattr(model.get_submodule(target), register)
+        hook(lambda module, *values, seen=seen: seen.append(values[-1]))
+        model(input).sum().backward()
+        (values,) = seen
+        found.append(values[0] if isinstance(values, tuple) else values)
+    torch.testing.assert_close(*found)
+
+
+def test_a_hook_on_all_modules_sees_the_activations() -> None:
+    _, model = pair_of_blocks()
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
+    with handle:
+        model(torch.randn(2, 3, 4, 4))
+    assert seen.count(nn.ReLU) == 2
+
+
+@pytest.mark.parametrize(
+    ("target", "other"),
+    [
+        ("0.0", nn.Identity()),
+        ("0.0", nn.InstanceNorm2d(3)),
+        ("0.1", nn.Tanh()),
+        ("1.bn", nn.InstanceNorm2d(3)),
+        ("1.act", nn.Tanh()),
+        ("1.act", nn.SiLU()),
+        ("1.shortcut", nn.Tanh()),
+    ],
+)
+def test_a_layer_that_is_exchanged_later_counts(target: str, other: nn.Module) -> None:
+    reference, model = pair_of_blocks()
+    for net in (reference, model):
+        parent, _, name = target.rpartition(".")
+        setattr(net.get_submodule(parent), name, other)
+    input = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(model(input), reference(input))
+
+
+def test_sync_batch_norm_keeps_the_activations() -> None:
+    reference, model = map(nn.SyncBatchNorm.convert_sync_batchnorm, pair_of_blocks())
+    input = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(model(input), reference(input))
+
+
+def test_layers_called_by_themselves_are_themselves() -> None:
+    reference, model = pair_of_blocks()
+    input = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(model[0][0](input), reference[0][0](input))
+    torch.testing.assert_close(model[0][:1](input), reference[0][:1](input))
+    torch.testing.assert_close(model[1].bn(input), reference[1].bn(input))
+
+
+def test_fx_records_the_layers_as_they_are() -> None:
+    reference, model = pair_of_blocks()
+    graphs = []
+    for net in (reference, model):
+        tracer = torch.fx.Tracer()
+        tracer.is_leaf_module = lambda m, name: not list(m.children())  # type: ignore[method-assign]
+        graphs.append([(node.op, str(node.target)) for node in tracer.trace(net).nodes])
+    assert graphs[0] == graphs[1]
+
+
+def test_a_batch_norm_with_two_places_gets_the_activation_of_each() -> None:
+    shared = nn.BatchNorm2d(3)
+    reference = nn.Sequential(
+        nn.Sequential(shared, nn.ReLU()), nn.Sequential(shared, nn.Sigmoid()), shared
+    ).double()
+    model = torchops.convert(copy.deepcopy(reference))
+    input = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(model(input), reference(input))
+    assert left_to_torch(model, input) == []
 
 
 def test_unlike_activations_are_not_fused() -> None:
@@ -201,15 +305,16 @@ def test_unlike_activations_are_not_fused() -> None:
         nn.BatchNorm2d(3), nn.LeakyReLU(), nn.BatchNorm2d(3), nn.Dropout(),
     )  # fmt: skip
     torchops.convert(model)
-    assert [model[i].activation for i in (0, 2, 4, 6)] == [None, None, "leaky_relu", None]
+    assert left_to_torch(model, torch.randn(2, 3, 4, 4)) == ["leaky_relu", "gelu"]
 
 
 def test_functional_and_method_forms() -> None:
     torch.manual_seed(0)
     reference = Functional().double()
     model = torchops.convert(copy.deepcopy(reference))
-    assert (model.bn.activation, model.bn_method.activation) == ("relu", "sigmoid")
-    assert_same_training_step(model, reference, torch.randn(2, 3, 9, 9, dtype=torch.float64))
+    input = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    assert_same_training_step(model, reference, input)
+    assert left_to_torch(model, input) == []
 
 
 class Deciding(nn.Module):
@@ -248,11 +353,56 @@ class Looks(Deciding):
         return F.relu(self.bn(x)) if x.sum() > 0 else self.bn(x)
 
 
-@pytest.mark.parametrize("block", [ReadsFlag, ReadsMode, Counts, Gambles, Looks])
+class LooksAtTheClass(Deciding):
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Tensor):
+            x = x.abs()
+        return F.relu(self.bn(x))
+
+
+class WithoutGradients(Deciding):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.bn(x)
+        return F.relu(x)
+
+
+@pytest.mark.parametrize(
+    "block", [ReadsFlag, ReadsMode, Counts, Gambles, Looks, LooksAtTheClass, WithoutGradients]
+)
 def test_a_forward_that_decides_is_left_as_it_is(block: type[nn.Module]) -> None:
-    model = torchops.convert(block())
-    assert type(model) is block
-    assert model.bn.activation is None
+    assert type(torchops.convert(block())) is block
+
+
+class Skips(Deciding):
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        x = self.bn(x)
+        if skip is not None:
+            x = x + skip
+        return F.relu(x)
+
+
+class AddsNumber(Deciding):
+    def forward(self, x: Tensor, shift: float) -> Tensor:
+        return F.relu(self.bn(x) + shift)
+
+
+@pytest.mark.parametrize(
+    ("block", "more"),
+    [
+        (Skips, ()),
+        (Skips, (None,)),
+        (Skips, (torch.ones(2, 3, 4, 4),)),
+        (AddsNumber, (0.5,)),
+        (AddsNumber, (torch.tensor(0.5),)),
+    ],
+)
+def test_arguments_that_a_recording_takes_for_tensors(block: type[nn.Module], more: tuple) -> None:
+    reference = block()
+    model = torchops.convert(copy.deepcopy(reference))
+    assert type(model) is not block
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(model(x, *more), reference(x, *more))
 
 
 class Broadcasts(nn.Module):
@@ -267,7 +417,7 @@ class Broadcasts(nn.Module):
 def test_a_broadcast_add_keeps_its_numbers() -> None:
     reference = Broadcasts().double()
     model = torchops.convert(copy.deepcopy(reference))
-    assert model.bn.activation == "relu"
+    assert type(model) is not Broadcasts
     x, shift = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(3, 1, 1)
     torch.testing.assert_close(model(x, shift), reference(x, shift))
 
@@ -282,7 +432,7 @@ def test_copies_stay_fused_and_revert(copier) -> None:
     assert torch.equal(clone(input), model(input))
     torchops.revert(clone)
     assert repr(clone) == repr(Net().double())
-    assert model.blocks[0].bn1.activation == "relu"
+    assert left_to_torch(model, input) == []
 
 
 def test_torch_save_and_load() -> None:

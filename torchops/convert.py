@@ -35,8 +35,8 @@ def convert(model: nn.Module, *, fuse: bool = True) -> nn.Module:
         model: any module, a single layer included.
         fuse: also fold `batch_norm -> activation` and `batch_norm -> add -> activation` into one
             pass: neighbours in nn.Sequential, and in blocks whose forward torch.fx can trace and
-            that read nothing but their submodules. A batch-norm or activation with hooks keeps
-            its own call.
+            that read nothing but their submodules. A batch-norm or activation with hooks gets
+            its own call, and so does one that is exchanged after the conversion.
 
     Returns:
         `model` itself. What was converted, fused and left is logged to the logger "torchops"

@@ -1,17 +1,24 @@
 """Folding activations into the batch-norm before them, in a way that can be undone.
 
-In nn.Sequential a `Folded` marker takes the activation's place and remembers it; blocks with a
-forward of their own are rewritten by fuse_traced.py, timm's BatchNormAct2d by fuse_timm.py.
+The layers stay as they are. What changes is the forward of the module that calls them, through a
+subclass of that module's own class: it calls batch-norm and activation as one. It looks at both on
+each call, so that what somebody hooks, exchanges or patches later counts as it would in torch.
+nn.Sequential is here; blocks with a forward of their own are rewritten by fuse_traced.py, timm's
+BatchNormAct2d by fuse_timm.py.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 import torchops.nn as tnn
+from torchops.nn.batch_norm import normalize
+from torchops.ops._activation import ACTIVATIONS
 
 BATCH_NORMS = (tnn.BatchNorm1d, tnn.BatchNorm2d, tnn.BatchNorm3d)
 
@@ -33,68 +40,123 @@ def activation_name(module: nn.Module) -> str | None:
     return _NAMES.get(type(module))
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches this module's calls: its result must then stay its own."""
-    return any(
-        hooks
-        for name, hooks in module.__dict__.items()
-        if name.endswith("_hooks") and "state_dict" not in name
+def watched(module: nn.Module) -> bool:
+    """Whether somebody follows this module's calls: it must then get a call of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
     )
 
 
-class Folded(nn.Module):
-    """Stands where an activation stood that the batch-norm before it now computes."""
+def folded(batch_norm: Any, activation: nn.Module | str) -> str | None:
+    """The activation that one call can compute with the batch-norm; None where each needs its own.
 
-    def __init__(self, batch_norm: nn.Module, activation: nn.Module) -> None:
-        super().__init__()
-        self.pair = (batch_norm, activation)  # in a tuple, so that neither becomes a child
+    `activation` is a module, or the name of the function that the forward calls.
+    """
+    if type(batch_norm) not in BATCH_NORMS or batch_norm.activation is not None:
+        return None
+    name = activation if isinstance(activation, str) else activation_name(activation)
+    if name is None or watched(batch_norm):
+        return None
+    return name if isinstance(activation, str) or not watched(activation) else None
 
-    def forward(self, input: Tensor) -> Tensor:
-        return input
 
-    def extra_repr(self) -> str:
-        return f"{type(self.pair[1]).__name__}, computed by the batch-norm before it"
+def batch_norm_act(
+    batch_norm: nn.Module, activation: nn.Module | str, input: Tensor, residual: Any = None
+) -> Tensor:
+    """activation(batch_norm(input) + residual), in one pass where the modules allow it."""
+    name = folded(batch_norm, activation)
+    if name is not None and (residual is None or _alike(residual, input)):
+        return normalize(batch_norm, input, name, residual)
+    output = batch_norm(input)
+    if residual is not None:
+        output = output + residual
+    return ACTIVATIONS[activation].native(output) if isinstance(activation, str) else (
+        activation(output)
+    )  # fmt: skip
 
 
-def foldable(module: nn.Module | None, uses: Counter[int]) -> bool:
-    """A batch-norm of ours with one place in the model, no activation and no hooks."""
+def _alike(residual: Any, input: Tensor) -> bool:
+    """Neither broadcast nor promoted."""
     return (
-        type(module) in BATCH_NORMS
-        and module.activation is None  # type: ignore[union-attr]
-        and uses[id(module)] == 1
-        and not has_hooks(module)  # type: ignore[arg-type]
+        isinstance(residual, Tensor)
+        and residual.shape == input.shape
+        and residual.dtype is input.dtype
     )
+
+
+# ---- classes that stand for others -------------------------------------------------------------
+
+
+class Twin:
+    """First base of what `twin` makes; copies and pickles as the class that it stands for."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, type(self).__bases__, self.__dict__
+
+
+@functools.cache
+def twin(kind: Any, cls: Any) -> Any:
+    """A subclass of `cls` with the forward of `kind`, and the name of `cls`."""
+    return type(cls.__name__, (kind, cls), {"__module__": cls.__module__})
+
+
+def _rebuild(kind: Any, cls: Any) -> nn.Module:
+    made = twin(kind, cls)
+    return made.__new__(made)
+
+
+def restore(model: nn.Module, kind: type[Any]) -> None:
+    """Gives every module of a class of that kind its own class back."""
+    for module in model.modules():
+        if isinstance(module, kind):
+            _, module.__class__ = type(module).__bases__
+
+
+# ---- nn.Sequential -----------------------------------------------------------------------------
+
+
+class FoldingSequential(Twin):
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):  # torch.fx records the layers as they are
+            return super().forward(input)  # type: ignore[misc]
+        layers = iter([*self._modules.values(), None])
+        layer = next(layers)
+        while layer is not None:
+            following = next(layers)
+            if following is not None and folded(layer, following) is not None:
+                input = batch_norm_act(layer, following, input)
+                following = next(layers)
+            else:
+                input = layer(input)
+            layer = following
+        return input
 
 
 def fuse(model: nn.Module) -> list[str]:
     """Folds every activation it can; returns a line for each."""
     from torchops import fuse_timm, fuse_traced
 
-    uses = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
     sites = []
     for name, sequential in list(_sequentials(model)):
-        for key, batch_norm, activation in _neighbours(sequential):
-            if foldable(batch_norm, uses) and not has_hooks(activation):
-                batch_norm.activation = activation_name(activation)  # type: ignore[assignment]
-                sequential._modules[key] = Folded(batch_norm, activation)
-                sites.append(
-                    f"{name}.{key} ({batch_norm.activation} into {type(batch_norm).__name__})"
-                )
-    return sites + fuse_traced.fuse(model, uses) + fuse_timm.fuse(model)
+        pairs = _pairs(sequential)
+        if pairs:
+            sequential.__class__ = twin(FoldingSequential, type(sequential))  # type: ignore[arg-type]
+        sites += [f"{name}.{pair}" for pair in pairs]
+    return sites + fuse_traced.fuse(model) + fuse_timm.fuse(model)
 
 
 def unfuse(model: nn.Module) -> None:
-    """Puts every folded activation back."""
+    """Every forward is the module's own again."""
     from torchops import fuse_timm, fuse_traced
 
     fuse_timm.unfuse(model)
     fuse_traced.unfuse(model)
-    for _, sequential in _sequentials(model):
-        for key, child in sequential._modules.items():
-            if isinstance(child, Folded):
-                batch_norm, activation = child.pair
-                batch_norm.activation = None  # type: ignore[assignment]
-                sequential._modules[key] = activation.train(child.training)
+    restore(model, FoldingSequential)
 
 
 def _sequentials(model: nn.Module) -> Iterator[tuple[str, nn.Sequential]]:
@@ -103,11 +165,11 @@ def _sequentials(model: nn.Module) -> Iterator[tuple[str, nn.Sequential]]:
             yield name, module
 
 
-def _neighbours(sequential: nn.Sequential) -> list[tuple[str, nn.Module, nn.Module]]:
-    """(key of the activation, batch-norm, activation) for each pair of neighbours."""
+def _pairs(sequential: nn.Sequential) -> list[str]:
+    """A line for each batch-norm with an activation after it."""
     children = list(sequential._modules.items())
     return [
-        (key, previous, child)
-        for (_, previous), (key, child) in zip(children, children[1:], strict=False)
-        if child is not None and previous is not None and activation_name(child) is not None
+        f"{key} ({name} into {type(batch_norm).__name__})"
+        for (_, batch_norm), (key, activation) in zip(children, children[1:], strict=False)
+        if activation is not None and (name := folded(batch_norm, activation)) is not None
     ]

@@ -5,25 +5,24 @@
 torch.fx records what forward calls, batch-norm, add and activation become one call, and the block
 gets a subclass with the rewritten forward. Recording bakes in whatever Python decided while it ran,
 so only a forward that can decide nothing is touched: one that reads nothing of its block but
-submodules, draws no random numbers, asks for no mode and stores nothing (`is_pure`).
+submodules, draws no random numbers, asks for no mode and stores nothing (`is_pure`). What it may
+decide by are the kinds of its arguments and which submodules are None: `_forward` asks for these.
 """
 
 from __future__ import annotations
 
 import dis
+import functools
 import operator
 import types
-from collections import Counter
 from typing import Any
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchops.fuse import BATCH_NORMS, activation_name, foldable, has_hooks
-from torchops.ops._activation import ACTIVATIONS
+from torchops.fuse import BATCH_NORMS, activation_name, batch_norm_act, folded, restore
 
 _FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
@@ -41,86 +40,82 @@ _ADDS = {operator.add, operator.iadd, torch.add}
 _ADD_METHODS = {"add", "add_", "__add__", "__iadd__"}
 
 
-def fuse(model: nn.Module, uses: Counter[int]) -> list[str]:
+def fuse(model: nn.Module) -> list[str]:
     """Rewrites every block that has something to fold; returns a line for each fold."""
     sites = []
     for name, block in list(model.named_modules()):
-        own_batch_norm = any(foldable(child, uses) for child in block.children())
-        if own_batch_norm and not isinstance(block, (nn.Sequential, *BATCH_NORMS)):
-            sites += [f"{name}.{site}" for site in _fuse_block(block, uses)]
+        own_batch_norm = any(type(child) in BATCH_NORMS for child in block.children())
+        if own_batch_norm and not isinstance(block, (_Rewritten, nn.Sequential, *BATCH_NORMS)):
+            sites += [f"{name}.{site}" for site in _fuse_block(block)]
     return sites
 
 
 def unfuse(model: nn.Module) -> None:
-    for block in model.modules():
-        if isinstance(block, _Rewritten):
-            for target in block.folded:
-                block.get_submodule(target).activation = None  # type: ignore[assignment]
-            block.__class__ = type(block).__mro__[2]
+    restore(model, _Rewritten)
 
 
 class _Rewritten:
-    """Base of the subclasses that carry a rewritten forward; `folded` names its batch-norms.
+    """First base of the subclasses that carry a rewritten forward.
 
     Such a class exists only in this process: copying and pickling store the block's own class and
     rewrite again.
     """
 
-    folded: dict[str, str]
-
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).__mro__[2], self.folded), self.__dict__
+        return _rebuild, type(self).__bases__[1:], self.__dict__
 
 
-def _rebuild(cls: type[nn.Module], folded: dict[str, str]) -> Any:
+def _rebuild(cls: type[nn.Module]) -> Any:
     block = cls.__new__(cls)
-    block.__class__ = type(cls.__name__, (_Unpickled, cls), {"folded": folded})
+    block.__class__ = type(cls.__name__, (_Unpickled, cls), {})
     return block
 
 
 class _Unpickled:
     """A rewritten block between its creation and the arrival of its state."""
 
-    folded: dict[str, str]
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        cls, folded = type(self).__mro__[2], self.folded
-        self.__class__ = cls  # type: ignore[assignment]
+        _, self.__class__ = type(self).__bases__
         self.__setstate__(state)
-        for target in folded:
-            self.get_submodule(target).activation = None  # type: ignore[attr-defined]
-        _fuse_block(self, None)  # type: ignore[arg-type]
+        _fuse_block(self)  # type: ignore[arg-type]
 
 
-def _fuse_block(block: nn.Module, uses: Counter[int] | None) -> list[str]:
+def _fuse_block(block: nn.Module) -> list[str]:
     graph = _record(block) if is_pure(block) else None
     if graph is None:
         return []
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    folded: dict[str, str] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_module" or calls[node.target] != 1:
-            continue
-        module = block.get_submodule(node.target)
-        if uses is not None and not foldable(module, uses) or type(module) not in BATCH_NORMS:
-            continue
-        activation = _fold(block, graph, node)
-        if activation is not None:
-            folded[node.target] = activation
-    if not folded:
-        return []
-    for target, activation in folded.items():
-        block.get_submodule(target).activation = activation  # type: ignore[assignment]
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    sites = [site for node in calls if (site := _fold(block, graph, node)) is not None]
+    if sites:
+        cls = type(block)
+        members = {"forward": _forward(block, graph), "__module__": cls.__module__}
+        block.__class__ = type(cls.__name__, (_Rewritten, cls), members)
+    return sites
+
+
+def _forward(block: nn.Module, graph: torch.fx.Graph) -> Any:
+    """The recorded forward, where it holds: for as many tensors as were recorded, and while the
+    block has the submodules that it had. Else the block's own, torch.fx's recording included."""
     code = graph.python_code("self")
     namespace = dict(code.globals)
     exec(code.src, namespace)
-    members = {
-        "forward": namespace["forward"],
-        "folded": folded,
-        "__module__": type(block).__module__,
-    }
-    block.__class__ = type(type(block).__name__, (_Rewritten, type(block)), members)
-    return [f"{target} ({activation})" for target, activation in folded.items()]
+    recorded, own = namespace["forward"], type(block).forward
+    inputs = sum(node.op == "placeholder" for node in graph.nodes)
+    absent = _absent(block)
+
+    @functools.wraps(own)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        holds = len(args) == inputs and not kwargs and _absent(self) == absent
+        if holds and all([isinstance(arg, Tensor) for arg in args]):
+            return recorded(self, *args)
+        return own(self, *args, **kwargs)
+
+    return forward
+
+
+def _absent(block: nn.Module) -> list[bool]:
+    """Which submodules are None: all that a pure forward can decide by."""
+    return [child is None for child in block._modules.values()]
 
 
 class _Tracer(torch.fx.Tracer):
@@ -143,44 +138,39 @@ def _record(block: nn.Module) -> torch.fx.Graph | None:
 
 
 def _fold(block: nn.Module, graph: torch.fx.Graph, node: torch.fx.Node) -> str | None:
-    """Rewrites `bn [-> add] -> activation` from here on; the activation's name, or None."""
+    """Rewrites `bn [-> add] -> activation` from here on; a line about it, or None."""
     if len(node.args) != 1 or node.kwargs or len(node.users) != 1:
         return None
-    (user,) = node.users
-    activation = _activation_of(block, user)
-    if activation is not None:
-        user.replace_all_uses_with(node)
-        graph.erase_node(user)
-        return activation
-    residual = _residual_of(user, node)
-    if residual is None or len(user.users) != 1:
-        return None
-    (last,) = user.users
+    (last,) = node.users
+    arguments, steps = [node.args[0]], [node]
+    if _activation_of(block, last) is None:
+        residual = _residual_of(last, node)
+        if residual is None or len(last.users) != 1 or _mutates_between(block, node, last):
+            return None
+        arguments.append(residual)
+        steps.append(last)
+        (last,) = last.users
     activation = _activation_of(block, last)
-    if activation is None or _mutates_between(block, node, user):
+    name = activation and folded(block.get_submodule(str(node.target)), activation)
+    if name is None:
         return None
-    with graph.inserting_before(user):
+    with graph.inserting_before(steps[-1]):
         batch_norm = graph.create_node("get_attr", node.target)
-        fused = graph.call_function(batch_norm_add, (batch_norm, node.args[0], residual))
+        act: Any = activation
+        if isinstance(activation, nn.Module):
+            act = graph.create_node("get_attr", last.target)
+        fused = graph.call_function(batch_norm_act, (batch_norm, act, *arguments))
     last.replace_all_uses_with(fused)
-    for old in (last, user, node):
+    for old in (last, *reversed(steps)):
         graph.erase_node(old)
-    return activation
+    return f"{node.target} ({name})"
 
 
-def batch_norm_add(batch_norm: Any, input: Tensor, residual: Tensor) -> Tensor:
-    """activation(batch_norm(input) + residual): one pass where residual is like input."""
-    if residual.shape == input.shape and residual.dtype == input.dtype:
-        return batch_norm(input, residual)
-    output = _BatchNorm.forward(batch_norm, input) + residual  # broadcasts or promotes
-    return ACTIVATIONS[batch_norm.activation].native(output)
-
-
-def _activation_of(block: nn.Module, node: torch.fx.Node) -> str | None:
-    """The activation that this node applies to its only tensor argument."""
+def _activation_of(block: nn.Module, node: torch.fx.Node) -> nn.Module | str | None:
+    """The activation that this node applies to its only tensor argument: module, or name."""
     if node.op == "call_module":
         module = block.get_submodule(str(node.target))
-        return None if has_hooks(module) else activation_name(module)
+        return module if activation_name(module) is not None else None
     options = {name: value for name, value in node.kwargs.items() if name != "inplace"}
     if len(node.args) != 1 or options:
         return None
@@ -217,9 +207,16 @@ def _mutates_between(block: nn.Module, first: torch.fx.Node, last: torch.fx.Node
 
 # ---- forwards that can decide nothing ----------------------------------------------------------
 
-_DECIDING = ("rand", "bernoulli", "dropout", "is_grad", "is_autocast", "training", "requires_grad")
+_DECIDING = (
+    "rand", "bernoulli", "dropout", "is_grad", "is_autocast", "training", "requires_grad",
+    "checkpoint",
+)  # fmt: skip
 _HIDING = {"getattr", "setattr", "vars", "globals", "locals", "__dict__", "print", "super"}
-_STORES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"}
+# What torch.fx hands to forward answers these otherwise than a tensor.
+_HIDING |= {"isinstance", "hasattr", "type", "callable"}
+# Stores outlive the call, and torch.fx records no context manager: torch.no_grad() would be lost.
+_BEYOND_CALLS = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"}
+_BEYOND_CALLS |= {"SETUP_WITH", "BEFORE_WITH", "LOAD_SPECIAL"}
 
 
 def is_pure(block: nn.Module) -> bool:
@@ -239,7 +236,7 @@ def _reads_only_modules(block: nn.Module, function: Any, seen: set[Any]) -> bool
     for code in codes:  # grows by the comprehensions and lambdas inside
         codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
         for instruction in dis.get_instructions(code):
-            if instruction.opname in _STORES:
+            if instruction.opname in _BEYOND_CALLS:
                 return False
         if not all(_harmless(block, function, name, seen) for name in code.co_names):
             return False

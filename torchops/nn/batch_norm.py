@@ -27,6 +27,18 @@ def call_statistics(module: Any) -> tuple[Tensor | None, Tensor | None, bool, fl
     )
 
 
+def normalize(
+    module: Any, input: Tensor, activation: str | None, residual: Tensor | None = None
+) -> Tensor:
+    """activation(module(input) + residual) for one of torch's batch-norms, in one pass."""
+    module._check_input_dim(input)
+    mean, var, training, momentum = call_statistics(module)
+    return batch_norm(
+        input, mean, var, module.weight, module.bias, training, momentum, module.eps,
+        activation=activation, residual=residual,
+    )  # fmt: skip
+
+
 class _Fused:
     """What is added to torch's modules: an activation, and a residual to add before it."""
 
@@ -38,12 +50,7 @@ class _Fused:
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(input)  # type: ignore[attr-defined]
-        mean, var, training, momentum = call_statistics(self)
-        return batch_norm(
-            input, mean, var, self.weight, self.bias, training, momentum, self.eps,  # type: ignore[attr-defined]
-            activation=self.activation, residual=residual,
-        )  # fmt: skip
+        return normalize(self, input, self.activation, residual)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from support import (
     as_function,
@@ -22,6 +23,21 @@ def test_gradients(case, sample, dtype, memory_format):
         pytest.skip(f"{case.name} is not defined for {dtype}")
     tensors = case.tensors(sample, dtype, memory_format)
     assert_within_rule(case, sample, tensors, dtype, gradients)
+
+
+@each_small_sample
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint(case, sample, use_reentrant):
+    """Recomputed in the backward; not reentrant, each saved tensor may be unpacked once."""
+    call, inputs = differentiable_call(case, sample, torch.contiguous_format)
+    expected = torch.autograd.grad(first_output(call(*inputs)).sin().sum(), inputs)
+    output = first_output(checkpoint(call, *inputs, use_reentrant=use_reentrant))
+    output.sin().sum().backward()
+    assert all(map(torch.equal, [input.grad for input in inputs], expected))
+
+
+def first_output(outputs):
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def differentiable_call(case, sample, memory_format):

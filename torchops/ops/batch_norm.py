@@ -183,9 +183,9 @@ def _needed(input: bool, weight: bool, bias: bool, residual: bool) -> int:
     return input * INPUT | weight * WEIGHT | bias * BIAS | residual * RESIDUAL
 
 
-def _gradients(ctx, grad_output, mean, var, needs, training):
+def _gradients(ctx, grad_output, needs, training):
     """Gradients of input, weight, bias and residual; `needs` says which."""
-    input, weight, bias, residual = ctx.saved_tensors[:4]
+    input, weight, bias, residual, mean, var = ctx.saved_tensors  # once: see test_checkpoint
     # Without an activation the residual's gradient is grad_output itself.
     wants_residual = needs[3] and ctx.activation != 0
     mask = _needed(needs[0], needs[1], needs[2], wants_residual)
@@ -216,9 +216,8 @@ class BatchNormFunction(Function):
 
     @staticmethod
     def backward(ctx, grad_output, *_):
-        mean, var = ctx.saved_tensors[4:]
         needs = ctx.needs_input_grad[:4]
-        return *_gradients(ctx, grad_output, mean, var, needs, True), None, None
+        return *_gradients(ctx, grad_output, needs, True), None, None
 
     @staticmethod
     def tangent(ctx, input, weight, bias, residual, *_):
@@ -241,9 +240,8 @@ class BatchNormApplyFunction(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        mean, var = ctx.saved_tensors[4:]
         needs = ctx.needs_input_grad
-        input, *others = _gradients(ctx, grad_output, mean, var, (needs[0], *needs[3:6]), False)
+        input, *others = _gradients(ctx, grad_output, (needs[0], *needs[3:6]), False)
         return input, None, None, *others, None, None
 
     @staticmethod

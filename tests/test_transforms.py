@@ -63,6 +63,27 @@ def test_vmap_over_every_input(case, sample):
 
 
 @each_small_sample
+def test_output_is_changed_in_place_under_vmap(case, sample):
+    """As ReLU(inplace=True) does, with parameters that require grad outside of the transform."""
+    skip_updates(case, sample)
+    if sample.kwargs.get("activation"):
+        pytest.skip("torch's own activation needs its output for the backward")
+    own, native, inputs = pair(case, sample)
+    found = []
+    for call in (own, native):
+        leaves = [torch.stack([input, -input]).requires_grad_() for input in inputs]
+
+        def doubled(*inputs, call=call):
+            output = call(*inputs)
+            output = output[0] if isinstance(output, tuple) else output
+            return output.mul_(2)
+
+        output = vmap(doubled)(*leaves)
+        found.append((output.detach(), torch.autograd.grad(output.sum(), leaves)))
+    assert_same(*found)
+
+
+@each_small_sample
 def test_nested_vmap(case, sample):
     skip_updates(case, sample)
     own, native, inputs = pair(case, sample)

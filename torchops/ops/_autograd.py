@@ -159,4 +159,15 @@ def fold_batch(tensor: Tensor, in_dim: int | None, batch_size: int) -> Tensor:
 
 def unfold_batch(tensor: Tensor, batch_size: int) -> Tensor:
     """[vmapped * N, ...] -> [vmapped, N, ...]"""
-    return tensor.unflatten(0, (batch_size, tensor.shape[0] // batch_size))
+    return split_axis(tensor, 0, batch_size)
+
+
+def split_axis(tensor: Tensor, axis: int, batch_size: int) -> Tensor:
+    """[..., vmapped * size, ...] -> [..., vmapped, size, ...], of a tensor that nobody else has.
+
+    No view, as unflatten would make it: the output of a Function that is a view cannot be changed
+    in place, and networks do that (ReLU(inplace=True)).
+    """
+    shape = tensor.shape
+    size = (*shape[:axis], batch_size, shape[axis] // batch_size, *shape[axis + 1 :])
+    return torch.ops.aten._unsafe_view(tensor, size)

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 from torchops.ops import _batch_norm_derivatives as derivatives
 from torchops.ops._activation import ACTIVATIONS, activation_number
-from torchops.ops._autograd import Function, kernel, register
+from torchops.ops._autograd import Function, kernel, register, split_axis
 from torchops.ops._drop_in import drop_in
 from torchops.ops._shape import suggest_memory_format
 
@@ -357,10 +357,6 @@ def _fold_channels(tensor: Tensor | None, in_dim: int | None, batch_size: int, a
     return tensor.flatten(axis, axis + 1)
 
 
-def _unfold_channels(tensor: Tensor, batch_size: int, axis: int) -> Tensor:
-    return tensor.unflatten(axis, (batch_size, tensor.shape[axis] // batch_size))
-
-
 def _fold_all(info, in_dims, tensors, axes):
     return [
         _fold_channels(tensor, in_dim, info.batch_size, axis)
@@ -372,9 +368,7 @@ def _vmap_batch_norm(info, in_dims, input, weight, bias, residual, eps, activati
     folded = _fold_all(info, in_dims, (input, weight, bias, residual), (1, 0, 0, 1))
     outputs = torch.ops.torchops.batch_norm(*folded, eps, activation)
     axes = (1, 0, 0)
-    unfolded = (
-        _unfold_channels(t, info.batch_size, axis) for t, axis in zip(outputs, axes, strict=True)
-    )
+    unfolded = (split_axis(t, axis, info.batch_size) for t, axis in zip(outputs, axes, strict=True))
     return tuple(unfolded), axes
 
 
@@ -382,7 +376,7 @@ def _vmap_apply(info, in_dims, input, mean, var, weight, bias, residual, eps, ac
     tensors = (input, mean, var, weight, bias, residual)
     folded = _fold_all(info, in_dims, tensors, (1, 0, 0, 0, 0, 1))
     output = torch.ops.torchops.batch_norm_apply(*folded, eps, activation)
-    return _unfold_channels(output, info.batch_size, 1), 1
+    return split_axis(output, 1, info.batch_size), 1
 
 
 def _vmap_backward(
@@ -395,7 +389,7 @@ def _vmap_backward(
     results, dims = [], []
     for bit, (gradient, axis) in enumerate(zip(gradients, (1, 0, 0, 1), strict=True)):
         wanted = mask & 1 << bit
-        results.append(_unfold_channels(gradient, info.batch_size, axis) if wanted else gradient)
+        results.append(split_axis(gradient, axis, info.batch_size) if wanted else gradient)
         dims.append(axis if wanted else None)
     return tuple(results), tuple(dims)
 

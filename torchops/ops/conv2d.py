@@ -17,6 +17,7 @@ from torchops.ops._autograd import (
     fold_batch,
     kernel,
     register,
+    split_axis,
     unfold_batch,
 )
 from torchops.ops._drop_in import drop_in, native_only
@@ -373,7 +374,7 @@ def _vmap_conv2d(info, in_dims, input, weight, bias, stride, padding, dilation, 
     if in_dims[1] is None:
         images = fold_batch(input, in_dims[0], batch_size)
         output = op(images, weight, shared_bias, stride, padding, dilation, groups)
-        output = unfold_batch(output, batch_size)
+        output, out_dim = unfold_batch(output, batch_size), 0
     else:
         output = op(
             _fold_channels(input, in_dims[0], batch_size),
@@ -381,10 +382,11 @@ def _vmap_conv2d(info, in_dims, input, weight, bias, stride, padding, dilation, 
             None if shared_bias is None else shared_bias.repeat(batch_size),
             stride, padding, dilation, groups * batch_size,
         )  # fmt: skip
-        output = output.unflatten(1, (batch_size, output.shape[1] // batch_size)).movedim(1, 0)
+        output, out_dim = split_axis(output, 1, batch_size), 1
     if bias is not None and shared_bias is None:
-        output = output + bias.movedim(in_dims[2], 0)[:, None, :, None, None]
-    return output, 0
+        output = output.movedim(out_dim, 0) + bias.movedim(in_dims[2], 0)[:, None, :, None, None]
+        out_dim = 0
+    return output, out_dim
 
 
 def _vmap_grad_input(
@@ -402,7 +404,7 @@ def _vmap_grad_input(
     weights = fold_batch(weight, in_dims[1], batch_size)
     size = (batch, batch_size * channels, *spatial)
     grad_input = op(grads, weights, size, *window, groups * batch_size, channels_last)
-    return grad_input.unflatten(1, (batch_size, channels)), 1
+    return split_axis(grad_input, 1, batch_size), 1
 
 
 def _vmap_grad_weight(

@@ -435,6 +435,46 @@ def test_copies_stay_fused_and_revert(copier) -> None:
     assert left_to_torch(model, input) == []
 
 
+class Positive(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs() + 0.1
+
+
+def test_a_parametrized_layer_is_reverted_and_its_copy_is_not() -> None:
+    torch.manual_seed(0)
+    reference = Net().double()
+    model = torchops.convert(copy.deepcopy(reference))
+    for net in (reference, model):
+        for module in list(net.modules()):
+            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+                nn.utils.parametrize.register_parametrization(module, "weight", Positive())
+    clone = copy.deepcopy(model)
+    input = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torchops.revert(model)
+    assert repr(model) == repr(reference)
+    assert not any(isinstance(module, tnn.Conv2d) for module in model.modules())
+    assert isinstance(clone.stem[0], tnn.Conv2d)
+    torch.testing.assert_close(model(input), reference(input))
+    torch.testing.assert_close(clone(input), reference(input))
+    for net in (reference, model):
+        for module in list(net.modules()):
+            if nn.utils.parametrize.is_parametrized(module):
+                nn.utils.parametrize.remove_parametrizations(module, "weight")
+    assert {name: type(m) for name, m in model.named_modules()} == {
+        name: type(m) for name, m in reference.named_modules()
+    }
+
+
+def test_models_that_are_alike_are_of_one_class() -> None:
+    models = [torchops.convert(Block()).eval() for _ in range(2)]
+    parameters, buffers = torch.func.stack_module_state(models)
+    input = torch.randn(2, 3, 4, 4)
+    outputs = torch.func.vmap(lambda p, b: torch.func.functional_call(models[0], (p, b), (input,)))(
+        parameters, buffers
+    )
+    torch.testing.assert_close(outputs, torch.stack([model(input) for model in models]))
+
+
 def test_torch_save_and_load() -> None:
     model = torchops.convert(Net())
     buffer = io.BytesIO()

@@ -79,7 +79,7 @@ def revert(model: nn.Module) -> nn.Module:
     _fuse.unfuse(model)
     for module in model.modules():
         if module.__dict__.pop("_torchops_converted", False):
-            module.__class__ = _ORIGINALS[type(module)]
+            module.__class__ = _fuse.rebased(type(module), _ORIGINALS.get)
     return model
 
 

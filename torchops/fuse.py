@@ -10,7 +10,7 @@ BatchNormAct2d by fuse_timm.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -114,7 +114,23 @@ def restore(model: nn.Module, kind: type[Any]) -> None:
     """Gives every module of a class of that kind its own class back."""
     for module in model.modules():
         if isinstance(module, kind):
-            _, module.__class__ = type(module).__bases__
+            module.__class__ = rebased(
+                type(module), lambda cls: cls.__bases__[1] if kind in cls.__bases__ else None
+            )
+
+
+def rebased(cls: Any, original: Callable[[Any], Any]) -> Any:
+    """`cls`, or the class that is derived from originals as `cls` is from what stands for them.
+
+    Parametrizations and FSDP give a module a class of its own, derived from the one that it had.
+    """
+    if (found := original(cls)) is not None:
+        return found
+    bases = tuple(rebased(base, original) for base in cls.__bases__)
+    if bases == cls.__bases__:
+        return cls
+    members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, members)
 
 
 # ---- nn.Sequential -----------------------------------------------------------------------------

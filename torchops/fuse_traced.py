@@ -6,7 +6,7 @@ torch.fx records what forward calls, batch-norm, add and activation become one c
 gets a subclass with the rewritten forward. Recording bakes in whatever Python decided while it ran,
 so only a forward that can decide nothing is touched: one that reads nothing of its block but
 submodules, draws no random numbers, asks for no mode and stores nothing (`is_pure`). What it may
-decide by are the kinds of its arguments and which submodules are None: `_forward` asks for these.
+decide by are the kinds of its arguments and which submodules are None: the subclass asks for these.
 """
 
 from __future__ import annotations
@@ -87,30 +87,36 @@ def _fuse_block(block: nn.Module) -> list[str]:
     calls = [node for node in graph.nodes if node.op == "call_module"]
     sites = [site for node in calls if (site := _fold(block, graph, node)) is not None]
     if sites:
-        cls = type(block)
-        members = {"forward": _forward(block, graph), "__module__": cls.__module__}
-        block.__class__ = type(cls.__name__, (_Rewritten, cls), members)
+        code = graph.python_code("self")
+        key = (type(block), code.src, *_absent(block))
+        if key not in _classes:
+            namespace = dict(code.globals)
+            exec(code.src, namespace)
+            inputs = sum(node.op == "placeholder" for node in graph.nodes)
+            _classes[key] = _rewritten(block, namespace["forward"], inputs)
+        block.__class__ = _classes[key]
     return sites
 
 
-def _forward(block: nn.Module, graph: torch.fx.Graph) -> Any:
-    """The recorded forward, where it holds: for as many tensors as were recorded, and while the
-    block has the submodules that it had. Else the block's own, torch.fx's recording included."""
-    code = graph.python_code("self")
-    namespace = dict(code.globals)
-    exec(code.src, namespace)
-    recorded, own = namespace["forward"], type(block).forward
-    inputs = sum(node.op == "placeholder" for node in graph.nodes)
-    absent = _absent(block)
+# Blocks that record alike are of one class, as torch.func.stack_module_state wants them.
+_classes: dict[Any, type[nn.Module]] = {}
+
+
+def _rewritten(block: nn.Module, recorded: Any, inputs: int) -> type[nn.Module]:
+    """A subclass of the block's class with the recorded forward, where that holds: for as many
+    tensors as were recorded, and while the block has the submodules that it had."""
+    cls, absent = type(block), _absent(block)
+    own: Any = cls.forward
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         holds = len(args) == inputs and not kwargs and _absent(self) == absent
         if holds and all([isinstance(arg, Tensor) for arg in args]):
             return recorded(self, *args)
-        return own(self, *args, **kwargs)
+        return own(self, *args, **kwargs)  # torch.fx records this one, too
 
-    return forward
+    members = {"forward": forward, "__module__": cls.__module__}
+    return type(cls.__name__, (_Rewritten, cls), members)
 
 
 def _absent(block: nn.Module) -> list[bool]:

@@ -1,5 +1,7 @@
 """torch.compile, torch.export and opcheck: the same answers, in one graph, the right strides."""
 
+import io
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -122,6 +124,17 @@ def test_export(case, sample):
     assert_same(program.module()(*inputs), native(*inputs))
     names = {str(node.target).split(".")[0] for node in program.graph.nodes}
     assert "torchops" in names
+
+
+@each_first_sample
+def test_jit_trace(case, sample):
+    """Traced with gradients, saved and loaded: the operators are in the graph, and differentiate."""
+    own, native, inputs = pair(case, sample)
+    traced = torch.jit.trace(own, [input.detach().requires_grad_() for input in inputs])
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    assert_same(backward(torch.jit.load(file), inputs), backward(native, inputs))
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -18,6 +18,8 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchops import _backend, _cuda, _tuning
 
+_tracing_state = torch._C._get_tracing_state
+
 KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -82,6 +84,10 @@ def drop_in(native: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
                 refuse_forward_mode()
                 return own(*args, **kwargs)
             try:
+                if _tracing_state() is not None:
+                    # torch.jit.trace can save operators, which have derivatives, but no Functions.
+                    with torch.no_grad():
+                        return own(*args, **kwargs)
                 return own(*args, **kwargs)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 return settle(name, native, args, kwargs, error)

@@ -128,7 +128,7 @@ def test_export(case, sample):
 
 @each_first_sample
 def test_jit_trace(case, sample):
-    """Traced with gradients, saved and loaded: the operators are in the graph, and differentiate."""
+    """Traced with gradients on, saved and loaded: the graph holds operators that differentiate."""
     own, native, inputs = pair(case, sample)
     traced = torch.jit.trace(own, [input.detach().requires_grad_() for input in inputs])
     file = io.BytesIO()

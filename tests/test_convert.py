@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -433,6 +434,15 @@ def test_copies_stay_fused_and_revert(copier) -> None:
     torchops.revert(clone)
     assert repr(clone) == repr(Net().double())
     assert left_to_torch(model, input) == []
+
+
+def test_symbolic_trace_keeps_mode_and_statistics() -> None:
+    torch.manual_seed(0)
+    reference = Net().double()
+    model = torch.fx.symbolic_trace(torchops.convert(copy.deepcopy(reference)))
+    input = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    assert_same_training_step(model, reference, input)
+    assert_same_training_step(model.eval(), reference.eval(), input)
 
 
 class Positive(nn.Module):

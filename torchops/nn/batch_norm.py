@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
+from torch.fx import Proxy
 
 from torchops.ops._activation import activation_number
 from torchops.ops.batch_norm import batch_norm, native_ending
@@ -39,6 +40,13 @@ def normalize(
     )  # fmt: skip
 
 
+def _recorded(module: Any, input: Proxy, residual: Any) -> Any:
+    """One call of the module in torch.fx's graph, as of torch.nn's: it counts, and has a mode."""
+    arguments = (input,) if residual is None else (input, residual)
+    target = input.tracer.path_of_module(module)  # type: ignore[attr-defined]
+    return input.tracer.create_proxy("call_module", target, arguments, {})
+
+
 class _Fused:
     """What is added to torch's modules: an activation, and a residual to add before it."""
 
@@ -50,6 +58,8 @@ class _Fused:
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy):
+            return _recorded(self, input, residual)
         return normalize(self, input, self.activation, residual)
 
     def extra_repr(self) -> str:

@@ -1,6 +1,7 @@
 """Every layer of torchops.nn beside its torch.nn twin: text, state, copies, pickles, results."""
 
 import copy
+import inspect
 import io
 import pickle
 from dataclasses import dataclass, field
@@ -292,3 +293,17 @@ def test_layers_without_a_twin(name, example):
         output = call(input)
         found.append((output, torch.autograd.grad(output.sin().sum(), leaves)))
     torch.testing.assert_close(*found)
+
+
+@each_twin
+def test_skip_init(cls, twin, example):
+    lazy = issubclass(twin, nn.modules.lazy.LazyModuleMixin)
+    if lazy or "device" not in inspect.signature(twin).parameters:
+        pytest.skip("no parameters when it is built")
+    own, native = (nn.utils.skip_init(c, *example.args, **example.kwargs) for c in (cls, twin))
+    assert repr(own) == repr(native)
+
+
+def test_batch_norm_takes_device_and_dtype_by_position():
+    layer = tnn.BatchNorm2d(3, 1e-5, 0.1, True, True, "meta", torch.float64, activation="relu")
+    assert layer.weight.is_meta and layer.weight.dtype is torch.float64

@@ -52,8 +52,18 @@ class _Fused:
 
     activation: str | None = None
 
-    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        activation: str | None = None,
+        device: Any = None,  # named here: torch.nn.utils.skip_init looks for it
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
         activation_number(activation)
+        for name, value in (("device", device), ("dtype", dtype)):
+            if value is not None:
+                kwargs[name] = value
         super().__init__(*args, **kwargs)
         self.activation = activation
 

@@ -4,7 +4,7 @@ from torchops import _library
 
 _library.load()
 
-from torchops import functional, nn  # noqa: E402
+from torchops import _flops, functional, nn  # noqa: E402, F401
 from torchops._backend import FallbackWarning, backend  # noqa: E402
 from torchops._info import info  # noqa: E402
 from torchops.convert import convert, revert  # noqa: E402

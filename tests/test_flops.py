@@ -1,0 +1,25 @@
+"""torch.utils.flop_counter gives the same counts as for torch's own convolutions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import torchops.functional as TF
+
+
+def flops(call, *tensors, **window):
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    with FlopCounterMode(display=False) as counter:
+        output = call(*leaves, **window)
+        forward = counter.get_total_flops()
+        output.sum().backward()
+    return forward, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_convolution(groups):
+    input, weight = torch.randn(2, 8, 9, 7), torch.randn(16, 8 // groups, 3, 2)
+    expected = flops(F.conv2d, input, weight, stride=2, groups=groups)
+    assert flops(TF.conv2d, input, weight, stride=2, groups=groups) == expected
+    assert expected[0] > 0

@@ -25,5 +25,4 @@ def _conv2d_grad_input(grad_output: Any, weight: Any, *_: Any, out_shape: Any = 
 @register_flop_formula(torch.ops.torchops.conv2d_grad_weight)
 def _conv2d_grad_weight(input: Any, grad_output: Any, *_: Any, out_shape: Any = None, **__: Any):
     """As torch counts it: the groups of a convolution make its gradient no cheaper."""
-    shapes = map(_transposed, (input, grad_output, out_shape))
-    return conv_flop_count(*shapes)
+    return conv_flop_count(_transposed(input), _transposed(grad_output), _transposed(out_shape))

@@ -153,12 +153,10 @@ void box_rows_channels_last(const BoxSum<T>& p, int64_t begin, int64_t end) {
 
 // ---- contiguous ---------------------------------------------------------------------------
 
-// Working rows for some planes side by side; zero wherever no data is ever written.
+// Where planes lie in the working rows of some of them side by side.
 template <bool kBackward, typename T>
-struct Bundle {
-  using A = acc_t<T>;
-
-  explicit Bundle(const BoxSum<T>& p)
+struct BundleShape {
+  explicit BundleShape(const BoxSum<T>& p)
       : stride(p.regular ? p.window.stride : 1),
         padding(p.regular ? p.window.padding : 0),
         reach(p.regular ? (p.window.size - 1) / stride : 0),
@@ -168,25 +166,18 @@ struct Bundle {
                        : padding),
         segment(segment_of(p)),
         sum_step(split ? p.source_width : segment),
-        planes(8 * kLanes<T> / segment > 1 ? 8 * kLanes<T> / segment : 1),
-        pitch(planes * segment + reach + 4 * kLanes<T>),
-        sums(planes * sum_step + pitch),
-        phases(stride * pitch),
-        results(stride * pitch),
-        divisors(pitch) {
-    for (int64_t i = 0; i < planes * sum_step + pitch; ++i) sums.get()[i] = 0;
-    for (int64_t i = 0; i < stride * pitch; ++i) phases.get()[i] = 0;
-    for (int64_t i = 0; i < pitch; ++i) {
-      const int64_t t = i % segment;
-      divisors.get()[i] = !kBackward && t < p.target_width ? p.column_scale[t] : A(1);
-    }
-  }
+        planes(planes_of(p)),
+        pitch(planes * segment + reach + 4 * kLanes<T>) {}
 
   int64_t segment_of(const BoxSum<T>& p) const {
     const int64_t input = kBackward ? p.target_width : p.source_width;
     const int64_t output = kBackward ? p.source_width : p.target_width;
     const int64_t columns = (padding + input + stride - 1) / stride;
     return reach + (columns > output ? columns : output);
+  }
+  int64_t planes_of(const BoxSum<T>& p) const {
+    const int64_t fit = 8 * kLanes<T> / segment, all = p.batch * p.channels;
+    return fit > all ? all : (fit > 1 ? fit : 1);
   }
 
   int64_t stride, padding;
@@ -195,6 +186,31 @@ struct Bundle {
   int64_t lead;     // zeros in front of each plane's sums
   int64_t segment;  // from one plane to the next in phase and result rows
   int64_t sum_step, planes, pitch;
+};
+
+// The rows themselves; zero wherever no data is ever written.
+template <bool kBackward, typename T>
+struct Bundle : BundleShape<kBackward, T> {
+  using A = acc_t<T>;
+  using Shape = BundleShape<kBackward, T>;
+
+  explicit Bundle(const BoxSum<T>& p)
+      : Shape(p),
+        sums(Shape::planes * Shape::sum_step + Shape::pitch),
+        phases(Shape::stride * Shape::pitch),
+        results(Shape::stride * Shape::pitch),
+        divisors(Shape::pitch) {
+    sums.zero();
+    phases.zero();
+    for (int64_t i = 0; i < Shape::pitch; ++i) divisors.get()[i] = A(1);
+    if constexpr (kBackward) return;
+    for (int64_t k = 0; k < Shape::planes; ++k) {
+      for (int64_t t = 0; t < p.target_width; ++t) {
+        divisors.get()[k * Shape::segment + t] = p.column_scale[t];
+      }
+    }
+  }
+
   Scratch<A> sums, phases, results, divisors;
 };
 
@@ -345,7 +361,7 @@ void box_sum(const BoxSum<T>& p) {
     parallel_for(planes, grain(input_plane),
                  [&](int64_t begin, int64_t end) { box_planes<kBackward>(p, begin, end); });
   } else {
-    const int64_t in_bundle = Bundle<kBackward, T>(p).planes;
+    const int64_t in_bundle = BundleShape<kBackward, T>(p).planes;
     parallel_for((planes + in_bundle - 1) / in_bundle * p.target_height,
                  grain(in_bundle * input_plane / p.target_height), [&](int64_t begin, int64_t end) {
                    box_rows_contiguous<kBackward>(p, begin, end);

@@ -127,6 +127,16 @@ def test_fallback_is_silent_in_other_modes(mode):
         assert fallbacks(pool(torch.int32)) == []
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.usefixtures("nothing_warned_yet")
+def test_a_layout_without_a_kernel_runs_natively():
+    image = torch.ones(1, 1, 4, 4).to_mkldnn()
+    with torchops.backend("own"):
+        assert fallbacks(lambda: TF.max_pool2d(image, 2)) == [
+            "torchops.max_pool2d ran natively: no kernel for torch._mkldnn"
+        ]
+
+
 @pytest.mark.usefixtures("nothing_warned_yet")
 def test_fallback_warning_points_at_the_caller():
     with warnings.catch_warnings(record=True) as caught:

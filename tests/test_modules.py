@@ -307,3 +307,11 @@ def test_skip_init(cls, twin, example):
 def test_batch_norm_takes_device_and_dtype_by_position():
     layer = tnn.BatchNorm2d(3, 1e-5, 0.1, True, True, "meta", torch.float64, activation="relu")
     assert layer.weight.is_meta and layer.weight.dtype is torch.float64
+
+
+def test_training_tells_autograd_that_the_running_statistics_changed():
+    layer = tnn.BatchNorm2d(3)
+    running = layer.running_mean, layer.running_var
+    versions = [tensor._version for tensor in running]
+    layer(torch.randn(2, 3, 4, 4))
+    assert [tensor._version for tensor in running] == [version + 1 for version in versions]

@@ -71,7 +71,7 @@ void check_offsets(const Tensor& offsets, const IntList& input_size, const Tenso
                  "adaptive_max_pool2d: expected offsets on the device of the other tensor");
 }
 
-Tensor pool(const Tensor& input, const IntList& output_size, Tensor* offsets) {
+Tensor pool(const Tensor& input, const IntList& output_size, OptionalTensor* offsets) {
   TORCHOPS_CHECK(output_size.size() == 2, "adaptive_max_pool2d: output_size must be 2");
   const MemoryFormat format = suggest_memory_format(input);
   AdaptiveMaxPool2dParams p = make_params(dtype_of(input, "adaptive_max_pool2d"), sizes_of(input),
@@ -83,7 +83,7 @@ Tensor pool(const Tensor& input, const IntList& output_size, Tensor* offsets) {
   p.output = output.mutable_data_ptr();
   if (offsets) {
     *offsets = empty(sizes, format, input, offset_storage(p));
-    p.offsets = offsets->mutable_data_ptr();
+    p.offsets = (*offsets)->mutable_data_ptr();
   }
   launch(input, p, cpu::adaptive_max_pool2d, cuda::adaptive_max_pool2d);
   return output;
@@ -94,9 +94,9 @@ Tensor adaptive_max_pool2d(Tensor input, IntList output_size) {
 }
 
 std::tuple<Tensor, Tensor> adaptive_max_pool2d_with_offsets(Tensor input, IntList output_size) {
-  Tensor offsets;
+  OptionalTensor offsets;
   Tensor output = pool(input, output_size, &offsets);
-  return {output, offsets};
+  return {std::move(output), std::move(*offsets)};
 }
 
 Tensor adaptive_max_pool2d_backward(Tensor grad_output, Tensor offsets, IntList input_size) {

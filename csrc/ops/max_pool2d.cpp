@@ -62,7 +62,7 @@ void check_offsets(const Tensor& offsets, const IntList& input_size, const MaxPo
                  p.wide_offsets ? "int32" : "uint8");
 }
 
-Tensor forward(const Tensor& input, const IntList& pool, Tensor* offsets) {
+Tensor forward(const Tensor& input, const IntList& pool, OptionalTensor* offsets) {
   const MemoryFormat format = suggest_memory_format(input);
   MaxPool2dParams p = make_params(dtype_of(input, "max_pool2d"), sizes_of(input), pool, format);
   const Tensor dense = contiguous(input, format);
@@ -72,7 +72,7 @@ Tensor forward(const Tensor& input, const IntList& pool, Tensor* offsets) {
   p.output = output.mutable_data_ptr();
   if (offsets) {
     *offsets = empty(sizes, format, input, offset_storage(p));
-    p.offsets = offsets->mutable_data_ptr();
+    p.offsets = (*offsets)->mutable_data_ptr();
   }
   launch(input, p, cpu::max_pool2d, cuda::max_pool2d);
   return output;
@@ -81,9 +81,9 @@ Tensor forward(const Tensor& input, const IntList& pool, Tensor* offsets) {
 Tensor max_pool2d(Tensor input, IntList pool) { return forward(input, pool, nullptr); }
 
 std::tuple<Tensor, Tensor> max_pool2d_with_offsets(Tensor input, IntList pool) {
-  Tensor offsets;
+  OptionalTensor offsets;
   Tensor output = forward(input, pool, &offsets);
-  return {output, offsets};
+  return {std::move(output), std::move(*offsets)};
 }
 
 Tensor max_pool2d_backward(Tensor grad_output, Tensor offsets, IntList input_size, IntList pool) {

@@ -16,10 +16,12 @@ from torchops.ops.batch_norm import batch_norm, native_ending
 def call_statistics(module: Any) -> tuple[Tensor | None, Tensor | None, bool, float]:
     """running_mean, running_var, training and momentum of this call; counts the batch."""
     momentum = 0.0 if module.momentum is None else module.momentum
-    if module.training and module.track_running_stats and module.num_batches_tracked is not None:
-        module.num_batches_tracked.add_(1)
-        if module.momentum is None:  # cumulative average
-            momentum = 1.0 / float(module.num_batches_tracked)
+    if module.training and module.track_running_stats:
+        batches = module.num_batches_tracked
+        if batches is not None:
+            batches.add_(1)
+            if module.momentum is None:  # cumulative average
+                momentum = 1.0 / float(batches)
     mean, var = module.running_mean, module.running_var
     if not module.training:
         return mean, var, mean is None and var is None, momentum

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
@@ -21,7 +21,7 @@ from torch.compiler import is_dynamo_compiling
 from torchops._library import REBUILD
 
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
-_transforms_active = torch._C._are_functorch_transforms_active
+transforms_active = torch._C._are_functorch_transforms_active
 
 
 def kernel(name: str) -> Callable[..., Any]:
@@ -74,16 +74,8 @@ class Function(torch.autograd.Function):
             members = {"jvp": cls.tangent, "__module__": cls.__module__}
             eager: Any = type(cls.__name__, (cls,), members)
             cls._apply_transformed = super(Function, eager).apply
-            single_level: Any = super(torch.autograd.Function, eager)
-            cls._apply_single_level = single_level.apply
-
-            # Dynamo finds neither `forward` nor `tensors` through the class.
-            apply, forward, tensors = cls.apply, cls.forward, cls.tensors
-
-            def call(*args: Any) -> Any:
-                return apply(*args) if differentiable(*args[:tensors]) else forward(*args)
-
-            cls.call = staticmethod(call)
+            cls._apply_single_level = plain_apply(eager)
+            cls.call = staticmethod(_caller(cls))
 
     @staticmethod
     def tangent(ctx: Any, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +84,7 @@ class Function(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """torch's own `apply` inside transforms; outside, without its 14 us of signature bind."""
-        if _transforms_active():
+        if transforms_active():
             leaves = [_Leaf(arg) if isinstance(arg, tuple) else arg for arg in args]
             return cls._apply_transformed(*leaves)
         return cls._apply_single_level(*args)
@@ -103,10 +95,54 @@ class Function(torch.autograd.Function):
 
         Inside transforms, functorch calls that key once per level and itself passes on to the next.
         """
-        if _transforms_active():
+        if transforms_active():
             with enable_single_level_autograd_function():
                 return cls._apply_single_level(*args)
         return cls._apply_single_level(*args)
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """ctx.saved_tensors for backward, and for the tangent where that is computed."""
+    ctx.save_for_backward(*tensors)
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(*tensors)
+
+
+def _caller(function: type[Function]) -> Callable[..., Any]:
+    """`function.call`: what `differentiable` and `apply` do, in one frame.
+
+    Dynamo finds neither `forward` nor `tensors` through the class.
+    """
+    apply, forward, others = function.apply, function.forward, slice(1, function.tensors)
+    single_level = function._apply_single_level
+
+    def call(*args: Any) -> Any:
+        if is_dynamo_compiling():
+            return forward(*args)
+        if transforms_active() or forward_ad._current_level >= 0:
+            return apply(*args)
+        if is_grad_enabled():
+            if args[0].requires_grad:
+                return single_level(*args)
+            for tensor in args[others]:
+                if tensor is not None and tensor.requires_grad:
+                    return single_level(*args)
+        return forward(*args)
+
+    return call
+
+
+def plain_apply(function: Any) -> Callable[..., Any]:
+    """`apply` outside of transforms, without torch's 14 us of signature bind."""
+    single_level: Any = super(torch.autograd.Function, function)
+    return single_level.apply
+
+
+def only_backward(tensor: Tensor) -> bool:
+    """Whether a derivative may be asked for, and by backward in eager alone."""
+    if is_dynamo_compiling() or not (is_grad_enabled() and tensor.requires_grad):
+        return False
+    return not transforms_active() and forward_ad._current_level < 0
 
 
 def differentiable(*tensors: Tensor | None) -> bool:
@@ -117,11 +153,11 @@ def differentiable(*tensors: Tensor | None) -> bool:
     """
     if is_dynamo_compiling():
         return False
-    if torch.is_grad_enabled():
+    if is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    return _transforms_active() or forward_ad._current_level >= 0
+    return transforms_active() or forward_ad._current_level >= 0
 
 
 _library = torch.library.Library("torchops", "FRAGMENT")

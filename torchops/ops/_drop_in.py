@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchops import _backend, _cuda, _tuning
@@ -69,18 +70,20 @@ def drop_in(native: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
                 if hasattr(type(input), "__torch_function__"):
                     return handle_torch_function(call, (input,), *args, **kwargs)
                 return native(*args, **kwargs)
-            if _backend.mode == "native":
+            mode = _backend.mode
+            if mode == "native":
                 return native(*args, **kwargs)
-            reason = uncovered(input)
-            if input.is_cuda and reason is None:
-                reason = _cuda.missing(name, args, kwargs)
-            if reason is not None:
-                _backend.warn_fallback(name, reason)
+            # A sparse or nested tensor is refused below, and settled.
+            if not (input.is_cpu and input.dtype in KERNEL_DTYPES):
+                reason = uncovered(input)
+                if input.is_cuda and reason is None:
+                    reason = _cuda.missing(name, args, kwargs)
+                if reason is not None:
+                    _backend.warn_fallback(name, reason)
+                    return native(*args, **kwargs)
+            if mode == "auto" and _tuning.prefers_native(name, *args, **kwargs):
                 return native(*args, **kwargs)
-            handed_over = _tuning.DEBTS and _backend.mode == "auto"
-            if handed_over and _tuning.prefers_native(name, *args, **kwargs):
-                return native(*args, **kwargs)
-            if torch.compiler.is_compiling():
+            if is_dynamo_compiling():
                 refuse_forward_mode()
                 return own(*args, **kwargs)
             try:
@@ -100,13 +103,18 @@ def drop_in(native: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
 def settle(name: str, native: Callable[..., Any], args: Any, kwargs: Any, error: Exception) -> Any:
     """What becomes of a call that ours refused: native's own exception where it refuses, too.
 
-    Where it does not, a tensor subclass that knows torch's operators but not ours (DTensor, a
-    quantised weight) gets native's result; for plain tensors the `error` is ours.
+    Where it does not, a layout that no kernel takes, or a tensor subclass that knows torch's
+    operators but not ours (DTensor, a quantised weight), gets native's result; for plain tensors
+    the `error` is ours.
     """
     try:
         result = native(*args, **kwargs)
     except Exception as native_error:
         raise native_error from None
+    reason = uncovered(args[0] if args else kwargs["input"])
+    if reason is not None:
+        _backend.warn_fallback(name, reason)
+        return result
     for argument in (*args, *kwargs.values()):
         if isinstance(argument, Tensor) and type(argument) not in (Tensor, torch.nn.Parameter):
             _backend.warn_fallback(name, f"tensors of class {type(argument).__name__}")

@@ -11,6 +11,8 @@ from torch._prims_common import suggest_memory_format as _suggest_memory_format
 
 def pair(value: Any) -> tuple[Any, ...]:
     """An int, or a sequence of one or two, as torch's int[2] arguments take them."""
+    if type(value) is int:
+        return (value, value)
     if isinstance(value, (tuple, list)):
         first, last = value * 2 if len(value) == 1 else value
         return (first, last)
@@ -48,7 +50,8 @@ def adaptive_size_1d(output_size: Any) -> tuple[Any, ...]:
 
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether torch's own operators give channels_last to what they compute from `tensor`."""
-    if tensor.dim() != 4 or tensor.stride(1) > tensor.stride(3):
+    strides = tensor.stride()
+    if len(strides) != 4 or strides[1] > strides[3]:
         return False  # beyond doubt, and 4 us sooner
     return suggest_memory_format(tensor) is torch.channels_last
 
@@ -60,19 +63,14 @@ def suggest_memory_format(tensor: Tensor) -> torch.memory_format:
     return _suggest_memory_format(tensor)
 
 
-def check_bools(*flags: Any) -> None:
-    """In a list of numbers 1 would pass for True; torch takes no int for a bool."""
-    for flag in flags:
-        if not isinstance(flag, bool):
-            raise TypeError(f"expected a bool, but got {type(flag).__name__}")
-
-
 def pool_numbers(kernel_size: Any, stride: Any, padding: Any, dilation: Any, *more: Any) -> tuple:
     """A pool's arguments as its operators take them: one list, see csrc/core/tensor.h."""
+    if type(kernel_size) is type(stride) is type(padding) is type(dilation) is int:
+        window = (kernel_size, kernel_size, stride, stride, padding, padding, dilation, dilation)
+        return window + more  # the usual case, 1 us sooner
     kernel_size = pair(kernel_size)
-    if stride is None or stride == [] or stride == ():
-        stride = kernel_size
-    return (*kernel_size, *pair(stride), *pair(padding), *pair(dilation), *more)
+    stride = kernel_size if stride is None or stride == [] or stride == () else pair(stride)
+    return kernel_size + stride + pair(padding) + pair(dilation) + more
 
 
 def pooled_shape(input_size: Any, pool: Any) -> tuple[Any, ...]:

@@ -13,13 +13,17 @@ from torchops.ops._autograd import (
     differentiable,
     fold_batch,
     kernel,
+    only_backward,
+    plain_apply,
     register,
+    save,
     unfold_batch,
 )
 from torchops.ops._drop_in import drop_in, native_only
 from torchops.ops._shape import adaptive_size, adaptive_size_1d, suggest_memory_format
 
 _adaptive_max_pool2d = kernel("adaptive_max_pool2d")
+_with_offsets = kernel("adaptive_max_pool2d_with_offsets")
 _indices = kernel("adaptive_max_pool2d_indices")
 
 
@@ -46,6 +50,8 @@ def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = 
     if return_indices:
         output, offsets = AdaptiveMaxPool2dFunction.call(input, size)
         return output, _indices(offsets, input.shape)
+    if only_backward(input):
+        return _apply_backward_only(input, size)
     if differentiable(input):
         return AdaptiveMaxPool2dFunction.apply(input, size)[0]
     return _adaptive_max_pool2d(input, size)
@@ -71,7 +77,7 @@ adaptive_max_pool3d = native_only("adaptive_max_pool3d", F.adaptive_max_pool3d)
 class AdaptiveMaxPool2dFunction(Function):
     """(output, offsets) of the pooling; backward and tangent follow the winners."""
 
-    forward = staticmethod(kernel("adaptive_max_pool2d_with_offsets"))
+    forward = staticmethod(_with_offsets)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -80,8 +86,7 @@ class AdaptiveMaxPool2dFunction(Function):
         ctx.mark_non_differentiable(offsets)
         ctx.set_materialize_grads(False)
         ctx.input_size = input.shape
-        ctx.save_for_backward(offsets)
-        ctx.save_for_forward(offsets)
+        save(ctx, offsets)
 
     @staticmethod
     def backward(ctx, grad_output, _):
@@ -96,6 +101,25 @@ class AdaptiveMaxPool2dFunction(Function):
         return AdaptiveMaxPool2dGatherFunction.call(input_tangent, offsets), None
 
 
+class AdaptiveMaxPool2dBackwardOnly(torch.autograd.Function):
+    """AdaptiveMaxPool2dFunction where only backward is asked for: one output, 3 us sooner."""
+
+    @staticmethod
+    def forward(ctx, input, size):
+        output, offsets = _with_offsets(input, size)
+        ctx.set_materialize_grads(False)
+        ctx.input_size = input.shape
+        ctx.save_for_backward(offsets)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return AdaptiveMaxPool2dFunction.backward(ctx, grad_output, None)
+
+
+_apply_backward_only = plain_apply(AdaptiveMaxPool2dBackwardOnly)
+
+
 class AdaptiveMaxPool2dBackwardFunction(Function):
     """Scatter to the winners: linear in grad_output, its adjoint is the gather."""
 
@@ -104,8 +128,7 @@ class AdaptiveMaxPool2dBackwardFunction(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, offsets, ctx.input_size = inputs
-        ctx.save_for_backward(offsets)
-        ctx.save_for_forward(offsets)
+        save(ctx, offsets)
 
     @staticmethod
     def backward(ctx, grad):
@@ -127,8 +150,7 @@ class AdaptiveMaxPool2dGatherFunction(Function):
     def setup_context(ctx, inputs, output):
         input, offsets = inputs
         ctx.input_size = input.shape
-        ctx.save_for_backward(offsets)
-        ctx.save_for_forward(offsets)
+        save(ctx, offsets)
 
     @staticmethod
     def backward(ctx, grad_output):

@@ -12,18 +12,21 @@ from torchops.ops._autograd import (
     Function,
     fold_batch,
     kernel,
+    only_backward,
+    plain_apply,
     register,
     unfold_batch,
 )
 from torchops.ops._drop_in import drop_in, native_only
 from torchops.ops._shape import (
-    check_bools,
     is_channels_last,
     pool_numbers,
     pooled_shape,
     single,
     suggest_memory_format,
 )
+
+_avg_pool2d = kernel("avg_pool2d")
 
 
 @drop_in(F.avg_pool2d)
@@ -55,11 +58,15 @@ def avg_pool2d(
     Complexity: reads the input once and writes the output once; backward the reverse. Nothing is
         saved for backward.
     """
-    check_bools(ceil_mode, count_include_pad)
+    # Among the numbers of a pool, 1 would pass for True.
+    if type(ceil_mode) is not bool or type(count_include_pad) is not bool:
+        raise TypeError("avg_pool2d: ceil_mode and count_include_pad must be bool")
     if divisor_override == 0:
         raise RuntimeError("divisor must be not zero")
     divisor = divisor_override or 0
     pool = pool_numbers(kernel_size, stride, padding, 1, ceil_mode, count_include_pad, divisor)
+    if only_backward(input):
+        return _apply_backward_only(input, pool)
     return AvgPool2dFunction.call(input, pool)
 
 
@@ -90,7 +97,7 @@ avg_pool3d = native_only("avg_pool3d", F.avg_pool3d)
 class AvgPool2dFunction(Function):
     """Linear in input; its adjoint spreads each output over its window."""
 
-    forward = staticmethod(kernel("avg_pool2d"))
+    forward = staticmethod(_avg_pool2d)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -104,6 +111,20 @@ class AvgPool2dFunction(Function):
     @staticmethod
     def tangent(ctx, input_tangent, *_):
         return AvgPool2dFunction.call(input_tangent, ctx.rest[1])
+
+
+class AvgPool2dBackwardOnly(torch.autograd.Function):
+    """AvgPool2dFunction where only backward is asked for: in one frame, 1 us sooner."""
+
+    @staticmethod
+    def forward(ctx, input, pool):
+        ctx.rest = (input.shape, pool, is_channels_last(input))
+        return _avg_pool2d(input, pool)
+
+    backward = AvgPool2dFunction.backward
+
+
+_apply_backward_only = plain_apply(AvgPool2dBackwardOnly)
 
 
 class AvgPool2dBackwardFunction(Function):

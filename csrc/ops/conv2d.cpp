@@ -14,12 +14,30 @@ struct Arguments {
 };
 
 void check_tensor(const char* name, const Tensor& tensor, const Tensor& like) {
-  TORCHOPS_CHECK(tensor.dim() == 4, "conv2d: expected a 4-D ", name, ", but got sizes ",
+  TORCHOPS_CHECK(tensor.dim() == like.dim() && (tensor.dim() == 4 || tensor.dim() == 3),
+                 "conv2d: expected a 4-D ", name, ", or all tensors 3-D, but got sizes ",
                  to_string(sizes_of(tensor)));
   TORCHOPS_CHECK(same_dtype(tensor, like), "conv2d: ", name,
                  " has another dtype than the other arguments");
   TORCHOPS_CHECK(same_device(tensor, like), "conv2d: ", name,
                  " is on another device than the other arguments");
+}
+
+void check_rank(const IntList& sizes, const Tensor& like) {
+  TORCHOPS_CHECK(static_cast<int64_t>(sizes.size()) == like.dim(), "conv2d: expected ", like.dim(),
+                 " sizes, but got ", to_string(sizes));
+}
+
+// conv1d is the case that all tensors are 3-D, rows to be seen as images of height 1: views of them
+// in Python would be three more nodes of the autograd graph, 15 us a call.
+IntList as_image(IntList sizes) {
+  if (sizes.size() == 3) sizes.insert(sizes.begin() + 2, 1);
+  return sizes;
+}
+
+IntList like_rank(const Tensor& tensor, IntList image) {
+  if (tensor.dim() == 3) image.erase(image.begin() + 2);
+  return image;
 }
 
 // Everything that the sizes of input and weight must fulfil; fills in the shape of the output.
@@ -77,8 +95,9 @@ MemoryFormat format_of(bool channels_last) {
 
 void check_grad_output(const Tensor& grad_output, const Conv2dShape& s) {
   const IntList expected{s.batch, s.out_channels, s.out_height, s.out_width};
-  TORCHOPS_CHECK(sizes_of(grad_output) == expected, "conv2d: expected grad_output of sizes ",
-                 to_string(expected), ", but got ", to_string(sizes_of(grad_output)));
+  TORCHOPS_CHECK(as_image(sizes_of(grad_output)) == expected,
+                 "conv2d: expected grad_output of sizes ", to_string(expected), ", but got ",
+                 to_string(sizes_of(grad_output)));
 }
 
 // A weight in the format of the other tensors is packed faster, and native keeps it so.
@@ -105,7 +124,7 @@ Tensor conv2d(Tensor input, Tensor weight, OptionalTensor bias, IntList stride, 
   check_tensor("weight", weight, input);
   const MemoryFormat format = output_format(input, weight);
   Conv2dParams p{};
-  p.shape = make_shape(input, sizes_of(input), sizes_of(weight),
+  p.shape = make_shape(input, as_image(sizes_of(input)), as_image(sizes_of(weight)),
                        {stride, padding, dilation, groups}, format);
   const Conv2dShape& s = p.shape;
   if (bias) {
@@ -120,7 +139,8 @@ Tensor conv2d(Tensor input, Tensor weight, OptionalTensor bias, IntList stride, 
   const MemoryFormat layout = weight_format(input, s);
   p.shape.weight_channels_last = layout == MemoryFormat::channels_last;
   const Tensor dense_weight = contiguous(weight, layout);
-  Tensor output = empty({s.batch, s.out_channels, s.out_height, s.out_width}, format, input);
+  Tensor output =
+      empty(like_rank(input, {s.batch, s.out_channels, s.out_height, s.out_width}), format, input);
   p.input = dense.const_data_ptr();
   p.weight = dense_weight.const_data_ptr();
   p.bias = data_or_null<void>(bias);
@@ -141,9 +161,10 @@ Tensor conv2d_grad_input(Tensor grad_output, Tensor weight, IntList input_size, 
                          IntList padding, IntList dilation, int64_t groups, bool channels_last) {
   check_tensor("grad_output", grad_output, grad_output);
   check_tensor("weight", weight, grad_output);
+  check_rank(input_size, grad_output);
   const MemoryFormat format = format_of(channels_last);
   Conv2dGradInputParams p{};
-  p.shape = make_shape(grad_output, input_size, sizes_of(weight),
+  p.shape = make_shape(grad_output, as_image(input_size), as_image(sizes_of(weight)),
                        {stride, padding, dilation, groups}, format);
   check_grad_output(grad_output, p.shape);
   const Tensor dense = contiguous(grad_output, format);
@@ -170,14 +191,16 @@ Tensor conv2d_grad_weight(Tensor input, Tensor grad_output, IntList weight_size,
                           IntList padding, IntList dilation, int64_t groups, bool channels_last) {
   check_tensor("input", input, input);
   check_tensor("grad_output", grad_output, input);
+  check_rank(weight_size, input);
   const MemoryFormat format = format_of(channels_last);
   Conv2dGradWeightParams p{};
-  p.shape =
-      make_shape(input, sizes_of(input), weight_size, {stride, padding, dilation, groups}, format);
+  p.shape = make_shape(input, as_image(sizes_of(input)), as_image(weight_size),
+                       {stride, padding, dilation, groups}, format);
   check_grad_output(grad_output, p.shape);
   const Tensor dense = contiguous(input, format), dense_grad = contiguous(grad_output, format);
   // Native's double kernel keeps a layout that is both formats at once.
-  const bool either = weight_size[1] == 1 || (weight_size[2] == 1 && weight_size[3] == 1);
+  const bool either =
+      weight_size[1] == 1 || (p.shape.window_height.size == 1 && p.shape.window_width.size == 1);
   const MemoryFormat result =
       either && p.shape.dtype == DType::f64 ? MemoryFormat::contiguous : format;
   const bool direct = result == weight_format(input, p.shape);

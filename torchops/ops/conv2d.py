@@ -17,6 +17,7 @@ from torchops.ops._autograd import (
     fold_batch,
     kernel,
     register,
+    save,
     split_axis,
     unfold_batch,
 )
@@ -59,14 +60,12 @@ def conv2d(
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"conv2d: weight must be a Tensor, not {type(weight).__name__}")
-    input, weight, bias = _autocast(input, weight, bias)
-    stride, dilation = pair(stride), pair(dilation)
-    if isinstance(padding, str):
-        input, padding = _named_padding(input, weight, stride, padding, dilation)
-    window = (stride, pair(padding), dilation, groups)
+    if not isinstance(padding, str):
+        padding = pair(padding)
+    window = (pair(stride), padding, pair(dilation), groups)
     if input.dim() == 3:
-        return Conv2dFunction.call(input.unsqueeze(0), weight, bias, *window).squeeze(0)
-    return Conv2dFunction.call(input, weight, bias, *window)
+        return _convolve(input.unsqueeze(0), weight, bias, *window).squeeze(0)
+    return _convolve(input, weight, bias, *window)
 
 
 cross_correlation2d = conv2d
@@ -87,10 +86,10 @@ def conv1d(
         raise RuntimeError("conv1d: expected a 2-D or 3-D input and a 3-D weight")
     if not isinstance(padding, str):
         padding = (0, *single(padding))
-    stride, dilation = (1, *single(stride)), (1, *single(dilation))
-    # Contiguous, as torch does it: a transposed sequence is no channels_last image.
-    rows, kernels = input.contiguous().unsqueeze(-2), weight.unsqueeze(-2)
-    return conv2d.__wrapped__(rows, kernels, bias, stride, padding, dilation, groups).squeeze(-2)
+    window = ((1, *single(stride)), padding, (1, *single(dilation)), groups)
+    if input.dim() == 2:
+        return _convolve(input.unsqueeze(0), weight, bias, *window).squeeze(0)
+    return _convolve(input, weight, bias, *window)
 
 
 def _native_convolution2d(input, weight, *args, **kwargs):
@@ -146,11 +145,21 @@ def conv1x1(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: A
 conv3d = native_only("conv3d", F.conv3d)
 
 
-def _autocast(*tensors: Any) -> Any:
+def _convolve(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple, padding: Any,
+    dilation: tuple, groups: int,
+) -> Tensor:  # fmt: skip
+    """Of images or, all tensors 3-D, of rows: images of height 1. The arguments are pairs."""
+    device = "cpu" if input.is_cpu else input.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        input, weight, bias = _autocast(device, input, weight, bias)
+    if isinstance(padding, str):
+        input, padding = _named_padding(input, weight, stride, padding, dilation)
+    return Conv2dFunction.call(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _autocast(device: str, *tensors: Any) -> Any:
     """As torch's autocast before its own convolution: all but float64 to the region's dtype."""
-    device = tensors[0].device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
@@ -171,7 +180,8 @@ def _named_padding(
         raise RuntimeError(f"Invalid padding string: '{padding}'")
     if any(s != 1 for s in stride):
         raise RuntimeError("padding='same' is not supported for strided convolutions")
-    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[-2:], strict=True)]
+    window = weight.shape[2:] if weight.dim() == 4 else (1, weight.shape[2])
+    total = [d * (k - 1) for d, k in zip(dilation, window, strict=True)]
     if any(t % 2 for t in total):
         input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
     return input, (total[0] // 2, total[1] // 2)
@@ -207,8 +217,7 @@ class Conv2dFunction(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, weight, _, *ctx.window = inputs
-        ctx.save_for_backward(input, weight)
-        ctx.save_for_forward(input, weight)
+        save(ctx, input, weight)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -229,7 +238,7 @@ class Conv2dFunction(Function):
                 input, grad_output, weight.shape, *ctx.window, channels_last
             )
         if needs_bias:
-            grad_bias = grad_output.sum((0, 2, 3))
+            grad_bias = grad_output.sum([0, *range(2, grad_output.dim())])
         return grad_input, grad_weight, grad_bias, None, None, None, None
 
     @staticmethod
@@ -243,8 +252,8 @@ class Conv2dFunction(Function):
 
 
 def _bias_image(bias: Tensor, input: Tensor, weight: Tensor, window: list) -> Tensor:
-    batch, channels, height, width = _output_size(input.shape, weight.shape, *window[:3])
-    return bias.view(-1, 1, 1).expand(batch, channels, height, width)
+    size = _output_size(input.shape, weight.shape, *window[:3])
+    return bias.view(-1, *(1,) * (len(size) - 2)).expand(size)
 
 
 class Conv2dGradInputFunction(Function):
@@ -256,8 +265,7 @@ class Conv2dGradInputFunction(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         grad_output, weight, ctx.input_size, *ctx.window, ctx.channels_last = inputs
-        ctx.save_for_backward(grad_output, weight)
-        ctx.save_for_forward(grad_output, weight)
+        save(ctx, grad_output, weight)
 
     @staticmethod
     def backward(ctx, grad):
@@ -288,8 +296,7 @@ class Conv2dGradWeightFunction(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, grad_output, ctx.weight_size, *ctx.window, ctx.channels_last = inputs
-        ctx.save_for_backward(input, grad_output)
-        ctx.save_for_forward(input, grad_output)
+        save(ctx, input, grad_output)
 
     @staticmethod
     def backward(ctx, grad):
@@ -316,9 +323,9 @@ class Conv2dGradWeightFunction(Function):
 
 def _output_size(input_size, weight_size, stride, padding, dilation):
     spatial = [
-        convolved_size(input_size[2 + i], weight_size[2 + i], pair(stride)[i], pair(padding)[i],
+        convolved_size(input_size[i], weight_size[i], pair(stride)[i], pair(padding)[i],
                        pair(dilation)[i])
-        for i in (0, 1)
+        for i in range(2 - len(input_size), 0)
     ]  # fmt: skip
     return (input_size[0], weight_size[0], *spatial)
 
@@ -329,14 +336,18 @@ def _empty(size, like: Tensor, channels_last: bool) -> Tensor:
 
 
 def _fake_conv2d(input, weight, bias, stride, padding, dilation, groups):
-    torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "conv2d: expected 4-D tensors")
+    torch._check(
+        input.dim() == weight.dim() and input.dim() in (3, 4),
+        lambda: "conv2d: expected input and weight to be 4-D, or 3-D",
+    )
     torch._check(
         input.shape[1] == weight.shape[1] * groups and weight.shape[0] % groups == 0,
         lambda: f"conv2d: {groups} groups do not fit input {input.shape} and weight {weight.shape}",
     )
     torch._check(input.dtype == weight.dtype, lambda: "conv2d: input and weight differ in dtype")
     size = _output_size(input.shape, weight.shape, stride, padding, dilation)
-    torch._check(size[2] > 0 and size[3] > 0, lambda: "conv2d: the kernel is larger than the input")
+    for length in size[2:]:
+        torch._check(length > 0, lambda: "conv2d: the kernel is larger than the input")
     # An empty batch stays contiguous.
     return _empty(size, input, _channels_last(input, weight) and input.shape[0] > 0)
 
@@ -351,7 +362,7 @@ def _fake_grad_weight(
     input, grad_output, weight_size, stride, padding, dilation, groups, channels_last
 ):
     # Native's double kernel keeps a layout that is both formats at once.
-    either = weight_size[1] == 1 or (weight_size[2] == 1 and weight_size[3] == 1)
+    either = weight_size[1] == 1 or all(length == 1 for length in weight_size[2:])
     keeps = input.dtype == torch.float64 and either
     return _empty(weight_size, input, channels_last and not keeps)
 
@@ -384,8 +395,9 @@ def _vmap_conv2d(info, in_dims, input, weight, bias, stride, padding, dilation, 
         )  # fmt: skip
         output, out_dim = split_axis(output, 1, batch_size), 1
     if bias is not None and shared_bias is None:
-        output = output.movedim(out_dim, 0) + bias.movedim(in_dims[2], 0)[:, None, :, None, None]
-        out_dim = 0
+        bias = bias.movedim(in_dims[2], 0)
+        output = output.movedim(out_dim, 0)
+        output, out_dim = output + bias.reshape(batch_size, 1, -1, *(1,) * (output.dim() - 3)), 0
     return output, out_dim
 
 

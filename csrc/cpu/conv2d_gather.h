@@ -1,12 +1,11 @@
 // A convolution, or the gradient of its input, seen as a matrix product: which source element
-// meets which position under which tap, and the copying of small panels of it (implicit im2col).
+// meets which position under which tap, and the copying of small panels of a channels_last one
+// (implicit im2col; conv2d_lines.h copies contiguous ones).
 //
 // Positions are numbered over images, rows and columns. The depth index runs as a weight of the
 // same format lies in memory: channels_last over taps along the height, taps along the width,
 // channels; contiguous over channels, taps along the height, taps along the width.
 #pragma once
-
-#include <utility>
 
 #include "core/vec.h"
 #include "cpu/gemm.h"
@@ -156,56 +155,6 @@ void gather_channels_last(const Correlation& c, const T* source, int64_t begin, 
         fill_zero(to + last - low, high - last);
       }
     }
-  }
-}
-
-template <typename V, std::size_t... e>
-inline V even_lanes(V a, V b, std::index_sequence<e...>) {
-  return __builtin_shufflevector(a, b, static_cast<int>(2 * e)...);
-}
-
-// contiguous: line[position] = element of depth index k at that position. `source` points at the
-// group's first plane of the first image.
-template <typename T>
-void gather_line(const Correlation& c, const T* source, int64_t k, const Segment* segments,
-                 int64_t count, acc_t<T>* line) {
-  const int64_t tw = k % c.width.taps, th = k / c.width.taps % c.height.taps;
-  const int64_t channel = k / c.width.taps / c.height.taps;
-  const int64_t plane = c.source_plane(), image = c.groups * c.channels * plane;
-  const int64_t step = c.width.step, length = c.width.source_length;
-  source += channel * plane;
-  for (int64_t s = 0; s < count; ++s) {
-    const Segment& segment = segments[s];
-    acc_t<T>* to = line + segment.start;
-    const int64_t h = segment.height + th * c.height.tap_offset;
-    if (h < 0 || h >= c.height.source_length) {
-      fill_zero(to, segment.length);
-      continue;
-    }
-    const int64_t w = segment.width + tw * c.width.tap_offset;
-    const Inside valid = inside(w, step, segment.length, length);
-    const int64_t last = clamp(valid.last, valid.first, segment.length);
-    const T* from = source + segment.image * image + h * length + w;
-    fill_zero(to, valid.first);
-    // The next channel lies a plane further, in another page: the hardware does not foresee it.
-    if (th == 0 && tw == 0) {
-      for (int64_t i = valid.first; i < last; i += 64 / sizeof(T))
-        __builtin_prefetch(from + i * step + plane);
-    }
-    if (step == 1) {
-      copy_in(to + valid.first, from + valid.first, last - valid.first);
-    } else {
-      int64_t i = valid.first;
-      if (step == 2) {
-        for (; i + kLanes<T> < last; i += kLanes<T>) {
-          const T* pair = from + 2 * i;
-          store<acc_t<T>>(to + i, even_lanes(load(pair), load(pair + kLanes<T>),
-                                             std::make_index_sequence<kLanes<T>>{}));
-        }
-      }
-      for (; i < last; ++i) to[i] = to_acc(from[i * step]);
-    }
-    fill_zero(to + last, segment.length - last);
   }
 }
 

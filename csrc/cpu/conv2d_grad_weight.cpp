@@ -15,6 +15,7 @@
 #include "core/scratch.h"
 #include "core/transpose.h"
 #include "cpu/conv2d_gather.h"
+#include "cpu/conv2d_lines.h"
 #include "cpu/gemm.h"
 #include "ops/conv2d.h"
 
@@ -35,7 +36,7 @@ struct Plan {
   int64_t block_rows, block_positions;
   int64_t row_blocks, column_blocks, position_blocks, shares;
 
-  static constexpr int64_t kBlockColumns = 4 * kTileColumns<acc_t<T>>;
+  static constexpr int64_t kBlockColumns = 8 * kTileColumns<acc_t<T>>;
 
   explicit Plan(const Conv2dGradWeightParams& params)
       : p(params), c(forward_correlation(params.shape)) {
@@ -57,14 +58,14 @@ template <typename T>
 struct Workspace {
   static constexpr int64_t kBlockColumns = Plan<T>::kBlockColumns;
   Scratch<acc_t<T>> input, grads, tile;
-  Scratch<Segment> segments;
+  Lines<T> lines;
 
   explicit Workspace(const Plan<T>& plan)
       : input(plan.p.shape.channels_last ? plan.block_positions * kPanelStride<Panel::columns>
                                          : plan.block_rows * kPanelStride<Panel::rows>),
         grads(plan.block_positions * kBlockColumns),
         tile(plan.block_rows * kBlockColumns),
-        segments(plan.block_positions) {}
+        lines(plan.c, plan.block_positions) {}
 };
 
 // The block's grad_output as panels of kTileColumns channels: [panel][position][channel].
@@ -100,21 +101,18 @@ void gather_grads(const Plan<T>& plan, int64_t first, int64_t positions, int64_t
 
 // Adds the product of one block of positions to the tile.
 template <typename T>
-void add_block(const Plan<T>& plan, const Workspace<T>& work, int64_t group, int64_t row,
+void add_block(const Plan<T>& plan, Workspace<T>& work, int64_t group, int64_t row,
                int64_t rows, int64_t columns, int64_t first, int64_t positions, bool accumulate) {
   const Correlation& c = plan.c;
   const auto* input = static_cast<const T*>(plan.p.input);
-  const int64_t count = make_segments(c, first, first + positions, work.segments.get());
+  work.lines.place(first, first + positions);
   const bool channels_last = plan.p.shape.channels_last;
   if (channels_last) {
-    gather_channels_last(c, input + group * c.channels, row, row + rows, work.segments.get(), count,
-                         work.input.get(), kPanelStride<Panel::columns>);
+    gather_channels_last(c, input + group * c.channels, row, row + rows, work.lines.segments(),
+                         work.lines.count(), work.input.get(), kPanelStride<Panel::columns>);
   } else {
-    const T* source = input + group * c.channels * c.source_plane();
-    for (int64_t r = 0; r < rows; ++r) {
-      gather_line(c, source, row + r, work.segments.get(), count,
-                  work.input.get() + r * kPanelStride<Panel::rows>);
-    }
+    work.lines.gather(input + group * c.channels * c.source_plane(), row, row + rows,
+                      work.input.get(), kPanelStride<Panel::rows>);
   }
   for (int64_t j = 0; j < columns; j += kTileColumns<acc_t<T>>) {
     const TileArguments<acc_t<T>> tile{work.input.get(),    work.grads.get() + j * positions,
@@ -175,7 +173,7 @@ void write(const Plan<T>& plan, const acc_t<T>* from, int64_t row_stride, int64_
 
 // One unit of work: fills rows x columns of one share.
 template <typename T>
-void sum_share(const Plan<T>& plan, const Workspace<T>& work, int64_t unit, acc_t<T>* sums) {
+void sum_share(const Plan<T>& plan, Workspace<T>& work, int64_t unit, acc_t<T>* sums) {
   const Correlation& c = plan.c;
   const int64_t column = unit % plan.column_blocks * plan.kBlockColumns;
   const int64_t columns = smaller(plan.kBlockColumns, c.columns - column);
@@ -229,7 +227,7 @@ void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
     const int64_t units = plan.shares * plan.c.groups * plan.row_blocks * plan.column_blocks;
     const int64_t flops = 2 * plan.c.positions() * plan.share_size() / (units + 1) + 1;
     parallel_for(units, kGrainFlops / flops + 1, [&](int64_t begin, int64_t end) {
-      const Workspace<T> work(plan);
+      Workspace<T> work(plan);
       for (int64_t unit = begin; unit < end; ++unit) sum_share(plan, work, unit, sums.get());
     });
     if (plan.shares != 1) combine(plan, sums.get());

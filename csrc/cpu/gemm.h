@@ -66,7 +66,12 @@ void multiply_tile(const TileArguments<T>& t) {
                                                            : kStripWidth<T>;
   Vec<T> sum[kRows][kVecs] = {};
   const T *a = t.a, *b = t.b;
-  for (int64_t k = 0; k < t.depth; ++k) {
+  T* c = t.c;
+  const int64_t b_stride = t.b_stride, c_stride = t.c_stride, depth = t.depth;
+  const bool accumulate = t.accumulate;
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) __builtin_prefetch(c + r * c_stride, 1);
+  for (int64_t k = 0; k < depth; ++k) {
     Vec<T> columns[kVecs];
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) columns[v] = load(b + v * kLanes<T>);
@@ -77,14 +82,14 @@ void multiply_tile(const TileArguments<T>& t) {
       for (int v = 0; v < kVecs; ++v) sum[r][v] += value * columns[v];
     }
     a += kDepthStep;
-    b += t.b_stride;
+    b += b_stride;
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kRows; ++r, c += c_stride) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
-      T* c = t.c + r * t.c_stride + v * kLanes<T>;
-      store(c, t.accumulate ? load<T>(c) + sum[r][v] : sum[r][v]);
+      T* to = c + v * kLanes<T>;
+      store(to, accumulate ? load<T>(to) + sum[r][v] : sum[r][v]);
     }
   }
 }
@@ -99,21 +104,29 @@ inline TileFunction<T> pick_tile(int rows, std::integer_sequence<int, kRowsMinus
   return kTable[rows - 1];
 }
 
-// C[rows x columns] (+)= A x B for any number of rows; columns <= kTileColumns. c is written in
-// whole vectors, so its rows need room for columns rounded up to a vector.
+// C[rows x columns] (+)= A x B for any number of rows and columns. b is read and c written in whole
+// vectors, or in twice a tile's where rows are few, so their rows need room for that.
 template <typename T, Panel panel>
 void multiply(const TileArguments<T>& arguments, int64_t rows, int64_t columns) {
   constexpr auto kRowCounts = std::make_integer_sequence<int, kTileRows>{};
-  for_each_tile(rows, [&](int64_t index, int64_t first, int height) {
-    TileArguments<T> t = arguments;
-    t.a += panel == Panel::rows      ? first * kPanelStride<panel>
-           : panel == Panel::columns ? first
-                                     : index * kStripWidth<T> * t.depth;
-    t.c += first * t.c_stride;
-    const auto tile = columns > kLanes<T> ? pick_tile<T, panel, 2>(height, kRowCounts)
-                                          : pick_tile<T, panel, 1>(height, kRowCounts);
-    tile(t);
-  });
+  // Few rows take wider tiles: less than about ten sums would wait for each other.
+  constexpr auto kFewRows = std::make_integer_sequence<int, kTileRows / 2>{};
+  const bool few = rows <= kTileRows / 2;
+  const int64_t width = few ? 2 * kTileColumns<T> : kTileColumns<T>;
+  for (int64_t j = 0; j < columns; j += width) {
+    for_each_tile(rows, [&](int64_t index, int64_t first, int height) {
+      TileArguments<T> t = arguments;
+      t.a += panel == Panel::rows      ? first * kPanelStride<panel>
+             : panel == Panel::columns ? first
+                                       : index * kStripWidth<T> * t.depth;
+      t.b += j;
+      t.c += first * t.c_stride + j;
+      const auto tile = columns - j > kTileColumns<T> && few ? pick_tile<T, panel, 4>(height, kFewRows)
+                        : columns - j > kLanes<T>            ? pick_tile<T, panel, 2>(height, kRowCounts)
+                                                             : pick_tile<T, panel, 1>(height, kRowCounts);
+      tile(t);
+    });
+  }
 }
 
 // Copies with conversion between a storage type and its arithmetic type.

@@ -1,0 +1,218 @@
+// The weights of a convolution, packed once per call for the matrix product.
+//
+// The depth runs in the order in which the weight lies in memory, so that packing it for the
+// forward product is a transposition in registers.
+#pragma once
+
+#include "core/parallel.h"
+#include "core/scratch.h"
+#include "core/transpose.h"
+#include "cpu/conv2d_gather.h"
+#include "cpu/gemm.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+namespace {
+
+constexpr int64_t kGrainCopies = 65'536;
+
+// Where the weight of (group, output column, tap, channel) lies.
+template <typename T>
+struct Weights {
+  const T* data;
+  int64_t group_stride, column_stride, channel_stride, height_stride, width_stride;
+};
+
+// Depth is cut into equal blocks that fit a panel.
+struct DepthBlocks {
+  int64_t depth, count, size;
+  explicit DepthBlocks(int64_t depth)
+      : depth(depth),
+        count(depth > kPanelLength<Panel::rows> ? blocks(depth, kPanelLength<Panel::rows>) : 1),
+        size(blocks(depth, count)) {}
+  int64_t begin(int64_t block) const { return smaller(block * size, depth); }
+  int64_t length(int64_t block) const { return begin(block + 1) - begin(block); }
+};
+
+template <typename T>
+struct Problem {
+  Correlation c;
+  Weights<T> weights;
+  const T* source;
+  const T* bias;  // null, or one per output channel
+  T* out;
+  bool channels_last;
+};
+
+// Walks the depth index of a weight, the first digit the fastest.
+struct DepthWalk {
+  struct Digit { int64_t size, stride, value; } digits[3];
+  int64_t offset;
+
+  template <typename T>
+  DepthWalk(const Problem<T>& p, int64_t k) {
+    const Axis &height = p.c.height, &width = p.c.width;
+    const Digit channel{p.c.channels, p.weights.channel_stride, 0};
+    const Digit th{height.taps, height.tap_step * p.weights.height_stride, 0};
+    const Digit tw{width.taps, width.tap_step * p.weights.width_stride, 0};
+    digits[0] = p.channels_last ? channel : tw;
+    digits[1] = p.channels_last ? tw : th;
+    digits[2] = p.channels_last ? th : channel;
+    offset = height.first_tap * p.weights.height_stride + width.first_tap * p.weights.width_stride;
+    for (Digit& d : digits) {
+      d.value = k % d.size;
+      offset += d.value * d.stride;
+      k /= d.size;
+    }
+  }
+  // Whether the weights of one column lie side by side.
+  bool dense() const {
+    int64_t step = 1;
+    for (const Digit& d : digits) {
+      if (d.size > 1 && d.stride != step) return false;
+      step *= d.size;
+    }
+    return true;
+  }
+  void next() {
+    for (Digit& d : digits) {
+      offset += d.stride;
+      if (++d.value < d.size) return;
+      offset -= d.size * d.stride;
+      d.value = 0;
+    }
+  }
+};
+
+// to[k * width + j] = weight of column + j at depth index begin + k; width is in whole vectors.
+// Lanes beyond the columns may hold anything: they only reach lanes of the product that no one
+// reads.
+template <typename T>
+void pack_weights(const Problem<T>& p, int64_t group, int64_t column, int64_t columns,
+                  int64_t begin, int64_t length, int64_t width, acc_t<T>* to) {
+  if (length == 0) return;
+  const int64_t stride = p.weights.column_stride;
+  DepthWalk walk(p, begin);
+  const T* from = p.weights.data + group * p.weights.group_stride + column * stride;
+  if (walk.dense()) {
+    for (int64_t j = 0; j < columns; j += kLanes<T>) {
+      const int lanes = static_cast<int>(smaller(kLanes<T>, columns - j));
+      load_planes(from + j * stride + walk.offset, stride, lanes, length,
+                  [&](int64_t start, const Vec<T>* block, int size) {
+                    for (int k = 0; k < size; ++k)
+                      store<acc_t<T>>(to + (start + k) * width + j, block[k]);
+                  });
+    }
+    return;
+  }
+  for (int64_t k = 0; k < length; ++k, to += width, walk.next()) {
+    if (stride == 1 && column + width <= p.c.columns) {
+      copy_in(to, from + walk.offset, width);
+      continue;
+    }
+    if (stride == 1) {
+      copy_in(to, from + walk.offset, columns);
+    } else {
+      for (int64_t j = 0; j < columns; ++j) to[j] = to_acc(from[walk.offset + j * stride]);
+    }
+    fill_zero(to + columns, width - columns);
+  }
+}
+
+// The weight as the forward convolution reads it.
+template <typename T>
+Weights<T> forward_weights(const Conv2dShape& s, const void* weight) {
+  const int64_t width = s.window_width.size, taps = s.window_height.size * width;
+  const int64_t channels = s.in_channels / s.groups, column = channels * taps;
+  const int64_t group = s.out_channels / s.groups * column;
+  const auto* data = static_cast<const T*>(weight);
+  if (s.weight_channels_last) return {data, group, column, 1, width * channels, channels};
+  return {data, group, column, taps, width, 1};
+}
+
+// Columns are kept in panels of kTileColumns: [panel][depth][column], the last panel of a group
+// only as wide as it needs, in whole vectors.
+template <typename T>
+struct ColumnPanels {
+  static constexpr int64_t kWidth = kTileColumns<acc_t<T>>;
+  int64_t depth, columns, group_size;
+  Scratch<acc_t<T>> data;
+
+  explicit ColumnPanels(const Correlation& c)
+      : depth(c.depth()),
+        columns(blocks(c.columns, kLanes<T>) * kLanes<T>),
+        group_size(depth * columns),
+        data(c.groups * group_size) {}
+  int64_t width(int64_t panel) const { return smaller(kWidth, columns - panel * kWidth); }
+  acc_t<T>* at(int64_t group, int64_t panel, int64_t k) const {
+    return data.get() + group * group_size + panel * kWidth * depth + k * width(panel);
+  }
+};
+
+template <typename T>
+void pack_columns(const Problem<T>& p, const ColumnPanels<T>& packed) {
+  const int64_t panels = blocks(p.c.columns, packed.kWidth), work = packed.kWidth * p.c.depth();
+  parallel_for(p.c.groups * panels, kGrainCopies / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t group = item / panels, panel = item % panels, first = panel * packed.kWidth;
+      const int64_t width = packed.width(panel), used = smaller(width, p.c.columns - first);
+      pack_weights(p, group, first, used, 0, packed.depth, width, packed.at(group, panel, 0));
+    }
+  });
+}
+
+// Output channels of a block, at most: about 256, in whole tiles.
+constexpr int64_t kBlockChannels = (256 + kTileRows - 1) / kTileRows * kTileRows;
+
+// Weights as strips: [group][block of channels][depth block][strip][depth][kStripWidth].
+template <typename T>
+struct Strips {
+  static constexpr int64_t kWidth = kStripWidth<acc_t<T>>;
+  DepthBlocks depth;
+  int64_t channels, channel_blocks, block_channels, strips;  // of one group
+  Scratch<acc_t<T>> data;
+
+  explicit Strips(const Correlation& c)
+      : depth(c.depth()),
+        channels(c.columns),
+        channel_blocks(blocks(channels, kBlockChannels)),
+        block_channels(blocks(blocks(channels, channel_blocks), kTileRows) * kTileRows),
+        strips(channel_blocks * block_channels / kTileRows),
+        data(c.groups * strips * depth.depth * kWidth) {}
+  int64_t first(int64_t block) const { return smaller(block * block_channels, channels); }
+  int64_t size(int64_t block) const { return first(block + 1) - first(block); }
+  acc_t<T>* at(int64_t group, int64_t block, int64_t depth_block) const {
+    const int64_t block_strips = block_channels / kTileRows;
+    return data.get() + ((group * strips + block * block_strips) * depth.depth +
+                         block_strips * depth.begin(depth_block)) *
+                            kWidth;
+  }
+};
+
+template <typename T>
+void pack_strips(const Problem<T>& p, const Strips<T>& packed) {
+  const int64_t work = packed.block_channels * packed.depth.size;
+  const int64_t depth_blocks = packed.depth.count, channel_blocks = packed.channel_blocks;
+  parallel_for(p.c.groups * channel_blocks * depth_blocks, kGrainCopies / (work + 1) + 1,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t item = begin; item < end; ++item) {
+                   const int64_t depth_block = item % depth_blocks;
+                   const int64_t block = item / depth_blocks % channel_blocks;
+                   const int64_t group = item / depth_blocks / channel_blocks;
+                   const int64_t first = packed.depth.begin(depth_block);
+                   const int64_t length = packed.depth.length(depth_block);
+                   acc_t<T>* to = packed.at(group, block, depth_block);
+                   // A few lines of all channels at a time: strips share cache lines and pages.
+                   constexpr int64_t kChunk = 32;
+                   for (int64_t k = 0; k < length; k += kChunk) {
+                     for_each_tile(packed.size(block), [&](int64_t tile, int64_t row, int height) {
+                       pack_weights(p, group, packed.first(block) + row, height, first + k,
+                                    smaller(kChunk, length - k), packed.kWidth,
+                                    to + (tile * length + k) * packed.kWidth);
+                     });
+                   }
+                 }
+               });
+}
+
+}  // namespace
+}  // namespace torchops::cpu::TORCHOPS_ISA

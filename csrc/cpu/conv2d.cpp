@@ -98,26 +98,30 @@ void correlate_channels_last(const Problem<T>& p) {
 
 // ---- contiguous: output channel rows x position vectors ----------------------------------------
 
-// Adds the bias and writes `rows` channels, from the tile to the output's planes.
+// Adds the bias and writes `rows` channels, from the tile to the output's planes or pixels.
 template <typename T>
 void store_planes(const Problem<T>& p, const Segment* segments, int64_t count, int64_t channel,
                   int64_t rows, const acc_t<T>* tile, int64_t tile_stride) {
-  const int64_t plane = p.c.out_plane(), step = p.c.width.out_step;
+  const int64_t channels = p.c.groups * p.c.columns, plane = p.c.out_plane();
+  const int64_t step = p.c.width.out_step * (p.pixels ? channels : 1);
   for (int64_t r = 0; r < rows; ++r, tile += tile_stride) {
     const acc_t<T> bias = p.bias ? to_acc(p.bias[channel + r]) : acc_t<T>{};
     for (int64_t s = 0; s < count; ++s) {
       Segment segment = segments[s];
       // Whole rows of one image lie side by side.
       while (s + 1 < count && segments[s + 1].out == segment.out + segment.length &&
+             segments[s + 1].start == segment.start + segment.length &&
              segments[s + 1].image == segment.image) {
         segment.length += segments[++s].length;
       }
       const acc_t<T>* from = tile + segment.start;
       // segment.out counts pixels over all images of one channel.
-      const int64_t others = segment.image * (p.c.groups * p.c.columns - 1) + channel + r;
-      T* to = p.out + others * plane + segment.out;
+      T* to = p.pixels
+                  ? p.out + segment.out * channels + channel + r
+                  : p.out + (segment.image * (channels - 1) + channel + r) * plane + segment.out;
       if (step == 1) {
         for_each_block<kLanes<T>>(segment.length, [&](int64_t i, int n) {
+          __builtin_prefetch(to + i + 4 * plane, 1);  // planes are pages apart
           store_partial(to + i, load_partial<acc_t<T>>(from + i, n) + bias, n);
         });
       } else {
@@ -127,6 +131,95 @@ void store_planes(const Problem<T>& p, const Segment* segments, int64_t count, i
   }
 }
 
+// Positions in blocks of whole rows, or, of wide images, of equal parts of one row.
+template <typename T>
+struct RowBlocks {
+  static constexpr int64_t kWidth = kTileColumns<acc_t<T>>, kPositions = 8 * kWidth;
+  int64_t width, rows;
+  int64_t padded;  // width in whole vectors
+  int64_t parts, part;
+  int64_t block_rows, count;
+
+  explicit RowBlocks(const Correlation& c)
+      : width(c.width.count),
+        rows(c.batch * c.height.count),
+        padded(blocks(width, kLanes<T>) * kLanes<T>),
+        parts(blocks(width, kPositions)),
+        part(blocks(blocks(width, parts), kWidth) * kWidth),
+        block_rows(parts > 1 ? 1 : kPositions / padded),
+        count(parts * blocks(rows, block_rows)) {}
+  int64_t begin(int64_t block) const {
+    return block / parts * block_rows * width + smaller(block % parts * part, width);
+  }
+  int64_t end(int64_t block) const {
+    return smaller(
+        block / parts * block_rows * width +
+            (parts > 1 ? smaller((block % parts + 1) * part, width) : block_rows * width),
+        rows * width);
+  }
+};
+
+// The product that reads the shifted rows where they lie. Each row of the image takes whole
+// vectors.
+template <typename T>
+void correlate_rows(const Problem<T>& p) {
+  const Correlation& c = p.c;
+  const RowBlocks<T> positions(c);
+  constexpr int64_t kPositions = RowBlocks<T>::kPositions;
+  constexpr int64_t kStride = kPositions + 64 / sizeof(acc_t<T>);
+  const int64_t taps = c.width.taps;
+  const Strips<T> weights(c, taps);
+  pack_strips(p, weights);
+  const DepthBlocks& depth = weights.depth;
+  const int64_t channel_blocks = weights.channel_blocks;
+  const int64_t flops = 2 * kPositions * weights.block_channels * (c.depth() + 1);
+  parallel_for(
+      positions.count * c.groups * channel_blocks, kGrainFlops / flops + 1,
+      [&](int64_t begin, int64_t end) {
+        const Scratch<acc_t<T>> tile(weights.block_channels * kStride);
+        Rows<T> source_rows(c, kPositions, positions.block_rows, depth.size / taps);
+        const Scratch<int64_t> offsets(depth.size);
+        for (int64_t k = 0; k < depth.size; ++k)
+          offsets.get()[k] = k / taps * source_rows.slot_size() + source_rows.shift(k % taps);
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t channel_block = item % channel_blocks;
+          const int64_t row = weights.first(channel_block), rows = weights.size(channel_block);
+          const int64_t group = item / channel_blocks % c.groups;
+          const int64_t block = item / channel_blocks / c.groups;
+          source_rows.place(positions.begin(block), positions.end(block), kLanes<T>);
+          // One vector more than there are may be read.
+          constexpr int64_t kMostVecs = kPositions / kLanes<T> + 2 * kTileVecs;
+          const acc_t<T>* vectors[kMostVecs];
+          int64_t count = 0;
+          for (int64_t s = 0; s < source_rows.count(); ++s) {
+            for (int64_t i = 0; i < source_rows.segments()[s].length; i += kLanes<T>)
+              vectors[count++] = source_rows.row(s, 0) + i;
+          }
+          for (int64_t v = count; v < kMostVecs; ++v) vectors[v] = vectors[0];
+          const T* source = p.source + group * c.channels * c.source_plane();
+          for (int64_t d = 0; d < depth.count; ++d) {
+            const int64_t first = depth.begin(d) / taps, last = depth.begin(d + 1) / taps;
+            for (int64_t r = first; r < last; ++r) source_rows.fill(source, r, r - first);
+            multiply<acc_t<T>, Panel::strips, true>(
+                {weights.at(group, channel_block, d), nullptr, tile.get(), 0, kStride,
+                 depth.length(d), d > 0, vectors, offsets.get()},
+                rows, count * kLanes<T>);
+          }
+          store_planes(p, source_rows.segments(), source_rows.count(), group * c.columns + row,
+                       rows, tile.get(), kStride);
+        }
+      });
+}
+
+// Whether rows in place cost less than a panel: vectors of them are not full, whereas copying a
+// line takes as long as multiplying it with about eight channels.
+template <typename T>
+bool reads_rows(const Correlation& c) {
+  const RowBlocks<T> positions(c);
+  return c.width.taps > 1 && c.width.taps <= kPanelLength<Panel::rows> / 2 &&
+         (positions.padded - positions.width) * c.columns <= 8 * positions.width;
+}
+
 template <typename T>
 void correlate_contiguous(const Problem<T>& p) {
   const Correlation& c = p.c;
@@ -134,12 +227,15 @@ void correlate_contiguous(const Problem<T>& p) {
   // An odd number of cache lines, so that lines fall into all cache sets.
   constexpr int64_t kStride = kPositions + 64 / sizeof(acc_t<T>);
   static_assert(kStride >= kPositions + Lines<T>::kSlack);
-  const Strips<T> weights(c);
+  const Strips<T> weights(c, 1);
   pack_strips(p, weights);
   const DepthBlocks& depth = weights.depth;
   const int64_t channel_blocks = weights.channel_blocks;
-  const int64_t position_blocks = blocks(c.positions(), kPositions);
-  const int64_t flops = 2 * kPositions * weights.block_channels * (c.depth() + 1);
+  // Nearly equal blocks, in whole tiles.
+  const int64_t least_blocks = blocks(c.positions(), kPositions);
+  const int64_t block_positions = blocks(blocks(c.positions(), least_blocks), kWidth) * kWidth;
+  const int64_t position_blocks = blocks(c.positions(), block_positions);
+  const int64_t flops = 2 * block_positions * weights.block_channels * (c.depth() + 1);
   parallel_for(
       position_blocks * c.groups * channel_blocks, kGrainFlops / flops + 1,
       [&](int64_t begin, int64_t end) {
@@ -149,17 +245,16 @@ void correlate_contiguous(const Problem<T>& p) {
           const int64_t channel_block = item % channel_blocks;
           const int64_t row = weights.first(channel_block), rows = weights.size(channel_block);
           const int64_t group = item / channel_blocks % c.groups;
-          const int64_t first = item / channel_blocks / c.groups * kPositions;
-          const int64_t positions = smaller(kPositions, c.positions() - first);
+          const int64_t first = item / channel_blocks / c.groups * block_positions;
+          const int64_t positions = smaller(block_positions, c.positions() - first);
           lines.place(first, first + positions);
           const T* source = p.source + group * c.channels * c.source_plane();
           for (int64_t block = 0; block < depth.count; ++block) {
             const int64_t k = depth.begin(block), length = depth.length(block);
             lines.gather(source, k, k + length, panel.get(), kStride);
-            multiply<acc_t<T>, Panel::strips>(
-                {weights.at(group, channel_block, block), panel.get(), tile.get(), kStride, kStride,
-                 length, block > 0},
-                rows, positions);
+            multiply<acc_t<T>, Panel::strips>({weights.at(group, channel_block, block), panel.get(),
+                                               tile.get(), kStride, kStride, length, block > 0},
+                                              rows, positions);
           }
           store_planes(p, lines.segments(), lines.count(), group * c.columns + row, rows,
                        tile.get(), kStride);
@@ -171,17 +266,57 @@ template <typename T>
 void correlate(const Problem<T>& p) {
   if (p.c.positions() == 0 || p.c.columns == 0) return;
   if (p.channels_last) return correlate_channels_last(p);
+  if (reads_rows<T>(p.c)) return correlate_rows(p);
   correlate_contiguous(p);
 }
+
+// The source of a product, contiguous where channels_last would leave most lanes of its vectors of
+// output channels empty.
+template <typename T>
+struct Source {
+  const T* data;
+  bool channels_last, pixels;
+  Scratch<T> planes;
+
+  Source(const Conv2dShape& s, const void* source, int64_t channels, int64_t pixels_per_image,
+         int64_t columns)
+      : data(static_cast<const T*>(source)),
+        channels_last(s.channels_last),
+        pixels(s.channels_last && s.groups == 1 && s.window_width.size > 1 &&
+               columns <= kTileRows / 2),
+        planes(pixels ? s.batch * channels * pixels_per_image : 0) {
+    if (!pixels) return;
+    channels_last = false;
+    const int64_t strips = blocks(pixels_per_image, kLanes<T>);
+    parallel_for(
+        s.batch * strips, kGrainCopies / (kLanes<T> * channels) + 1,
+        [&](int64_t begin, int64_t end) {
+          for (int64_t item = begin; item < end; ++item) {
+            const int64_t image = item / strips * pixels_per_image * channels;
+            const int64_t pixel = item % strips * kLanes<T>;
+            const int lanes = static_cast<int>(smaller(kLanes<T>, pixels_per_image - pixel));
+            T* to = planes.get() + image + pixel;
+            load_planes(data + image + pixel * channels, channels, lanes, channels,
+                        [&](int64_t channel, const Vec<T>* block, int size) {
+                          for (int k = 0; k < size; ++k)
+                            store_partial(to + (channel + k) * pixels_per_image, block[k], lanes);
+                        });
+          }
+        });
+    data = planes.get();
+  }
+};
 
 }  // namespace
 
 void conv2d(const Conv2dParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    correlate<T>({forward_correlation(p.shape), forward_weights<T>(p.shape, p.weight),
-                  static_cast<const T*>(p.input), static_cast<const T*>(p.bias),
-                  static_cast<T*>(p.output), p.shape.channels_last});
+    const Conv2dShape& s = p.shape;
+    const Source<T> source(s, p.input, s.in_channels, s.in_height * s.in_width, s.out_channels);
+    correlate<T>({forward_correlation(s), forward_weights<T>(s, p.weight), source.data,
+                  static_cast<const T*>(p.bias), static_cast<T*>(p.output), source.channels_last,
+                  source.pixels});
   });
 }
 
@@ -191,11 +326,12 @@ void conv2d_grad_input(const Conv2dGradInputParams& p) {
     const Conv2dShape& s = p.shape;
     Weights<T> weights = forward_weights<T>(s, p.weight);
     std::swap(weights.column_stride, weights.channel_stride);
+    const Source<T> source(s, p.grad_output, s.out_channels, s.out_height * s.out_width,
+                           s.in_channels);
     for (int64_t h = 0; h < smaller(s.window_height.stride, s.in_height); ++h) {
       for (int64_t w = 0; w < smaller(s.window_width.stride, s.in_width); ++w) {
-        correlate<T>({grad_input_correlation(s, h, w), weights,
-                      static_cast<const T*>(p.grad_output), nullptr, static_cast<T*>(p.grad_input),
-                      s.channels_last});
+        correlate<T>({grad_input_correlation(s, h, w), weights, source.data, nullptr,
+                      static_cast<T*>(p.grad_input), source.channels_last, source.pixels});
       }
     }
   });

@@ -133,6 +133,7 @@ void gather_channels_last(const Correlation& c, const T* source, int64_t begin, 
                           const Segment* segments, int64_t count, acc_t<T>* panel, int64_t stride) {
   if (begin >= end) return;
   const int64_t pixel_stride = c.groups * c.channels;
+  const int64_t ahead = 3 * pixel_stride * c.width.step;
   // Taps side by side read one contiguous run.
   const bool merged = c.groups == 1 && c.width.tap_offset == 1;
   const int64_t run_taps = merged ? c.width.taps : 1, run = run_taps * c.channels;
@@ -144,14 +145,26 @@ void gather_channels_last(const Correlation& c, const T* source, int64_t begin, 
       const bool outside = h < 0 || h >= c.height.source_length;
       const int64_t row_start =
           (segments[s].image * c.height.source_length + h) * c.width.source_length;
-      int64_t w = segments[s].width + tw * c.width.tap_offset;
+      const int64_t w = segments[s].width + tw * c.width.tap_offset;
       acc_t<T>* to = panel + segments[s].start * stride + r * run + low - begin;
-      for (int64_t i = 0; i < segments[s].length; ++i, w += c.width.step, to += stride) {
-        const Inside taps = outside ? Inside{0, 0} : inside(w, 1, run_taps, c.width.source_length);
+      // Where the whole window lies inside, there is nothing to check.
+      const Inside whole = outside ? Inside{0, 0}
+                                   : inside(w, c.width.step, segments[s].length,
+                                            c.width.source_length - run_taps + 1);
+      const T* from = source + (row_start + w) * pixel_stride + low;
+      const int64_t from_step = c.width.step * pixel_stride;
+      for (int64_t i = 0; i < segments[s].length; ++i, to += stride) {
+        if (i >= whole.first && i < whole.last) {
+          copy_in(to, from + i * from_step, high - low, ahead);
+          continue;
+        }
+        const int64_t column = w + i * c.width.step;
+        const Inside taps =
+            outside ? Inside{0, 0} : inside(column, 1, run_taps, c.width.source_length);
         const int64_t first = clamp(taps.first * c.channels, low, high);
         const int64_t last = clamp(taps.last * c.channels, first, high);
         fill_zero(to, first - low);
-        copy_in(to + first - low, source + (row_start + w) * pixel_stride + first, last - first);
+        copy_in(to + first - low, from + i * from_step + first - low, last - first, ahead);
         fill_zero(to + last - low, high - last);
       }
     }

@@ -79,7 +79,8 @@ void gather_grads(const Plan<T>& plan, int64_t first, int64_t positions, int64_t
     for (int64_t i = 0; i < positions; ++i) {
       const T* from = source + (first + i) * channels + channel;
       for (int64_t j = 0; j < columns; j += kWidth) {
-        copy_in(grads + j * positions + i * kWidth, from + j, smaller(kWidth, columns - j));
+        copy_in(grads + j * positions + i * kWidth, from + j, smaller(kWidth, columns - j),
+                3 * channels);
       }
     }
     return;
@@ -101,8 +102,8 @@ void gather_grads(const Plan<T>& plan, int64_t first, int64_t positions, int64_t
 
 // Adds the product of one block of positions to the tile.
 template <typename T>
-void add_block(const Plan<T>& plan, Workspace<T>& work, int64_t group, int64_t row,
-               int64_t rows, int64_t columns, int64_t first, int64_t positions, bool accumulate) {
+void add_block(const Plan<T>& plan, Workspace<T>& work, int64_t group, int64_t row, int64_t rows,
+               int64_t columns, int64_t first, int64_t positions, bool accumulate) {
   const Correlation& c = plan.c;
   const auto* input = static_cast<const T*>(plan.p.input);
   work.lines.place(first, first + positions);
@@ -163,11 +164,11 @@ void write(const Plan<T>& plan, const acc_t<T>* from, int64_t row_stride, int64_
       }
     }
   };
-  for (int64_t i = 0; i < rows; i += kLanes<T>) {
-    const int height = static_cast<int>(smaller(kLanes<T>, rows - i));
-    for (int64_t j = 0; j < columns; j += kLanes<T>) {
-      square(i, height, j, static_cast<int>(smaller(kLanes<T>, columns - j)));
-    }
+  // Along the lines of the weight: their distance is often a multiple of a page.
+  for (int64_t j = 0; j < columns; j += kLanes<T>) {
+    const int width = static_cast<int>(smaller(kLanes<T>, columns - j));
+    for (int64_t i = 0; i < rows; i += kLanes<T>)
+      square(i, static_cast<int>(smaller(kLanes<T>, rows - i)), j, width);
   }
 }
 

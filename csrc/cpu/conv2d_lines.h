@@ -1,9 +1,10 @@
-// Panels of a contiguous source for a matrix product over positions (implicit im2col): one line of
-// positions per depth index (channel, tap along the height, tap along the width).
+// A contiguous source for a matrix product over positions (implicit im2col): one line of positions
+// per depth index (channel, tap along the height, tap along the width).
 //
 // A row of the image is copied once, between borders of zeros that stay; all taps along the width
 // are shifts of that copy, so that lines are plain runs without bounds. With a stride the copy is
-// split into as many phases, which keeps the shifts dense. Runs are written in whole vectors: what
+// split into as many phases, which keeps the shifts dense. The product reads the shifted rows where
+// they lie, or a panel of lines that are copied from them. Runs are written in whole vectors: what
 // one writes past its end, the next overwrites.
 #pragma once
 
@@ -53,6 +54,106 @@ inline void copy_run(acc_t<T>* to, const T* from, int64_t step, int64_t count, i
   }
 }
 
+// The rows that some positions see, for several pairs of channel and tap along the height at a
+// time, each pair in its slot.
+template <typename T>
+class Rows {
+ public:
+  // For blocks of at most `positions` in at most `segments` segments.
+  Rows(const Correlation& c, int64_t positions, int64_t segments, int64_t slots)
+      : c_(c),
+        phases_(c.width.taps > 1 ? c.width.step : 1),
+        reach_(c.width.taps > 1 ? (c.width.taps - 1) * c.width.tap_offset / phases_ : 0),
+        phase_length_(blocks(smaller(positions, c.width.count) + reach_, kLanes<T>) * kLanes<T> +
+                      kLanes<T>),
+        slot_size_(segments * phases_ * phase_length_),
+        ahead_((c.height.taps * c.width.taps > 1 ? 1 : 8) * c.source_plane()),
+        segments_(segments),
+        runs_(segments * phases_),
+        data_(slots * slot_size_) {}
+
+  // Turns to the positions [begin, end); each segment starts at a multiple of `align`.
+  void place(int64_t begin, int64_t end, int64_t align) {
+    count_ = make_segments(c_, begin, end, segments_.get());
+    data_.zero();
+    int64_t start = 0;
+    for (int64_t s = 0; s < count_; ++s) {
+      Segment& segment = segments_.get()[s];
+      segment.start = start;
+      start = blocks(start + segment.length, align) * align;
+      for (int64_t phase = 0; phase < phases_; ++phase) {
+        const int64_t first = segment.width + phase, length = segment.length + reach_;
+        const Inside valid = inside(first, c_.width.step, length, c_.width.source_length);
+        runs_.get()[s * phases_ + phase] = {valid.first, first + valid.first * c_.width.step,
+                                            clamp(valid.last - valid.first, 0, length)};
+      }
+    }
+  }
+  const Segment* segments() const { return segments_.get(); }
+  int64_t count() const { return count_; }
+  int64_t slot_size() const { return slot_size_; }
+
+  // Copies the rows of the pair r. `source` points at the group's first plane of the first image.
+  void fill(const T* source, int64_t r, int64_t slot) const {
+    for (int64_t s = 0; s < count_; ++s) {
+      acc_t<T>* to = row(s, slot);
+      const T* from = image_row(source, s, r);
+      for (int64_t phase = 0; phase < phases_; ++phase, to += phase_length_) {
+        const Run run = runs_.get()[s * phases_ + phase];
+        if (from) {
+          copy_run(to + run.to, from + run.from, c_.width.step, run.count, ahead_);
+        } else {
+          zero_run(to + run.to, run.count);
+        }
+      }
+    }
+  }
+  // The same for a window one tap wide, straight into a line of positions.
+  void fill_line(const T* source, int64_t r, acc_t<T>* line) const {
+    for (int64_t s = 0; s < count_; ++s) {
+      const Run run = runs_.get()[s];
+      const int64_t length = segments_.get()[s].length;
+      acc_t<T>* to = line + segments_.get()[s].start;
+      const T* from = image_row(source, s, r);
+      zero_run(to, from ? run.to : length);
+      if (!from) continue;
+      copy_run(to + run.to, from + run.from, c_.width.step, run.count, ahead_);
+      zero_run(to + run.to + run.count, length - run.to - run.count);
+    }
+  }
+  // What positions of segment s see under the first tap along the width; under the t-th, shift(t)
+  // further on.
+  acc_t<T>* row(int64_t s, int64_t slot) const {
+    return data_.get() + slot * slot_size_ + s * phases_ * phase_length_;
+  }
+  int64_t shift(int64_t t) const {
+    const int64_t offset = t * c_.width.tap_offset;
+    return offset % phases_ * phase_length_ + offset / phases_;
+  }
+
+ private:
+  // The part of a row's phase that lies inside the image.
+  struct Run { int64_t to, from, count; };
+
+  // Null outside.
+  const T* image_row(const T* source, int64_t s, int64_t r) const {
+    const Segment& segment = segments_.get()[s];
+    const int64_t h = segment.height + r % c_.height.taps * c_.height.tap_offset;
+    if (h < 0 || h >= c_.height.source_length) return nullptr;
+    const int64_t plane = segment.image * c_.groups * c_.channels + r / c_.height.taps;
+    return source + plane * c_.source_plane() + h * c_.width.source_length;
+  }
+
+  const Correlation& c_;
+  int64_t phases_, reach_, phase_length_, slot_size_;
+  int64_t ahead_;  // to a channel that is copied soon
+  int64_t count_ = 0;
+  Scratch<Segment> segments_;
+  Scratch<Run> runs_;
+  Scratch<acc_t<T>> data_;
+};
+
+// Panels of lines.
 template <typename T>
 class Lines {
  public:
@@ -61,90 +162,52 @@ class Lines {
 
   // For blocks of at most `positions`.
   Lines(const Correlation& c, int64_t positions)
-      : c_(c),
-        phases_(c.width.taps > 1 ? c.width.step : 1),
-        reach_(c.width.taps > 1 ? (c.width.taps - 1) * c.width.tap_offset / phases_ : 0),
-        phase_length_(smaller(positions, c.width.count) + reach_ + 2 * kLanes<T>),
-        segments_(positions),
-        shifts_(c.width.taps),
-        runs_(phases_ * positions),
-        rows_(phases_ * phase_length_ * smaller(positions, positions / c.width.count + 2)) {
-    for (int64_t t = 0; t < c.width.taps; ++t) {
-      const int64_t offset = t * c.width.tap_offset;
-      shifts_.get()[t] = offset % phases_ * phase_length_ + offset / phases_;
-    }
+      : taps_(c.width.taps),
+        rows_(c, positions, smaller(positions, positions / c.width.count + 2), 2),
+        shifts_(taps_) {
+    for (int64_t t = 0; t < taps_; ++t) shifts_.get()[t] = rows_.shift(t);
   }
 
-  // Turns to the positions [begin, end).
-  void place(int64_t begin, int64_t end) {
-    count_ = make_segments(c_, begin, end, segments_.get());
-    rows_.zero();
-    for (int64_t s = 0; s < count_; ++s) {
-      for (int64_t phase = 0; phase < phases_; ++phase) {
-        const int64_t start = segments_.get()[s].width + phase;
-        const int64_t length = segments_.get()[s].length + reach_;
-        const Inside valid = inside(start, c_.width.step, length, c_.width.source_length);
-        runs_.get()[s * phases_ + phase] = {valid.first, start + valid.first * c_.width.step,
-                                            clamp(valid.last - valid.first, 0, length)};
-      }
-    }
-  }
-  const Segment* segments() const { return segments_.get(); }
-  int64_t count() const { return count_; }
+  void place(int64_t begin, int64_t end) { rows_.place(begin, end, 1); }
+  const Segment* segments() const { return rows_.segments(); }
+  int64_t count() const { return rows_.count(); }
 
   // lines[(k - begin) * stride + position] = element of depth index k in [begin, end). `source`
   // points at the group's first plane of the first image.
   void gather(const T* source, int64_t begin, int64_t end, acc_t<T>* lines, int64_t stride) const {
     if (begin >= end) return;
-    const Axis &height = c_.height, &width = c_.width;
-    const int64_t plane = c_.source_plane(), image = c_.groups * c_.channels * plane;
-    const int64_t ahead = (height.taps * width.taps > 1 ? 1 : 8) * plane;
-    for (int64_t r = begin / width.taps; r * width.taps < end; ++r) {
-      const int64_t low = clamp(begin - r * width.taps, 0, width.taps);
-      const int64_t high = clamp(end - r * width.taps, 0, width.taps);
-      const int64_t th = r % height.taps, channel = r / height.taps;
-      acc_t<T>* line = lines + (r * width.taps + low - begin) * stride;
-      for (int64_t s = 0; s < count_; ++s) {
-        const Segment& segment = segments_.get()[s];
-        const Run* runs = runs_.get() + s * phases_;
-        acc_t<T>* to = line + segment.start;
-        const int64_t h = segment.height + th * height.tap_offset;
-        if (h < 0 || h >= height.source_length) {
-          for (int64_t t = low; t < high; ++t, to += stride) zero_run(to, segment.length);
-          continue;
-        }
-        const T* from = source + segment.image * image + channel * plane + h * width.source_length;
-        if (width.taps == 1) {
-          zero_run(to, runs->to);
-          copy_run(to + runs->to, from + runs->from, width.step, runs->count, ahead);
-          zero_run(to + runs->to + runs->count, segment.length - runs->to - runs->count);
-          continue;
-        }
-        acc_t<T>* row = rows_.get() + s * phases_ * phase_length_;
-        for (int64_t phase = 0; phase < phases_; ++phase) {
-          copy_run(row + phase * phase_length_ + runs[phase].to, from + runs[phase].from,
-                   width.step, runs[phase].count, ahead);
-        }
-        for (int64_t i = 0; i < segment.length; i += kLanes<T>) {
-          for (int64_t t = low; t < high; ++t)
-            store<acc_t<T>>(to + (t - low) * stride + i,
-                            load<acc_t<T>>(row + shifts_.get()[t] + i));
-        }
+    const int64_t first = begin / taps_, last = (end - 1) / taps_;
+    if (taps_ > 1) rows_.fill(source, first, first % 2);
+    for (int64_t r = first; r <= last; ++r) {
+      const int64_t low = clamp(begin - r * taps_, 0, taps_),
+                    high = clamp(end - r * taps_, 0, taps_);
+      acc_t<T>* to = lines + (r * taps_ + low - begin) * stride;
+      if (taps_ == 1) {
+        rows_.fill_line(source, r, to);
+        continue;
+      }
+      // One row ahead: a load that straddles two stores waits until they have reached the cache.
+      if (r < last) rows_.fill(source, r + 1, (r + 1) % 2);
+      for (int64_t s = 0; s < count(); ++s) {
+        const Segment& segment = segments()[s];
+        shift(rows_.row(s, r % 2), low, high, segment.length, to + segment.start, stride);
       }
     }
   }
 
  private:
-  // The part of a row's phase that lies inside the image.
-  struct Run { int64_t to, from, count; };
+  void shift(const acc_t<T>* row, int64_t low, int64_t high, int64_t length, acc_t<T>* to,
+             int64_t stride) const {
+    const int64_t* shifts = shifts_.get();
+    for (int64_t i = 0; i < length; i += kLanes<T>) {
+      for (int64_t t = low; t < high; ++t)
+        store<acc_t<T>>(to + (t - low) * stride + i, load<acc_t<T>>(row + shifts[t] + i));
+    }
+  }
 
-  const Correlation& c_;
-  int64_t phases_, reach_, phase_length_;
-  int64_t count_ = 0;
-  Scratch<Segment> segments_;
+  int64_t taps_;
+  Rows<T> rows_;
   Scratch<int64_t> shifts_;
-  Scratch<Run> runs_;
-  Scratch<acc_t<T>> rows_;
 };
 
 }  // namespace torchops::cpu::TORCHOPS_ISA

@@ -22,13 +22,13 @@ struct Weights {
   int64_t group_stride, column_stride, channel_stride, height_stride, width_stride;
 };
 
-// Depth is cut into equal blocks that fit a panel.
+// Depth is cut into nearly equal blocks of whole units that fit a panel.
 struct DepthBlocks {
   int64_t depth, count, size;
-  explicit DepthBlocks(int64_t depth)
+  explicit DepthBlocks(int64_t depth, int64_t unit = 1, int64_t longest = kPanelLength<Panel::rows>)
       : depth(depth),
-        count(depth > kPanelLength<Panel::rows> ? blocks(depth, kPanelLength<Panel::rows>) : 1),
-        size(blocks(depth, count)) {}
+        count(depth > longest ? blocks(depth, longest / unit * unit) : 1),
+        size(blocks(blocks(depth, unit), count) * unit) {}
   int64_t begin(int64_t block) const { return smaller(block * size, depth); }
   int64_t length(int64_t block) const { return begin(block + 1) - begin(block); }
 };
@@ -41,6 +41,7 @@ struct Problem {
   const T* bias;  // null, or one per output channel
   T* out;
   bool channels_last;
+  bool pixels;  // the output is channels_last, though the source is not
 };
 
 // Walks the depth index of a weight, the first digit the fastest.
@@ -49,7 +50,7 @@ struct DepthWalk {
   int64_t offset;
 
   template <typename T>
-  DepthWalk(const Problem<T>& p, int64_t k) {
+  explicit DepthWalk(const Problem<T>& p) {
     const Axis &height = p.c.height, &width = p.c.width;
     const Digit channel{p.c.channels, p.weights.channel_stride, 0};
     const Digit th{height.taps, height.tap_step * p.weights.height_stride, 0};
@@ -58,6 +59,8 @@ struct DepthWalk {
     digits[1] = p.channels_last ? tw : th;
     digits[2] = p.channels_last ? th : channel;
     offset = height.first_tap * p.weights.height_stride + width.first_tap * p.weights.width_stride;
+  }
+  void skip(int64_t k) {
     for (Digit& d : digits) {
       d.value = k % d.size;
       offset += d.value * d.stride;
@@ -91,12 +94,12 @@ void pack_weights(const Problem<T>& p, int64_t group, int64_t column, int64_t co
                   int64_t begin, int64_t length, int64_t width, acc_t<T>* to) {
   if (length == 0) return;
   const int64_t stride = p.weights.column_stride;
-  DepthWalk walk(p, begin);
+  DepthWalk walk(p);
   const T* from = p.weights.data + group * p.weights.group_stride + column * stride;
   if (walk.dense()) {
     for (int64_t j = 0; j < columns; j += kLanes<T>) {
       const int lanes = static_cast<int>(smaller(kLanes<T>, columns - j));
-      load_planes(from + j * stride + walk.offset, stride, lanes, length,
+      load_planes(from + j * stride + walk.offset + begin, stride, lanes, length,
                   [&](int64_t start, const Vec<T>* block, int size) {
                     for (int k = 0; k < size; ++k)
                       store<acc_t<T>>(to + (start + k) * width + j, block[k]);
@@ -104,6 +107,7 @@ void pack_weights(const Problem<T>& p, int64_t group, int64_t column, int64_t co
     }
     return;
   }
+  walk.skip(begin);
   for (int64_t k = 0; k < length; ++k, to += width, walk.next()) {
     if (stride == 1 && column + width <= p.c.columns) {
       copy_in(to, from + walk.offset, width);
@@ -171,8 +175,9 @@ struct Strips {
   int64_t channels, channel_blocks, block_channels, strips;  // of one group
   Scratch<acc_t<T>> data;
 
-  explicit Strips(const Correlation& c)
-      : depth(c.depth()),
+  // Blocks of depth are multiples of `unit`.
+  Strips(const Correlation& c, int64_t unit)
+      : depth(c.depth(), unit),
         channels(c.columns),
         channel_blocks(blocks(channels, kBlockChannels)),
         block_channels(blocks(blocks(channels, channel_blocks), kTileRows) * kTileRows),
@@ -192,6 +197,7 @@ template <typename T>
 void pack_strips(const Problem<T>& p, const Strips<T>& packed) {
   const int64_t work = packed.block_channels * packed.depth.size;
   const int64_t depth_blocks = packed.depth.count, channel_blocks = packed.channel_blocks;
+  const bool dense = DepthWalk(p).dense();
   parallel_for(p.c.groups * channel_blocks * depth_blocks, kGrainCopies / (work + 1) + 1,
                [&](int64_t begin, int64_t end) {
                  for (int64_t item = begin; item < end; ++item) {
@@ -201,12 +207,13 @@ void pack_strips(const Problem<T>& p, const Strips<T>& packed) {
                    const int64_t first = packed.depth.begin(depth_block);
                    const int64_t length = packed.depth.length(depth_block);
                    acc_t<T>* to = packed.at(group, block, depth_block);
-                   // A few lines of all channels at a time: strips share cache lines and pages.
-                   constexpr int64_t kChunk = 32;
-                   for (int64_t k = 0; k < length; k += kChunk) {
+                   // A few lines of all channels at a time, where these share cache lines and
+                   // pages.
+                   const int64_t chunk = dense ? length : 32;
+                   for (int64_t k = 0; k < length; k += chunk) {
                      for_each_tile(packed.size(block), [&](int64_t tile, int64_t row, int height) {
                        pack_weights(p, group, packed.first(block) + row, height, first + k,
-                                    smaller(kChunk, length - k), packed.kWidth,
+                                    smaller(chunk, length - k), packed.kWidth,
                                     to + (tile * length + k) * packed.kWidth);
                      });
                    }

@@ -56,9 +56,12 @@ struct TileArguments {
   T* c;        // C(row, column) = c[row * c_stride + column]
   int64_t b_stride, c_stride, depth;
   bool accumulate;  // add to c, or overwrite it
+  // Instead of b: the v-th vector of B's row k = bases[v] + offsets[k]
+  const T* const* bases = nullptr;
+  const int64_t* offsets = nullptr;
 };
 
-template <typename T, Panel panel, int kRows, int kVecs>
+template <typename T, Panel panel, bool kShifted, int kRows, int kVecs>
 void multiply_tile(const TileArguments<T>& t) {
   constexpr int64_t kRowStep = panel == Panel::rows ? kPanelStride<panel> : 1;
   constexpr int64_t kDepthStep = panel == Panel::rows      ? 1
@@ -66,6 +69,8 @@ void multiply_tile(const TileArguments<T>& t) {
                                                            : kStripWidth<T>;
   Vec<T> sum[kRows][kVecs] = {};
   const T *a = t.a, *b = t.b;
+  const T* bases[kVecs];
+  for (int v = 0; v < kVecs; ++v) bases[v] = kShifted ? t.bases[v] : nullptr;
   T* c = t.c;
   const int64_t b_stride = t.b_stride, c_stride = t.c_stride, depth = t.depth;
   const bool accumulate = t.accumulate;
@@ -74,7 +79,8 @@ void multiply_tile(const TileArguments<T>& t) {
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> columns[kVecs];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) columns[v] = load(b + v * kLanes<T>);
+    for (int v = 0; v < kVecs; ++v)
+      columns[v] = load(kShifted ? bases[v] + t.offsets[k] : b + v * kLanes<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const Vec<T> value = broadcast<T>(a[r * kRowStep]);
@@ -97,16 +103,16 @@ void multiply_tile(const TileArguments<T>& t) {
 template <typename T>
 using TileFunction = void (*)(const TileArguments<T>&);
 
-template <typename T, Panel panel, int kVecs, int... kRowsMinusOne>
+template <typename T, Panel panel, bool kShifted, int kVecs, int... kRowsMinusOne>
 inline TileFunction<T> pick_tile(int rows, std::integer_sequence<int, kRowsMinusOne...>) {
   static constexpr TileFunction<T> kTable[] = {
-      multiply_tile<T, panel, kRowsMinusOne + 1, kVecs>...};
+      multiply_tile<T, panel, kShifted, kRowsMinusOne + 1, kVecs>...};
   return kTable[rows - 1];
 }
 
 // C[rows x columns] (+)= A x B for any number of rows and columns. b is read and c written in whole
 // vectors, or in twice a tile's where rows are few, so their rows need room for that.
-template <typename T, Panel panel>
+template <typename T, Panel panel, bool kShifted = false>
 void multiply(const TileArguments<T>& arguments, int64_t rows, int64_t columns) {
   constexpr auto kRowCounts = std::make_integer_sequence<int, kTileRows>{};
   // Few rows take wider tiles: less than about ten sums would wait for each other.
@@ -120,24 +126,29 @@ void multiply(const TileArguments<T>& arguments, int64_t rows, int64_t columns) 
              : panel == Panel::columns ? first
                                        : index * kStripWidth<T> * t.depth;
       t.b += j;
+      t.bases += kShifted ? j / kLanes<T> : 0;
       t.c += first * t.c_stride + j;
-      const auto tile = columns - j > kTileColumns<T> && few ? pick_tile<T, panel, 4>(height, kFewRows)
-                        : columns - j > kLanes<T>            ? pick_tile<T, panel, 2>(height, kRowCounts)
-                                                             : pick_tile<T, panel, 1>(height, kRowCounts);
+      const auto tile =
+          columns - j > kTileColumns<T> && few ? pick_tile<T, panel, kShifted, 4>(height, kFewRows)
+          : columns - j > kLanes<T> ? pick_tile<T, panel, kShifted, 2>(height, kRowCounts)
+                                    : pick_tile<T, panel, kShifted, 1>(height, kRowCounts);
       tile(t);
     });
   }
 }
 
-// Copies with conversion between a storage type and its arithmetic type.
+// Copies with conversion between a storage type and its arithmetic type, and fetches what lies
+// `ahead` into the cache: the hardware does not foresee the next row of a strided block.
 template <typename T>
-inline void copy_in(acc_t<T>* to, const T* from, int64_t count) {
+inline void copy_in(acc_t<T>* to, const T* from, int64_t count, int64_t ahead = 0) {
   if (count < kLanes<T>) {
     for (int64_t i = 0; i < count; ++i) to[i] = to_acc(from[i]);
     return;
   }
-  for_each_block<kLanes<T>>(count,
-                            [&](int64_t i, int) { store<acc_t<T>>(to + i, load(from + i)); });
+  for_each_block<kLanes<T>>(count, [&](int64_t i, int) {
+    __builtin_prefetch(from + i + ahead);
+    store<acc_t<T>>(to + i, load(from + i));
+  });
 }
 
 template <typename T>

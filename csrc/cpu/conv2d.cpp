@@ -289,7 +289,7 @@ struct Source {
     channels_last = false;
     const int64_t strips = blocks(pixels_per_image, kLanes<T>);
     parallel_for(
-        s.batch * strips, kGrainCopies / (kLanes<T> * channels) + 1,
+        s.batch * strips, kGrainCopies / (kLanes<T> * channels + 1) + 1,
         [&](int64_t begin, int64_t end) {
           for (int64_t item = begin; item < end; ++item) {
             const int64_t image = item / strips * pixels_per_image * channels;

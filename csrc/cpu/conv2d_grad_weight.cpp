@@ -24,7 +24,7 @@ namespace {
 
 // Work is split at least this often where the shape allows: enough for the threads of a large CPU.
 // The split must not depend on their number.
-constexpr int64_t kUnits = 32;
+constexpr int64_t kUnits = 16;
 constexpr int64_t kGrainFlops = 2'000'000;  // about 30 us
 
 // How the product is cut up. Per layout: rows and positions of a block, so that both panels and the
@@ -40,12 +40,12 @@ struct Plan {
 
   explicit Plan(const Conv2dGradWeightParams& params)
       : p(params), c(forward_correlation(params.shape)) {
-    const bool channels_last = p.shape.channels_last;
-    block_rows = kPanelLength<Panel::columns>;
-    block_positions = channels_last ? 256 : kPanelLength<Panel::rows>;
-    row_blocks = blocks(c.depth(), block_rows);
+    // Nearly equal blocks: a short one is not worth its copies.
+    row_blocks = blocks(c.depth(), kPanelLength<Panel::columns>);
+    block_rows = row_blocks ? blocks(c.depth(), row_blocks) : 1;
     column_blocks = blocks(c.columns, kBlockColumns);
-    position_blocks = blocks(c.positions(), block_positions);
+    position_blocks = blocks(c.positions(), kPanelLength<Panel::rows>);
+    block_positions = position_blocks ? blocks(c.positions(), position_blocks) : 1;
     const int64_t units = c.groups * row_blocks * column_blocks;
     shares = units ? smaller(blocks(kUnits, units), position_blocks) : 0;
   }
@@ -92,8 +92,11 @@ void gather_grads(const Plan<T>& plan, int64_t first, int64_t positions, int64_t
       const T* from = source + (image * channels + channel + j) * plane + pixel;
       acc_t<T>* to = grads + j / kWidth * kWidth * positions + i * kWidth + j % kWidth;
       const int lanes = static_cast<int>(smaller(kLanes<T>, columns - j));
-      load_planes(from, plane, lanes, count, [&](int64_t start, const Vec<T>* block, int size) {
-        for (int k = 0; k < size; ++k) store<acc_t<T>>(to + (start + k) * kWidth, block[k]);
+      load_planes(from, plane, lanes, count, [&](int64_t start, const Vec<T>* block, auto size) {
+#pragma GCC unroll 16
+        for (int k = 0; k < kLanes<T>; ++k) {
+          if (k < size) store<acc_t<T>>(to + (start + k) * kWidth, block[k]);
+        }
       });
     }
     i += count;

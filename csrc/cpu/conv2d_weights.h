@@ -100,9 +100,11 @@ void pack_weights(const Problem<T>& p, int64_t group, int64_t column, int64_t co
     for (int64_t j = 0; j < columns; j += kLanes<T>) {
       const int lanes = static_cast<int>(smaller(kLanes<T>, columns - j));
       load_planes(from + j * stride + walk.offset + begin, stride, lanes, length,
-                  [&](int64_t start, const Vec<T>* block, int size) {
-                    for (int k = 0; k < size; ++k)
-                      store<acc_t<T>>(to + (start + k) * width + j, block[k]);
+                  [&](int64_t start, const Vec<T>* block, auto size) {
+#pragma GCC unroll 16
+                    for (int k = 0; k < kLanes<T>; ++k) {
+                      if (k < size) store<acc_t<T>>(to + (start + k) * width + j, block[k]);
+                    }
                   });
     }
     return;
@@ -120,6 +122,13 @@ void pack_weights(const Problem<T>& p, int64_t group, int64_t column, int64_t co
     }
     fill_zero(to + columns, width - columns);
   }
+}
+
+// How much of the depth to pack at a time, of all columns: where the weights of one column do not
+// lie side by side, columns share cache lines and pages.
+template <typename T>
+int64_t packed_chunk(const Problem<T>& p, int64_t depth) {
+  return depth > 64 && !DepthWalk(p).dense() ? 64 : depth > 0 ? depth : 1;
 }
 
 // The weight as the forward convolution reads it.
@@ -154,14 +163,18 @@ struct ColumnPanels {
 
 template <typename T>
 void pack_columns(const Problem<T>& p, const ColumnPanels<T>& packed) {
-  const int64_t panels = blocks(p.c.columns, packed.kWidth), work = packed.kWidth * p.c.depth();
-  parallel_for(p.c.groups * panels, kGrainCopies / (work + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t group = item / panels, panel = item % panels, first = panel * packed.kWidth;
-      const int64_t width = packed.width(panel), used = smaller(width, p.c.columns - first);
-      pack_weights(p, group, first, used, 0, packed.depth, width, packed.at(group, panel, 0));
-    }
-  });
+  const int64_t panels = blocks(p.c.columns, packed.kWidth), chunk = packed_chunk(p, packed.depth);
+  const int64_t chunks = blocks(packed.depth, chunk), work = packed.kWidth * chunk;
+  parallel_for(
+      p.c.groups * chunks * panels, kGrainCopies / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t panel = item % panels, first = panel * packed.kWidth;
+          const int64_t k = item / panels % chunks * chunk, group = item / panels / chunks;
+          const int64_t width = packed.width(panel);
+          pack_weights(p, group, first, smaller(width, p.c.columns - first), k,
+                       smaller(chunk, packed.depth - k), width, packed.at(group, panel, k));
+        }
+      });
 }
 
 // Output channels of a block, at most: about 256, in whole tiles.
@@ -197,7 +210,7 @@ template <typename T>
 void pack_strips(const Problem<T>& p, const Strips<T>& packed) {
   const int64_t work = packed.block_channels * packed.depth.size;
   const int64_t depth_blocks = packed.depth.count, channel_blocks = packed.channel_blocks;
-  const bool dense = DepthWalk(p).dense();
+  const int64_t chunk = packed_chunk(p, packed.depth.size);
   parallel_for(p.c.groups * channel_blocks * depth_blocks, kGrainCopies / (work + 1) + 1,
                [&](int64_t begin, int64_t end) {
                  for (int64_t item = begin; item < end; ++item) {
@@ -207,9 +220,6 @@ void pack_strips(const Problem<T>& p, const Strips<T>& packed) {
                    const int64_t first = packed.depth.begin(depth_block);
                    const int64_t length = packed.depth.length(depth_block);
                    acc_t<T>* to = packed.at(group, block, depth_block);
-                   // A few lines of all channels at a time, where these share cache lines and
-                   // pages.
-                   const int64_t chunk = dense ? length : 32;
                    for (int64_t k = 0; k < length; k += chunk) {
                      for_each_tile(packed.size(block), [&](int64_t tile, int64_t row, int height) {
                        pack_weights(p, group, packed.first(block) + row, height, first + k,

@@ -34,7 +34,7 @@ constexpr int kStripWidth = (kTileRows + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 // Longest row of a panel, and the distance of its rows: one cache line more than a power of two, so
 // that they do not fall into the same cache set. A depth of 256 keeps the panel of B, 16 KB with
 // AVX2, in L1 while the rows stream past it.
-template <Panel panel> constexpr int64_t kPanelLength = panel == Panel::rows ? 256 : 126;
+template <Panel panel> constexpr int64_t kPanelLength = panel == Panel::rows ? 256 : 132;
 template <Panel panel> constexpr int64_t kPanelStride = panel == Panel::rows ? 256 + 16 : 128 + 16;
 
 // Rows are cut into tiles of nearly equal height: 16 rows as 8 + 8 cost less than as 14 + 2.

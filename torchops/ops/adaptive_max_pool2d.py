@@ -1,4 +1,4 @@
-"""adaptive_max_pool1d, 2d and 3d: wrapper, autograd Functions, fake kernels, vmap rules."""
+"""adaptive_max_pool1d, 2d and 3d: wrapper and autograd Functions."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from torch import Tensor
 from torchops.ops._autograd import (
     Function,
     differentiable,
-    fold_batch,
     kernel,
     only_backward,
     plain_apply,
-    register,
     save,
-    unfold_batch,
 )
 from torchops.ops._drop_in import drop_in, native_only
+from torchops.ops._max_rules import register_max
 from torchops.ops._shape import adaptive_size, adaptive_size_1d, suggest_memory_format
 
 _adaptive_max_pool2d = kernel("adaptive_max_pool2d")
@@ -170,9 +168,6 @@ def _derive(input, size):
     return _adaptive_max_pool2d(input, size)
 
 
-# ---- fake kernels ------------------------------------------------------------------------
-
-
 def _taps(length, outputs):
     """Taps of the largest window; csrc/ops/adaptive_max_pool2d.h has the same rule."""
     if outputs == 0:
@@ -189,79 +184,5 @@ def _fake_offsets(input, output_size):
     )  # fmt: skip
 
 
-def _fake_adaptive_max_pool2d(input, output_size):
-    return torch.empty(
-        (*input.shape[:-2], *output_size), dtype=input.dtype, device=input.device,
-        memory_format=suggest_memory_format(input),
-    )  # fmt: skip
-
-
-def _fake_with_offsets(input, output_size):
-    return _fake_adaptive_max_pool2d(input, output_size), _fake_offsets(input, output_size)
-
-
-def _fake_backward(grad_output, offsets, input_size):
-    return torch.empty(
-        input_size, dtype=grad_output.dtype, device=grad_output.device,
-        memory_format=suggest_memory_format(offsets),
-    )  # fmt: skip
-
-
-def _fake_gather(input, offsets):
-    return torch.empty_like(offsets, dtype=input.dtype)
-
-
-def _fake_indices(offsets, input_size):
-    return torch.empty_like(offsets, dtype=torch.int64)
-
-
-# ---- vmap: a further batch dimension is more images ----------------------------------------
-
-
-def _vmap_adaptive_max_pool2d(info, in_dims, input, output_size):
-    images = fold_batch(input, in_dims[0], info.batch_size)
-    output = torch.ops.torchops.adaptive_max_pool2d(images, output_size)
-    return unfold_batch(output, info.batch_size), 0
-
-
-def _vmap_with_offsets(info, in_dims, input, output_size):
-    images = fold_batch(input, in_dims[0], info.batch_size)
-    output, offsets = torch.ops.torchops.adaptive_max_pool2d_with_offsets(images, output_size)
-    return (unfold_batch(output, info.batch_size), unfold_batch(offsets, info.batch_size)), (0, 0)
-
-
-def _vmap_backward(info, in_dims, grad_output, offsets, input_size):
-    grads = fold_batch(grad_output, in_dims[0], info.batch_size)
-    winners = fold_batch(offsets, in_dims[1], info.batch_size)
-    size = (info.batch_size * input_size[0], *input_size[1:])
-    grad_input = torch.ops.torchops.adaptive_max_pool2d_backward(grads, winners, size)
-    return unfold_batch(grad_input, info.batch_size), 0
-
-
-def _vmap_gather(info, in_dims, input, offsets):
-    images = fold_batch(input, in_dims[0], info.batch_size)
-    winners = fold_batch(offsets, in_dims[1], info.batch_size)
-    output = torch.ops.torchops.adaptive_max_pool2d_gather(images, winners)
-    return unfold_batch(output, info.batch_size), 0
-
-
-def _vmap_indices(info, in_dims, offsets, input_size):
-    winners = fold_batch(offsets, in_dims[0], info.batch_size)
-    size = (info.batch_size * input_size[0], *input_size[1:])
-    indices = torch.ops.torchops.adaptive_max_pool2d_indices(winners, size)
-    return unfold_batch(indices, info.batch_size), 0
-
-
-register(
-    "adaptive_max_pool2d",
-    fake=_fake_adaptive_max_pool2d,
-    vmap=_vmap_adaptive_max_pool2d,
-    autograd=_derive,
-)
-register("adaptive_max_pool2d_with_offsets", fake=_fake_with_offsets, vmap=_vmap_with_offsets,
-         autograd=AdaptiveMaxPool2dFunction.apply_here)  # fmt: skip
-register("adaptive_max_pool2d_backward", fake=_fake_backward, vmap=_vmap_backward,
-         autograd=AdaptiveMaxPool2dBackwardFunction.apply_here)  # fmt: skip
-register("adaptive_max_pool2d_gather", fake=_fake_gather, vmap=_vmap_gather,
-         autograd=AdaptiveMaxPool2dGatherFunction.apply_here)  # fmt: skip
-register("adaptive_max_pool2d_indices", fake=_fake_indices, vmap=_vmap_indices)
+register_max("adaptive_max_pool2d", _fake_offsets, _derive, AdaptiveMaxPool2dFunction,
+             AdaptiveMaxPool2dBackwardFunction, AdaptiveMaxPool2dGatherFunction)  # fmt: skip

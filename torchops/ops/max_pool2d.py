@@ -1,4 +1,4 @@
-"""max_pool1d, 2d and 3d: wrapper, autograd Functions, fake kernels, vmap rules."""
+"""max_pool1d, 2d and 3d: wrapper and autograd Functions."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from torch import Tensor
 from torchops.ops._autograd import (
     Function,
     differentiable,
-    fold_batch,
     kernel,
     only_backward,
     plain_apply,
-    register,
     save,
-    unfold_batch,
 )
 from torchops.ops._drop_in import drop_in, native_only
+from torchops.ops._max_rules import register_max
 from torchops.ops._shape import (
     pool_numbers,
     pooled_shape,
@@ -199,9 +197,6 @@ def _derive(input, pool):
     return _max_pool2d(input, pool)
 
 
-# ---- fake kernels ------------------------------------------------------------------------
-
-
 def _fake_offsets(input, pool):
     return torch.empty(
         pooled_shape(input.shape, pool), device=input.device,
@@ -210,71 +205,5 @@ def _fake_offsets(input, pool):
     )  # fmt: skip
 
 
-def _fake_max_pool2d(input, pool):
-    return torch.empty_like(_fake_offsets(input, pool), dtype=input.dtype)
-
-
-def _fake_with_offsets(input, pool):
-    offsets = _fake_offsets(input, pool)
-    return torch.empty_like(offsets, dtype=input.dtype), offsets
-
-
-def _fake_backward(grad_output, offsets, input_size, pool):
-    return torch.empty(
-        input_size, dtype=grad_output.dtype, device=grad_output.device,
-        memory_format=suggest_memory_format(offsets),
-    )  # fmt: skip
-
-
-def _fake_gather(input, offsets, pool):
-    return torch.empty_like(offsets, dtype=input.dtype)
-
-
-def _fake_indices(offsets, input_size, pool):
-    return torch.empty_like(offsets, dtype=torch.int64)
-
-
-# ---- vmap: a further batch dimension is more images ----------------------------------------
-
-
-def _vmap_max_pool2d(info, in_dims, input, pool):
-    images = fold_batch(input, in_dims[0], info.batch_size)
-    return unfold_batch(torch.ops.torchops.max_pool2d(images, pool), info.batch_size), 0
-
-
-def _vmap_with_offsets(info, in_dims, input, pool):
-    images = fold_batch(input, in_dims[0], info.batch_size)
-    output, offsets = torch.ops.torchops.max_pool2d_with_offsets(images, pool)
-    return (unfold_batch(output, info.batch_size), unfold_batch(offsets, info.batch_size)), (0, 0)
-
-
-def _vmap_backward(info, in_dims, grad_output, offsets, input_size, pool):
-    grads = fold_batch(grad_output, in_dims[0], info.batch_size)
-    winners = fold_batch(offsets, in_dims[1], info.batch_size)
-    size = (info.batch_size * input_size[0], *input_size[1:])
-    grad_input = torch.ops.torchops.max_pool2d_backward(grads, winners, size, pool)
-    return unfold_batch(grad_input, info.batch_size), 0
-
-
-def _vmap_gather(info, in_dims, input, offsets, pool):
-    images = fold_batch(input, in_dims[0], info.batch_size)
-    winners = fold_batch(offsets, in_dims[1], info.batch_size)
-    output = torch.ops.torchops.max_pool2d_gather(images, winners, pool)
-    return unfold_batch(output, info.batch_size), 0
-
-
-def _vmap_indices(info, in_dims, offsets, input_size, pool):
-    winners = fold_batch(offsets, in_dims[0], info.batch_size)
-    size = (info.batch_size * input_size[0], *input_size[1:])
-    indices = torch.ops.torchops.max_pool2d_indices(winners, size, pool)
-    return unfold_batch(indices, info.batch_size), 0
-
-
-register("max_pool2d", fake=_fake_max_pool2d, vmap=_vmap_max_pool2d, autograd=_derive)
-register("max_pool2d_with_offsets", fake=_fake_with_offsets, vmap=_vmap_with_offsets,
-         autograd=MaxPool2dFunction.apply_here)  # fmt: skip
-register("max_pool2d_backward", fake=_fake_backward, vmap=_vmap_backward,
-         autograd=MaxPool2dBackwardFunction.apply_here)  # fmt: skip
-register("max_pool2d_gather", fake=_fake_gather, vmap=_vmap_gather,
-         autograd=MaxPool2dGatherFunction.apply_here)  # fmt: skip
-register("max_pool2d_indices", fake=_fake_indices, vmap=_vmap_indices)
+register_max("max_pool2d", _fake_offsets, _derive, MaxPool2dFunction,
+             MaxPool2dBackwardFunction, MaxPool2dGatherFunction)  # fmt: skip

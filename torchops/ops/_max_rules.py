@@ -1,0 +1,85 @@
+"""Fake kernels and vmap rules of max_pool2d and adaptive_max_pool2d, which differ in their windows.
+
+`windows` are the numbers that describe these, where an operator needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torchops.ops._autograd import Function, fold_batch, register, unfold_batch
+from torchops.ops._shape import suggest_memory_format
+
+
+def register_max(
+    op: str,
+    fake_offsets: Callable[..., Any],
+    derive: Callable[..., Any],
+    pooling: type[Function],
+    scatter: type[Function],
+    gather: type[Function],
+) -> None:
+    """All five operators: `op` itself, with_offsets, backward, gather and indices."""
+    pool, pool_with_offsets, scatter_back, gather_winners, to_indices = (
+        getattr(torch.ops.torchops, op + suffix)
+        for suffix in ("", "_with_offsets", "_backward", "_gather", "_indices")
+    )
+
+    def fake_output(input, windows):
+        return torch.empty_like(fake_offsets(input, windows), dtype=input.dtype)
+
+    def fake_with_offsets(input, windows):
+        offsets = fake_offsets(input, windows)
+        return torch.empty_like(offsets, dtype=input.dtype), offsets
+
+    # A further batch dimension is more images.
+
+    def vmap_output(info, in_dims, input, windows):
+        images = fold_batch(input, in_dims[0], info.batch_size)
+        return unfold_batch(pool(images, windows), info.batch_size), 0
+
+    def vmap_with_offsets(info, in_dims, input, windows):
+        images = fold_batch(input, in_dims[0], info.batch_size)
+        both = (unfold_batch(t, info.batch_size) for t in pool_with_offsets(images, windows))
+        return tuple(both), (0, 0)
+
+    def vmap_backward(info, in_dims, grad_output, offsets, input_size, *windows):
+        grads = fold_batch(grad_output, in_dims[0], info.batch_size)
+        winners = fold_batch(offsets, in_dims[1], info.batch_size)
+        size = (info.batch_size * input_size[0], *input_size[1:])
+        return unfold_batch(scatter_back(grads, winners, size, *windows), info.batch_size), 0
+
+    def vmap_gather(info, in_dims, input, offsets, *windows):
+        images = fold_batch(input, in_dims[0], info.batch_size)
+        winners = fold_batch(offsets, in_dims[1], info.batch_size)
+        return unfold_batch(gather_winners(images, winners, *windows), info.batch_size), 0
+
+    def vmap_indices(info, in_dims, offsets, input_size, *windows):
+        winners = fold_batch(offsets, in_dims[0], info.batch_size)
+        size = (info.batch_size * input_size[0], *input_size[1:])
+        return unfold_batch(to_indices(winners, size, *windows), info.batch_size), 0
+
+    register(op, fake=fake_output, vmap=vmap_output, autograd=derive)
+    register(f"{op}_with_offsets", fake=fake_with_offsets, vmap=vmap_with_offsets,
+             autograd=pooling.apply_here)  # fmt: skip
+    register(f"{op}_backward", fake=_fake_backward, vmap=vmap_backward, autograd=scatter.apply_here)
+    register(f"{op}_gather", fake=_fake_gather, vmap=vmap_gather, autograd=gather.apply_here)
+    register(f"{op}_indices", fake=_fake_indices, vmap=vmap_indices)
+
+
+def _fake_backward(grad_output, offsets, input_size, *windows):
+    return torch.empty(
+        input_size, dtype=grad_output.dtype, device=grad_output.device,
+        memory_format=suggest_memory_format(offsets),
+    )  # fmt: skip
+
+
+def _fake_gather(input, offsets, *windows):
+    return torch.empty_like(offsets, dtype=input.dtype)
+
+
+def _fake_indices(offsets, input_size, *windows):
+    return torch.empty_like(offsets, dtype=torch.int64)

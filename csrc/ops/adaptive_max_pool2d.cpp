@@ -1,12 +1,12 @@
 // adaptive_max_pool2d: schemas, checks, allocation and choice of kernel.
 #include "ops/adaptive_max_pool2d.h"
 
-#include "core/device.h"
-#include "core/tensor.h"
+#include "ops/max_operators.h"
 
 namespace torchops {
 namespace {
 
+constexpr const char* kName = "adaptive_max_pool2d";
 constexpr int64_t kMaxUint8Taps = 256;
 
 AdaptiveMaxPool2dParams make_params(DType dtype, const IntList& input_size, int64_t out_height,
@@ -53,96 +53,49 @@ AdaptiveMaxPool2dParams params_of_offsets(DType dtype, const IntList& input_size
   return make_params(dtype, input_size, offsets.size(rank - 2), offsets.size(rank - 1), format);
 }
 
-Storage offset_storage(const AdaptiveMaxPool2dParams& p) {
-  return p.wide_offsets ? Storage::int32 : Storage::uint8;
-}
-
-void check_offsets(const Tensor& offsets, const IntList& input_size, const Tensor& values,
-                   const AdaptiveMaxPool2dParams& p) {
-  IntList expected = input_size;
-  expected[expected.size() - 2] = p.out_height;
-  expected[expected.size() - 1] = p.out_width;
-  TORCHOPS_CHECK(sizes_of(offsets) == expected, "adaptive_max_pool2d: expected offsets of sizes ",
-                 to_string(expected), ", but got ", to_string(sizes_of(offsets)));
-  TORCHOPS_CHECK(has_dtype(offsets, offset_storage(p)),
-                 "adaptive_max_pool2d: expected offsets of dtype ",
-                 p.wide_offsets ? "int32" : "uint8");
-  TORCHOPS_CHECK(same_device(offsets, values),
-                 "adaptive_max_pool2d: expected offsets on the device of the other tensor");
-}
-
-Tensor pool(const Tensor& input, const IntList& output_size, OptionalTensor* offsets) {
+AdaptiveMaxPool2dParams params_of(const Tensor& input, const IntList& output_size,
+                                  MemoryFormat format) {
   TORCHOPS_CHECK(output_size.size() == 2, "adaptive_max_pool2d: output_size must be 2");
-  const MemoryFormat format = suggest_memory_format(input);
-  AdaptiveMaxPool2dParams p = make_params(dtype_of(input, "adaptive_max_pool2d"), sizes_of(input),
-                                          output_size[0], output_size[1], format);
-  const Tensor dense = contiguous(input, format);
-  const IntList sizes = with_spatial(input, p.out_height, p.out_width);
-  Tensor output = empty(sizes, format, input);
-  p.input = dense.const_data_ptr();
-  p.output = output.mutable_data_ptr();
-  if (offsets) {
-    *offsets = empty(sizes, format, input, offset_storage(p));
-    p.offsets = (*offsets)->mutable_data_ptr();
-  }
-  launch(input, p, cpu::adaptive_max_pool2d, cuda::adaptive_max_pool2d);
-  return output;
+  return make_params(dtype_of(input, kName), sizes_of(input), output_size[0], output_size[1],
+                     format);
 }
 
 Tensor adaptive_max_pool2d(Tensor input, IntList output_size) {
-  return pool(input, output_size, nullptr);
+  const MemoryFormat format = suggest_memory_format(input);
+  return pool_windows(input, params_of(input, output_size, format), format, nullptr,
+                      cpu::adaptive_max_pool2d, cuda::adaptive_max_pool2d);
 }
 
 std::tuple<Tensor, Tensor> adaptive_max_pool2d_with_offsets(Tensor input, IntList output_size) {
+  const MemoryFormat format = suggest_memory_format(input);
   OptionalTensor offsets;
-  Tensor output = pool(input, output_size, &offsets);
+  Tensor output = pool_windows(input, params_of(input, output_size, format), format, &offsets,
+                               cpu::adaptive_max_pool2d, cuda::adaptive_max_pool2d);
   return {std::move(output), std::move(*offsets)};
 }
 
 Tensor adaptive_max_pool2d_backward(Tensor grad_output, Tensor offsets, IntList input_size) {
   const MemoryFormat format = suggest_memory_format(offsets);
   AdaptiveMaxPool2dBackwardParams p{};
-  p.shape =
-      params_of_offsets(dtype_of(grad_output, "adaptive_max_pool2d"), input_size, offsets, format);
-  check_offsets(offsets, input_size, grad_output, p.shape);
-  TORCHOPS_CHECK(sizes_of(grad_output) == sizes_of(offsets),
-                 "adaptive_max_pool2d: expected grad_output of sizes ",
-                 to_string(sizes_of(offsets)), ", but got ", to_string(sizes_of(grad_output)));
-  const Tensor dense = contiguous(grad_output, format), dense_offsets = contiguous(offsets, format);
-  Tensor grad_input = empty(input_size, format, grad_output);
-  p.grad_output = dense.const_data_ptr();
-  p.offsets = dense_offsets.const_data_ptr();
-  p.grad_input = grad_input.mutable_data_ptr();
-  launch(grad_output, p, cpu::adaptive_max_pool2d_backward, cuda::adaptive_max_pool2d_backward);
-  return grad_input;
+  p.shape = params_of_offsets(dtype_of(grad_output, kName), input_size, offsets, format);
+  return scatter(kName, grad_output, offsets, input_size, format, p,
+                 cpu::adaptive_max_pool2d_backward, cuda::adaptive_max_pool2d_backward);
 }
 
 Tensor adaptive_max_pool2d_gather(Tensor input, Tensor offsets) {
   const MemoryFormat format = suggest_memory_format(offsets);
   AdaptiveMaxPool2dGatherParams p{};
-  p.shape =
-      params_of_offsets(dtype_of(input, "adaptive_max_pool2d"), sizes_of(input), offsets, format);
-  check_offsets(offsets, sizes_of(input), input, p.shape);
-  const Tensor dense = contiguous(input, format), dense_offsets = contiguous(offsets, format);
-  Tensor output = empty(sizes_of(offsets), format, input);
-  p.input = dense.const_data_ptr();
-  p.offsets = dense_offsets.const_data_ptr();
-  p.output = output.mutable_data_ptr();
-  launch(input, p, cpu::adaptive_max_pool2d_gather, cuda::adaptive_max_pool2d_gather);
-  return output;
+  p.shape = params_of_offsets(dtype_of(input, kName), sizes_of(input), offsets, format);
+  return gather(kName, input, offsets, format, p, cpu::adaptive_max_pool2d_gather,
+                cuda::adaptive_max_pool2d_gather);
 }
 
 Tensor adaptive_max_pool2d_indices(Tensor offsets, IntList input_size) {
   const MemoryFormat format = suggest_memory_format(offsets);
   AdaptiveMaxPool2dIndicesParams p{};
   p.shape = params_of_offsets(DType::f32, input_size, offsets, format);
-  check_offsets(offsets, input_size, offsets, p.shape);
-  const Tensor dense = contiguous(offsets, format);
-  Tensor indices = empty(sizes_of(offsets), format, offsets, Storage::int64);
-  p.offsets = dense.const_data_ptr();
-  p.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
-  launch(offsets, p, cpu::adaptive_max_pool2d_indices, cuda::adaptive_max_pool2d_indices);
-  return indices;
+  return indices(kName, offsets, input_size, format, p, cpu::adaptive_max_pool2d_indices,
+                 cuda::adaptive_max_pool2d_indices);
 }
 
 }  // namespace

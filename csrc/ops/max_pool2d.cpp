@@ -1,12 +1,12 @@
 // max_pool2d: schemas, checks, allocation and choice of kernel.
 #include "ops/max_pool2d.h"
 
-#include "core/device.h"
-#include "core/tensor.h"
+#include "ops/max_operators.h"
 
 namespace torchops {
 namespace {
 
+constexpr const char* kName = "max_pool2d";
 constexpr int64_t kMaxUint8Taps = 256;
 
 MaxPool2dParams make_params(DType dtype, const IntList& input_size, const IntList& pool,
@@ -43,89 +43,45 @@ MaxPool2dParams make_params(DType dtype, const IntList& input_size, const IntLis
   return p;
 }
 
-Storage offset_storage(const MaxPool2dParams& p) {
-  return p.wide_offsets ? Storage::int32 : Storage::uint8;
+MaxPool2dParams params_of(const Tensor& input, const IntList& pool, MemoryFormat format) {
+  return make_params(dtype_of(input, kName), sizes_of(input), pool, format);
 }
 
-void check_pooled(const char* what, const Tensor& tensor, const IntList& input_size,
-                  const MaxPool2dParams& p) {
-  IntList expected = input_size;
-  expected[expected.size() - 2] = p.out_height;
-  expected[expected.size() - 1] = p.out_width;
-  TORCHOPS_CHECK(sizes_of(tensor) == expected, "max_pool2d: expected ", what, " of sizes ",
-                 to_string(expected), ", but got ", to_string(sizes_of(tensor)));
-}
-
-void check_offsets(const Tensor& offsets, const IntList& input_size, const MaxPool2dParams& p) {
-  check_pooled("offsets", offsets, input_size, p);
-  TORCHOPS_CHECK(has_dtype(offsets, offset_storage(p)), "max_pool2d: expected offsets of dtype ",
-                 p.wide_offsets ? "int32" : "uint8");
-}
-
-Tensor forward(const Tensor& input, const IntList& pool, OptionalTensor* offsets) {
+Tensor max_pool2d(Tensor input, IntList pool) {
   const MemoryFormat format = suggest_memory_format(input);
-  MaxPool2dParams p = make_params(dtype_of(input, "max_pool2d"), sizes_of(input), pool, format);
-  const Tensor dense = contiguous(input, format);
-  const IntList sizes = with_spatial(input, p.out_height, p.out_width);
-  Tensor output = empty(sizes, format, input);
-  p.input = dense.const_data_ptr();
-  p.output = output.mutable_data_ptr();
-  if (offsets) {
-    *offsets = empty(sizes, format, input, offset_storage(p));
-    p.offsets = (*offsets)->mutable_data_ptr();
-  }
-  launch(input, p, cpu::max_pool2d, cuda::max_pool2d);
-  return output;
+  return pool_windows(input, params_of(input, pool, format), format, nullptr, cpu::max_pool2d,
+                      cuda::max_pool2d);
 }
-
-Tensor max_pool2d(Tensor input, IntList pool) { return forward(input, pool, nullptr); }
 
 std::tuple<Tensor, Tensor> max_pool2d_with_offsets(Tensor input, IntList pool) {
+  const MemoryFormat format = suggest_memory_format(input);
   OptionalTensor offsets;
-  Tensor output = forward(input, pool, &offsets);
+  Tensor output = pool_windows(input, params_of(input, pool, format), format, &offsets,
+                               cpu::max_pool2d, cuda::max_pool2d);
   return {std::move(output), std::move(*offsets)};
 }
 
 Tensor max_pool2d_backward(Tensor grad_output, Tensor offsets, IntList input_size, IntList pool) {
   const MemoryFormat format = suggest_memory_format(offsets);
   MaxPool2dBackwardParams p{};
-  p.shape = make_params(dtype_of(grad_output, "max_pool2d"), input_size, pool, format);
-  check_pooled("grad_output", grad_output, input_size, p.shape);
-  check_offsets(offsets, input_size, p.shape);
-  const Tensor dense = contiguous(grad_output, format), dense_offsets = contiguous(offsets, format);
-  Tensor grad_input = empty(input_size, format, grad_output);
-  p.grad_output = dense.const_data_ptr();
-  p.offsets = dense_offsets.const_data_ptr();
-  p.grad_input = grad_input.mutable_data_ptr();
-  launch(grad_output, p, cpu::max_pool2d_backward, cuda::max_pool2d_backward);
-  return grad_input;
+  p.shape = make_params(dtype_of(grad_output, kName), input_size, pool, format);
+  return scatter(kName, grad_output, offsets, input_size, format, p, cpu::max_pool2d_backward,
+                 cuda::max_pool2d_backward);
 }
 
 Tensor max_pool2d_gather(Tensor input, Tensor offsets, IntList pool) {
   const MemoryFormat format = suggest_memory_format(offsets);
   MaxPool2dGatherParams p{};
-  p.shape = make_params(dtype_of(input, "max_pool2d"), sizes_of(input), pool, format);
-  check_offsets(offsets, sizes_of(input), p.shape);
-  const Tensor dense = contiguous(input, format), dense_offsets = contiguous(offsets, format);
-  Tensor output = empty(sizes_of(offsets), format, input);
-  p.input = dense.const_data_ptr();
-  p.offsets = dense_offsets.const_data_ptr();
-  p.output = output.mutable_data_ptr();
-  launch(input, p, cpu::max_pool2d_gather, cuda::max_pool2d_gather);
-  return output;
+  p.shape = params_of(input, pool, format);
+  return gather(kName, input, offsets, format, p, cpu::max_pool2d_gather, cuda::max_pool2d_gather);
 }
 
 Tensor max_pool2d_indices(Tensor offsets, IntList input_size, IntList pool) {
   const MemoryFormat format = suggest_memory_format(offsets);
   MaxPool2dIndicesParams p{};
   p.shape = make_params(DType::f32, input_size, pool, format);
-  check_offsets(offsets, input_size, p.shape);
-  const Tensor dense = contiguous(offsets, format);
-  Tensor indices = empty(sizes_of(offsets), format, offsets, Storage::int64);
-  p.offsets = dense.const_data_ptr();
-  p.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
-  launch(offsets, p, cpu::max_pool2d_indices, cuda::max_pool2d_indices);
-  return indices;
+  return indices(kName, offsets, input_size, format, p, cpu::max_pool2d_indices,
+                 cuda::max_pool2d_indices);
 }
 
 }  // namespace

@@ -217,6 +217,22 @@ def test_torch_save_and_load() -> None:
     assert torch.equal(loaded.eval()(input), model.eval()(input))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated:DeprecationWarning")
+def test_jit_script_compiles_torch_s_layers() -> None:
+    torch.manual_seed(0)
+    reference = Net().double().eval()
+    model = torchops.convert(copy.deepcopy(reference))
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), file)
+    file.seek(0)
+    input = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(torch.jit.load(file)(input), reference(input))
+    torch.testing.assert_close(model(input), reference(input))
+    torch.testing.assert_close(torchops.revert(model)(input), reference(input))
+    with pytest.raises(RuntimeError, match="with an activation"):
+        torch.jit.script(nn.Sequential(tnn.BatchNorm2d(3, activation="relu")))
+
+
 def test_compiles_without_graph_breaks() -> None:
     model = torchops.convert(Net())
     input = torch.randn(2, 3, 16, 16)

@@ -14,6 +14,7 @@ from torch import nn
 
 import torchops.nn as tnn
 from torchops import fuse as _fuse
+from torchops._script import stand_in
 
 _logger = logging.getLogger("torchops")
 
@@ -22,6 +23,14 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, name): getattr(tnn, name) for name in tnn.__all__ if hasattr(nn, name)
 }
 _ORIGINALS = {own: native for native, own in TWINS.items()}
+
+
+def _scriptable(module: nn.Module) -> nn.Module:
+    return stand_in(module, _fuse.rebased(type(module), _ORIGINALS.get))
+
+
+for _own in _ORIGINALS:
+    _own.__prepare_scriptable__ = _scriptable  # type: ignore[attr-defined]
 
 
 def convert(model: nn.Module, *, fuse: bool = True) -> nn.Module:

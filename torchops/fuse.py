@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 import torchops.nn as tnn
+from torchops._script import stand_in
 from torchops.nn.batch_norm import normalize
 from torchops.ops._activation import ACTIVATIONS
 
@@ -97,6 +98,9 @@ class Twin:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, type(self).__bases__, self.__dict__
+
+    def __prepare_scriptable__(self: Any) -> nn.Module:
+        return stand_in(self, type(self).__bases__[1])
 
 
 @functools.cache

@@ -22,6 +22,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchops._script import stand_in
 from torchops.fuse import BATCH_NORMS, activation_name, batch_norm_act, folded, restore
 
 _FUNCTIONS: dict[Any, str] = {
@@ -63,6 +64,9 @@ class _Rewritten:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, type(self).__bases__[1:], self.__dict__
+
+    def __prepare_scriptable__(self: Any) -> nn.Module:
+        return stand_in(self, type(self).__bases__[1])
 
 
 def _rebuild(cls: type[nn.Module]) -> Any:

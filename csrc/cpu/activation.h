@@ -1,8 +1,10 @@
-// Activations on one register: value(z), and gradient(g, z) = g times the slope at z.
+// Activations: value(z), and gradient(g, z) = g times the slope at z.
 //
-// dispatch_activation(activation, f) calls f with the functor. Where torch keeps a NaN, so do
-// these. The exponential and the error function are polynomials on whole registers, within 2 ulps
-// in float; double, which no network runs in, calls libm lane by lane.
+// Those that only cut z off are one functor, Clamp, for the inner loop of a kernel. The others, the
+// curves, run over buffers in L1 and are compiled once for float and once for double, whatever the
+// kernel and the storage: 40 more copies of each kernel took half a minute to compile. Where torch
+// keeps a NaN, so do these. The exponential and the error function are polynomials on whole
+// registers, within 2 ulps in float; double, which no network runs in, calls libm lane by lane.
 #pragma once
 
 #include <math.h>
@@ -75,26 +77,27 @@ inline V logistic(V z) {
   return 1 / (1 + exp(-z));
 }
 
-struct NoActivation {
-  template <typename V> static V value(V z) { return z; }
-  template <typename V> static V gradient(V g, V) { return g; }
+// none, relu and relu6. A bound of NaN is none: comparisons with it are false.
+template <typename T>
+struct Clamp {
+  Vec<T> floor = broadcast<T>(NAN), ceiling = broadcast<T>(NAN);
+
+  Clamp() = default;
+  explicit Clamp(Activation activation) {
+    if (activation == Activation::relu || activation == Activation::relu6) floor = Vec<T>{};
+    if (activation == Activation::relu6) ceiling = broadcast<T>(6);
+  }
+  Vec<T> value(Vec<T> z) const {
+    z = z < floor ? floor : z;
+    return z > ceiling ? ceiling : z;
+  }
+  Vec<T> gradient(Vec<T> g, Vec<T> z) const {
+    g = z <= floor ? Vec<T>{} : g;
+    return z >= ceiling ? Vec<T>{} : g;
+  }
 };
 
-struct Relu {
-  template <typename V> static V value(V z) { return z < 0 ? V{} : z; }
-  template <typename V> static V gradient(V g, V z) { return z <= 0 ? V{} : g; }
-};
-
-struct Relu6 {
-  template <typename V> static V value(V z) {
-    z = z < 0 ? V{} : z;
-    return z > 6 ? V{} + 6 : z;
-  }
-  template <typename V> static V gradient(V g, V z) {
-    g = z <= 0 ? V{} : g;
-    return z >= 6 ? V{} : g;
-  }
-};
+inline bool is_curve(Activation activation) { return activation > Activation::relu6; }
 
 struct LeakyRelu {
   template <typename V> static V slope(V z) {
@@ -114,7 +117,12 @@ struct Silu {
 };
 
 struct Hardswish {
-  template <typename V> static V value(V z) { return z * Relu6::value(z + 3) / 6; }
+  template <typename V> static V value(V z) {
+    V gate = z + 3;
+    gate = gate < 0 ? V{} : gate;
+    gate = gate > 6 ? V{} + 6 : gate;
+    return z * gate / 6;
+  }
   template <typename V> static V gradient(V g, V z) {
     V slope = (2 * z + 3) / 6;
     slope = z <= -3 ? V{} : slope;
@@ -139,17 +147,32 @@ struct Sigmoid {
 };
 
 template <typename F>
-inline void dispatch_activation(Activation activation, const F& f) {
+inline void dispatch_curve(Activation activation, const F& f) {
   switch (activation) {
-    case Activation::none: return f(NoActivation{});
-    case Activation::relu: return f(Relu{});
-    case Activation::relu6: return f(Relu6{});
     case Activation::leaky_relu: return f(LeakyRelu{});
     case Activation::silu: return f(Silu{});
     case Activation::hardswish: return f(Hardswish{});
     case Activation::gelu: return f(Gelu{});
     case Activation::sigmoid: return f(Sigmoid{});
+    default: return;
   }
+}
+
+// Both work in place on whole registers, the first of which begin below `length`.
+template <typename T>
+[[gnu::noinline]] void curve_values(Activation activation, T* z, int64_t length) {
+  dispatch_curve(activation, [&](auto curve) {
+    for (int64_t i = 0; i < length; i += kLanes<T>) store(z + i, curve.value(load(z + i)));
+  });
+}
+
+template <typename T>
+[[gnu::noinline]] void curve_gradients(Activation activation, T* g, const T* z, int64_t length) {
+  dispatch_curve(activation, [&](auto curve) {
+    for (int64_t i = 0; i < length; i += kLanes<T>) {
+      store(g + i, curve.gradient(load(g + i), load(z + i)));
+    }
+  });
 }
 
 }  // namespace torchops::cpu::TORCHOPS_ISA

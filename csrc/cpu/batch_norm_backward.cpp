@@ -4,9 +4,15 @@
 // saved, and x^ = the normalised input:
 //     grad_bias = sum h    grad_weight = sum h x^    grad_residual = h
 //     grad_input = weight invstd (h - mean(h) - x^ mean(h x^)), in evaluation weight invstd h
-// Two passes read grad_output and input, the second writes grad_input; contiguous: slab by slab of
-// channels, so that the second read comes from the cache. Block sums are merged in float64.
-#include "cpu/activation.h"
+// Two passes read grad_output and input, the second writes grad_input, past the cache where it is
+// large; contiguous: slab by slab of channels, so that the second read comes from the cache. The
+// first writes grad_residual, and the second reads that instead of residual and grad_output. Block
+// sums are merged in float64.
+//
+// Floor: two reads, one write at the bandwidth of a copy. Reached on one Zen 3 core with 256x56x56,
+// batch 8, ReLU: 0.8 contiguous, 0.7 channels_last, 0.4 channels_last in bf16
+// (torchops bench batch_norm:mb8_ic256ih56_act=relu --threads 1, with --layout and --dtype).
+// Did not pay: one row or image at a time instead of two, 5 to 15 % slower.
 #include "cpu/batch_norm_channels.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -15,6 +21,11 @@ namespace {
 struct Sums {
   double gradient = 0;  // sum h
   double product = 0;   // sum h (x - mean), with the mean as Affine has it
+
+  void add(const Sums& more) {
+    gradient += more.gradient;
+    product += more.product;
+  }
 };
 
 // grad_input = gradient * h + centered * (x - mean) + constant, per channel.
@@ -58,76 +69,175 @@ struct Channels {
   }
 };
 
+// Where the first pass takes the gradient before the activation from: grad_output, in T, or in
+// acc_t where a curve has been applied to it. The second pass may also find it in grad_residual.
+template <typename T, typename G>
+struct Sources {
+  const G* gradient;
+  const T* input;
+  const T* residual;  // null where z is not needed, too
+  Clamp<T> clamp;
+
+  Sources shifted(int64_t offset) const {
+    return {gradient + offset, input + offset, residual ? residual + offset : nullptr, clamp};
+  }
+};
+
 template <typename T>
-struct Pointers {
+struct Call {
+  const BatchNormBackwardParams& p;
   const T* grad_output;
   const T* input;
   const T* residual;
   T* grad_input;
   T* grad_residual;
+  Clamp<T> clamp;
+  bool curve;
 
-  explicit Pointers(const BatchNormBackwardParams& p)
-      : grad_output(static_cast<const T*>(p.grad_output)),
+  explicit Call(const BatchNormBackwardParams& params)
+      : p(params),
+        grad_output(static_cast<const T*>(p.grad_output)),
         input(static_cast<const T*>(p.input)),
         residual(static_cast<const T*>(p.residual)),
         grad_input(static_cast<T*>(p.grad_input)),
-        grad_residual(static_cast<T*>(p.grad_residual)) {}
+        grad_residual(static_cast<T*>(p.grad_residual)),
+        clamp(p.activation),
+        curve(is_curve(p.activation)) {}
+
+  bool needs_first_pass() const {
+    return p.grad_weight || p.grad_bias || grad_residual || (p.training && grad_input);
+  }
+
+  Sources<T, T> at(int64_t offset) const {
+    return Sources<T, T>{grad_output, input, residual, clamp}.shifted(offset);
+  }
 };
 
-inline bool needs_sums(const BatchNormBackwardParams& p) {
-  return p.grad_weight || p.grad_bias || (p.training && p.grad_input);
+// The gradient before an activation that is a curve, of at most kStrip elements from `offset` on.
+template <bool kPerLane, typename T>
+[[gnu::noinline]] Sources<T, acc_t<T>> bend(const Call<T>& call, const Affine<T>& affine, int64_t c,
+                                            int64_t offset, int64_t length, acc_t<T>* buffer) {
+  acc_t<T> preactivation[kStrip];
+  const Sources<T, T> at = call.at(offset);
+  const AffineLanes<kPerLane, T> lanes(affine, c);
+  for_each_step<T>(length, [&](int64_t i, int n) __attribute__((always_inline)) {
+    Vec<T> centered[2], z[2], g[2];
+    preactivate(lanes, i, n, at.input, at.residual, centered, z);
+    load_two(at.gradient + i, n, g);
+    store_two(preactivation + i, z, false);
+    store_two(buffer + i, g, false);
+  });
+  curve_gradients(call.p.activation, buffer, preactivation, length);
+  return {buffer, at.input, nullptr, {}};
 }
 
-inline bool needs_tensors(const BatchNormBackwardParams& p) {
-  return p.grad_input || p.grad_residual;
+// A step of the gradient before the activation, and of (x - mean).
+template <bool kPerLane, typename T, typename G>
+[[gnu::always_inline]] inline void differentiate(const Sources<T, G>& from,
+                                                 const AffineLanes<kPerLane, T>& lanes, int64_t i,
+                                                 int n, Vec<T> (&h)[2], Vec<T> (&centered)[2]) {
+  Vec<T> z[2];
+  preactivate(lanes, i, n, from.input, from.residual, centered, z);
+  load_two(from.gradient + i, n, h);
+  for (int u = 0; u < 2; ++u) h[u] = from.clamp.gradient(h[u], z[u]);
 }
 
-// The second pass over a run of memory.
-template <typename T, typename Act, bool kPerLane>
-void differentiate_run(const BatchNormBackwardParams& p, const Channels<T>& channels, int64_t c,
-                       int64_t offset, int64_t length) {
-  const Pointers<T> at(p);
+// The second pass, over a run of memory.
+template <bool kPerLane, typename T, typename G>
+[[gnu::noinline]] void write_grad_input(Sources<T, G> from, const Channels<T>& channels, int64_t c,
+                                        T* output, int64_t length, bool training, bool past_cache) {
+  const AffineLanes<kPerLane, T> lanes(channels.affine, c);
   const Slopes<T>& slopes = channels.slopes;
-  for_each_preactivation<kPerLane, T>(
-      channels.affine, c, at.input + offset, at.residual ? at.residual + offset : nullptr, length,
-      [&](int64_t i, int lanes, Vec<T> centered, Vec<T> z) {
-        const Vec<T> h = Act::gradient(load_partial(at.grad_output + offset + i, lanes), z);
-        if (at.grad_residual) store_partial(at.grad_residual + offset + i, h, lanes);
-        if (!at.grad_input) return;
-        Vec<T> grad = h * channel_lanes<kPerLane, T>(slopes.gradient, c, i, lanes);
-        if (p.training) {
-          grad += centered * channel_lanes<kPerLane, T>(slopes.centered, c, i, lanes) +
-                  channel_lanes<kPerLane, T>(slopes.constant, c, i, lanes);
-        }
-        store_partial(at.grad_input + offset + i, grad, lanes);
-      });
+  const Lanes<kPerLane, T> gradient(slopes.gradient, c), slope(slopes.centered, c),
+      constant(slopes.constant, c);
+  write_steps(output, length, past_cache,
+              [&](int64_t i, int n, Vec<T>(&v)[2]) __attribute__((always_inline)) {
+                Vec<T> h[2], centered[2];
+                differentiate(from, lanes, i, n, h, centered);
+                for (int u = 0; u < 2; ++u) {
+                  const int64_t at = i + u * kLanes<T>;
+                  v[u] = h[u] * gradient.at(at);
+                  if (training) v[u] += centered[u] * slope.at(at) + constant.at(at);
+                }
+              });
+}
+
+template <bool kPerLane, typename T>
+void second_pass(const Call<T>& call, const Channels<T>& channels, int64_t c, int64_t offset,
+                 int64_t length, bool past_cache) {
+  T* output = call.grad_input + offset;
+  Sources<T, T> from = call.at(offset);
+  if (call.grad_residual) from = {call.grad_residual + offset, from.input, nullptr, {}};
+  if (call.grad_residual || !call.curve) {
+    return write_grad_input<kPerLane>(from, channels, c, output, length, call.p.training,
+                                      past_cache);
+  }
+  for (int64_t i = 0; i < length; i += kStrip) {
+    acc_t<T> buffer[kStrip];
+    const int64_t strip = min(kStrip, length - i);
+    const int64_t channel = kPerLane ? c + i : c;
+    const auto bent = bend<kPerLane>(call, channels.affine, channel, offset + i, strip, buffer);
+    write_grad_input<kPerLane>(bent, channels, channel, output + i, strip, call.p.training,
+                               past_cache);
+  }
 }
 
 // ---- contiguous -----------------------------------------------------------------------------
 
-template <typename T, typename Act>
-Sums block_sums(const BatchNormBackwardParams& p, const Affine<T>& affine, int64_t c,
-                const Block& block) {
-  const Pointers<T> at(p);
-  const Vec<T> mean = broadcast<T>(affine.mean[c]), scale = broadcast<T>(affine.scale[c]);
-  const Vec<T> shift = broadcast<T>(affine.shift[c]);
-  Vec<T> gradient[kChains] = {}, product[kChains] = {};
-  for_each_in_block<T>(block, [&](int chain, int64_t i, int lanes) {
-    const Vec<T> centered = load_partial(at.input + i, lanes) - mean;
-    Vec<T> z = centered * scale + shift;
-    if (at.residual) z += load_partial(at.residual + i, lanes);
-    Vec<T> h = Act::gradient(load_partial(at.grad_output + i, lanes), z);
-    if (lanes < kLanes<T>) h = first_lanes<T>(lanes) ? h : Vec<T>{};
-    gradient[chain] += h;
-    product[chain] += h * centered;
+constexpr int kPairs = 2;  // images that are read at once
+
+// Over kImages runs of `length` elements, `stride` apart, of channel c.
+template <int kImages, typename T, typename G>
+[[gnu::noinline]] Sums run_sums(Sources<T, G> from, Affine<T> affine, int64_t c, int64_t stride,
+                                int64_t length, T* grad_residual) {
+  const AffineLanes<false, T> lanes(affine, c);
+  Vec<T> gradient[4] = {}, product[4] = {};
+  for_each_step<T>(length, [&](int64_t i, int n) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int s = 0; s < kImages; ++s) {
+      Vec<T> h[2], centered[2];
+      differentiate(from.shifted(s * stride), lanes, i, n, h, centered);
+      for (int u = 0; u < 2; ++u) {
+        gradient[2 * s + u] += h[u];
+        product[2 * s + u] += h[u] * centered[u];
+      }
+      if (grad_residual) store_some(grad_residual + s * stride + i, h, n, false);
+    }
   });
-  return {chain_sum<T>(gradient), chain_sum<T>(product)};
+  return {lane_sum<T>((gradient[0] + gradient[1]) + (gradient[2] + gradient[3])),
+          lane_sum<T>((product[0] + product[1]) + (product[2] + product[3]))};
 }
 
-template <typename T, typename Act>
-void backward_planes(const BatchNormBackwardParams& p) {
+template <typename T>
+void add_run_sums(const Call<T>& call, const Affine<T>& affine, int64_t c, int64_t offset,
+                  int64_t images, int64_t length, Sums& sums) {
+  const int64_t stride = call.p.shape.channels * call.p.shape.pixels;
+  T* grad_residual = call.grad_residual ? call.grad_residual + offset : nullptr;
+  if (!call.curve && images == kPairs) {
+    return sums.add(run_sums<kPairs>(call.at(offset), affine, c, stride, length, grad_residual));
+  }
+  for (int64_t n = 0; n < images; ++n, offset += stride) {
+    grad_residual = call.grad_residual ? call.grad_residual + offset : nullptr;
+    if (!call.curve) {
+      sums.add(run_sums<1>(call.at(offset), affine, c, stride, length, grad_residual));
+      continue;
+    }
+    for (int64_t i = 0; i < length; i += kStrip) {
+      acc_t<T> buffer[kStrip];
+      const int64_t strip = min(kStrip, length - i);
+      const auto bent = bend<false>(call, affine, c, offset + i, strip, buffer);
+      sums.add(
+          run_sums<1>(bent, affine, c, stride, strip, grad_residual ? grad_residual + i : nullptr));
+    }
+  }
+}
+
+template <typename T>
+void backward_planes(const Call<T>& call) {
+  const BatchNormBackwardParams& p = call.p;
   const BatchNormShape& shape = p.shape;
   const int64_t slab = slab_channels<T>(shape), slabs = ceil_div(shape.channels, slab);
+  const bool stream = call.grad_input && past_cache<T>(shape, call.grad_input, shape.pixels, 4);
   parallel_for(
       slabs, grain_for(slab * shape.batch * shape.pixels), [&](int64_t begin, int64_t end) {
         acc_t<T> numbers[6 * kMaxSlabChannels];
@@ -136,113 +246,185 @@ void backward_planes(const BatchNormBackwardParams& p) {
           const int64_t count = min(slab, shape.channels - first);
           Sums sums[kMaxSlabChannels];
           for (int64_t k = 0; k < count; ++k) channels.prepare(p, k, first + k);
-          if (needs_sums(p)) {
-            for_each_block(shape, first, count, [&](int64_t k, const Block& block) {
-              const Sums part = block_sums<T, Act>(p, channels.affine, k, block);
-              sums[k].gradient += part.gradient;
-              sums[k].product += part.product;
-            });
+          if (call.needs_first_pass()) {
+            for_each_run<kPairs>(shape, first, count,
+                                 [&](int64_t k, int64_t offset, int64_t images, int64_t length) {
+                                   add_run_sums(call, channels.affine, k, offset, images, length,
+                                                sums[k]);
+                                 });
           }
           for (int64_t k = 0; k < count; ++k) channels.finish(p, k, first + k, sums[k]);
-          if (!needs_tensors(p)) continue;
+          if (!call.grad_input) continue;
           // The images that were read last are the likeliest to be in the cache.
           for (int64_t n = shape.batch; n-- > 0;) {
             for (int64_t k = 0; k < count; ++k) {
               const int64_t plane = n * shape.channels + first + k;
-              differentiate_run<T, Act, false>(p, channels, k, plane * shape.pixels, shape.pixels);
+              second_pass<false>(call, channels, k, plane * shape.pixels, shape.pixels, stream);
             }
           }
         }
+        if (stream) finish_streams();
       });
 }
 
 // ---- channels_last --------------------------------------------------------------------------
 
-template <typename T, typename Act, int kRegisters>
-void group_sums(const BatchNormBackwardParams& p, const Affine<T>& affine, int64_t c, int lanes,
-                int64_t first_row, int64_t rows, double* gradients, double* products) {
-  const Pointers<T> at(p);
-  Vec<T> mean[kRegisters], scale[kRegisters], shift[kRegisters];
-  Vec<T> gradient[kRegisters] = {}, product[kRegisters] = {};
-  for (int r = 0; r < kRegisters; ++r) {
-    mean[r] = load_partial(affine.mean + c + r * kLanes<T>, lanes);
-    scale[r] = load_partial(affine.scale + c + r * kLanes<T>, lanes);
-    shift[r] = load_partial(affine.shift + c + r * kLanes<T>, lanes);
+// Float sums of the channels of a row, or of a part of one.
+template <typename T>
+struct RowSums {
+  acc_t<T>* gradient;
+  acc_t<T>* product;
+};
+
+// Adds `length` elements of each of kCount rows, `stride` apart.
+template <int kCount, typename T, typename G>
+[[gnu::noinline]] void add_rows(Sources<T, G> from, Affine<T> affine, int64_t c0, int64_t stride,
+                                int64_t length, T* grad_residual, bool past_cache,
+                                RowSums<T> sums) {
+  using A = acc_t<T>;
+  const AffineLanes<true, T> lanes(affine, c0);
+  for_each_step<T>(length, [&](int64_t i, int n) __attribute__((always_inline)) {
+    Vec<T> gradient[2], product[2];
+    load_two(sums.gradient + c0 + i, kStep<A>, gradient);
+    load_two(sums.product + c0 + i, kStep<A>, product);
+#pragma GCC unroll 2
+    for (int s = 0; s < kCount; ++s) {
+      Vec<T> h[2], centered[2];
+      differentiate(from.shifted(s * stride), lanes, i, n, h, centered);
+      for (int u = 0; u < 2; ++u) {
+        gradient[u] += h[u];
+        product[u] += h[u] * centered[u];
+      }
+      if (grad_residual) store_some(grad_residual + s * stride + i, h, n, past_cache);
+    }
+    store_two(sums.gradient + c0 + i, gradient, false);
+    store_two(sums.product + c0 + i, product, false);
+  });
+}
+
+// Adds `length` elements of each of `count` <= kPairs rows, `stride` apart, from `offset` on.
+template <typename T>
+void add_row_sums(const Call<T>& call, const Affine<T>& affine, int64_t offset, int64_t count,
+                  int64_t stride, int64_t length, bool past_cache, const RowSums<T>& sums) {
+  T* grad_residual = call.grad_residual ? call.grad_residual + offset : nullptr;
+  if (!call.curve && count == kPairs) {
+    return add_rows<kPairs>(call.at(offset), affine, 0, stride, length, grad_residual, past_cache,
+                            sums);
   }
-  for (int64_t row = first_row; row < first_row + rows; ++row) {
-    for (int r = 0; r < kRegisters; ++r) {
-      const int64_t i = row * p.shape.channels + c + r * kLanes<T>;
-      const Vec<T> centered = load_partial(at.input + i, lanes) - mean[r];
-      Vec<T> z = centered * scale[r] + shift[r];
-      if (at.residual) z += load_partial(at.residual + i, lanes);
-      const Vec<T> h = Act::gradient(load_partial(at.grad_output + i, lanes), z);
-      gradient[r] += h;
-      product[r] += h * centered;
+  for (int64_t n = 0; n < count; ++n, offset += stride) {
+    grad_residual = call.grad_residual ? call.grad_residual + offset : nullptr;
+    if (!call.curve) {
+      add_rows<1>(call.at(offset), affine, 0, stride, length, grad_residual, past_cache, sums);
+      continue;
+    }
+    for (int64_t i = 0; i < length; i += kStrip) {
+      acc_t<T> buffer[kStrip];
+      const int64_t strip = min(kStrip, length - i);
+      const auto bent = bend<true>(call, affine, i, offset + i, strip, buffer);
+      add_rows<1>(bent, affine, i, stride, strip, grad_residual ? grad_residual + i : nullptr,
+                  past_cache, sums);
     }
   }
-  for (int r = 0; r < kRegisters; ++r) {
-    for (int i = 0; i < lanes; ++i) {
-      gradients[c + r * kLanes<T> + i] += gradient[r][i];
-      products[c + r * kLanes<T> + i] += product[r][i];
+}
+
+// Adds the sums of a chunk to [2][rows.length].
+template <typename T>
+void add_chunk_sums(const Call<T>& call, const Affine<T>& affine, int64_t begin, int64_t end,
+                    const Rows& rows, bool past_cache, const RowSums<T>& sums, double* totals) {
+  constexpr int64_t kRows = 64;  // until float sums join the float64 ones
+  const auto flush = [&] {
+    for (int64_t c = 0; c < rows.length; ++c) {
+      totals[c] += sums.gradient[c];
+      totals[rows.length + c] += sums.product[c];
     }
+    for (int64_t c = 0; c < rows.length; ++c) sums.gradient[c] = sums.product[c] = 0;
+  };
+  const int64_t half = (end - begin) / kPairs;
+  for (int64_t row = 0; row < half; ++row) {
+    add_row_sums(call, affine, (begin + row) * rows.length, kPairs, half * rows.length, rows.length,
+                 past_cache, sums);
+    if (row % kRows == kRows - 1) flush();
   }
+  for (int64_t row = begin + kPairs * half; row < end; ++row) {
+    add_row_sums(call, affine, row * rows.length, 1, 0, rows.length, past_cache, sums);
+  }
+  flush();
 }
 
 // Adds the chunks' sums in order into [2][channels].
-template <typename T, typename Act>
-void row_sums(const BatchNormBackwardParams& p, const Affine<T>& affine, double* sums) {
-  const int64_t channels = p.shape.channels, step = rows_per_block<T>(p.shape);
-  const Chunks chunks = make_chunks(p.shape);
-  const Scratch<double> scratch(chunks.count * 2 * channels);
-  parallel_for(
-      chunks.count, grain_for(chunks.rows_per_chunk * channels), [&](int64_t begin, int64_t end) {
-        for (int64_t k = begin; k < end; ++k) {
-          double* part = scratch.get() + k * 2 * channels;
-          for (int64_t i = 0; i < 2 * channels; ++i) part[i] = 0;
-          for (int64_t row = chunks.begin(k); row < chunks.end(k); row += step) {
-            for_each_group<T>(channels, [&](int64_t c, int lanes, auto registers) {
-              group_sums<T, Act, decltype(registers)::count>(
-                  p, affine, c, lanes, row, min(step, chunks.end(k) - row), part, part + channels);
-            });
-          }
+template <typename T>
+void row_sums(const Call<T>& call, const Affine<T>& affine, const Rows& rows, double* totals) {
+  const int64_t padded = rows.padded<T>();
+  const bool stream =
+      call.grad_residual && past_cache<T>(call.p.shape, call.grad_residual, rows.length, kVecBytes);
+  const Scratch<double> scratch(rows.chunks * 2 * rows.length);
+  scratch.zero();
+  parallel_for(rows.chunks, rows.grain(), [&](int64_t begin, int64_t end) {
+    const Scratch<acc_t<T>> numbers(2 * padded);
+    numbers.zero();
+    const RowSums<T> sums{numbers.get(), numbers.get() + padded};
+    for (int64_t k = begin; k < end; ++k) {
+      double* part = scratch.get() + k * 2 * rows.length;
+      add_chunk_sums(call, affine, rows.begin(k), rows.end(k), rows, stream, sums, part);
+      if (rows.rest && k == rows.chunks - 1) {
+        const int64_t offset = rows.count * rows.length;
+        add_row_sums(call, affine, offset, 1, 0, rows.rest, false, sums);
+        for (int64_t c = 0; c < rows.rest; ++c) {
+          part[c] += sums.gradient[c];
+          part[rows.length + c] += sums.product[c];
         }
-      });
-  for (int64_t k = 0; k < chunks.count; ++k) {
-    const double* part = scratch.get() + k * 2 * channels;
-    for (int64_t i = 0; i < 2 * channels; ++i) sums[i] += part[i];
+      }
+    }
+    if (stream) finish_streams();
+  });
+  for (int64_t k = 0; k < rows.chunks; ++k) {
+    const double* part = scratch.get() + k * 2 * rows.length;
+    for (int64_t i = 0; i < rows.length; i += rows.channels) {
+      for (int64_t c = 0; c < rows.channels; ++c) {
+        totals[c] += part[i + c];
+        totals[rows.channels + c] += part[rows.length + i + c];
+      }
+    }
   }
 }
 
-template <typename T, typename Act>
-void backward_rows(const BatchNormBackwardParams& p) {
-  const int64_t channels = p.shape.channels;
-  const Scratch<acc_t<T>> numbers(6 * channels);
-  const Scratch<double> sums(2 * channels);
-  const Channels<T> of(numbers.get(), channels);
-  for (int64_t c = 0; c < channels; ++c) of.prepare(p, c, c);
-  for (int64_t i = 0; i < 2 * channels; ++i) sums.get()[i] = 0;
-  if (needs_sums(p)) row_sums<T, Act>(p, of.affine, sums.get());
-  for (int64_t c = 0; c < channels; ++c) {
-    of.finish(p, c, c, Sums{sums.get()[c], sums.get()[channels + c]});
+template <typename T>
+void backward_rows(const Call<T>& call) {
+  const BatchNormBackwardParams& p = call.p;
+  const Rows rows = make_rows<T>(p.shape);
+  const int64_t padded = rows.padded<T>();
+  const Scratch<acc_t<T>> numbers(6 * padded);
+  const Scratch<double> totals(2 * rows.channels);
+  const Channels<T> of(numbers.get(), padded);
+  for (int64_t c = 0; c < rows.channels; ++c) of.prepare(p, c, c);
+  for (int64_t i = 0; i < 3; ++i) repeat_over_row(rows, numbers.get() + i * padded);
+  totals.zero();
+  if (call.needs_first_pass()) row_sums(call, of.affine, rows, totals.get());
+  for (int64_t c = 0; c < rows.channels; ++c) {
+    of.finish(p, c, c, Sums{totals.get()[c], totals.get()[rows.channels + c]});
   }
-  if (!needs_tensors(p)) return;
-  parallel_for(p.shape.batch * p.shape.pixels, grain_for(channels),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t row = begin; row < end; ++row) {
-                   differentiate_run<T, Act, true>(p, of, 0, row * channels, channels);
-                 }
-               });
+  for (int64_t i = 3; i < 6; ++i) repeat_over_row(rows, numbers.get() + i * padded);
+  if (!call.grad_input) return;
+  const bool stream = past_cache<T>(p.shape, call.grad_input, rows.length, kVecBytes);
+  parallel_for(rows.chunks, rows.grain(), [&](int64_t begin, int64_t end) {
+    // The chunks that were read last are the likeliest to be in the cache.
+    for (int64_t k = end; k-- > begin;) {
+      for (int64_t row = rows.begin(k); row < rows.end(k); ++row) {
+        second_pass<true>(call, of, 0, row * rows.length, rows.length, stream);
+      }
+    }
+    if (stream) finish_streams();
+  });
+  second_pass<true>(call, of, 0, rows.count * rows.length, rows.rest, false);
 }
 
 }  // namespace
 
 void batch_norm_backward(const BatchNormBackwardParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    dispatch_activation(p.activation, [&](auto act) {
-      if (p.shape.channels_last) return backward_rows<T, decltype(act)>(p);
-      backward_planes<T, decltype(act)>(p);
-    });
+    const Call<typename decltype(tag)::type> call(p);
+    if (p.shape.channels_last) return backward_rows(call);
+    backward_planes(call);
   });
 }
 

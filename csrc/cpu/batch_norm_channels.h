@@ -2,9 +2,15 @@
 // of a unit of work, and sums that do not depend on the number of threads.
 #pragma once
 
+// GCC 12 takes undefined operands inside of AVX-512's intrinsics for mistakes (its bug 105593).
+#if defined(__AVX512F__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 #include "core/parallel.h"
 #include "core/scratch.h"
-#include "core/vec.h"
+#include "cpu/activation.h"
+#include "cpu/register_pairs.h"
 #include "ops/batch_norm.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -43,12 +49,17 @@ inline void set_channel_value(void* data, DType dtype, int64_t c, double value) 
 
 template <typename T>
 inline double lane_sum(Vec<T> v) {
-  acc_t<T> lanes[kLanes<T>];
-  std::memcpy(lanes, &v, sizeof(v));
-  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  constexpr int kHalf = kLanes<T> / 2;
+  typedef acc_t<T> Half __attribute__((vector_size(kVecBytes / 2)));
+  Half half[2];
+  std::memcpy(half, &v, sizeof(v));
+  half[0] += half[1];
+  acc_t<T> sum[kHalf];
+  for (int i = 0; i < kHalf; ++i) sum[i] = half[0][i];
+  for (int width = kHalf / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
   }
-  return lanes[0];
+  return sum[0];
 }
 
 // z = (x - mean) * scale + shift for every channel, each number in an array of its own. The mean is
@@ -66,28 +77,76 @@ struct Affine {
   }
 };
 
-// The numbers of channels c + i, c + i + 1, ... one per lane, or of channel c in every lane.
+// A number per channel, over memory that holds channels c, c + 1, ... (kPerLane; the array ends
+// with a whole step) or channel c throughout.
 template <bool kPerLane, typename T>
-inline Vec<T> channel_lanes(const acc_t<T>* numbers, int64_t c, int64_t i, int lanes) {
-  if constexpr (kPerLane) return load_partial(numbers + c + i, lanes);
-  return broadcast<T>(numbers[c]);
+struct Lanes {
+  Vec<T> everywhere;
+
+  Lanes(const acc_t<T>* numbers, int64_t c) : everywhere(broadcast<T>(numbers[c])) {}
+  Vec<T> at(int64_t) const { return everywhere; }
+};
+
+template <typename T>
+struct Lanes<true, T> {
+  const acc_t<T>* numbers;
+
+  Lanes(const acc_t<T>* all, int64_t c) : numbers(all + c) {}
+  Vec<T> at(int64_t i) const { return load(numbers + i); }
+};
+
+template <bool kPerLane, typename T>
+struct AffineLanes {
+  Lanes<kPerLane, T> mean, scale, shift;
+
+  AffineLanes(const Affine<T>& affine, int64_t c)
+      : mean(affine.mean, c), scale(affine.scale, c), shift(affine.shift, c) {}
+};
+
+// A step of (x - mean) and of what the activation is applied to.
+template <bool kPerLane, typename T>
+[[gnu::always_inline]] inline void preactivate(const AffineLanes<kPerLane, T>& lanes, int64_t i,
+                                               int n, const T* input, const T* residual,
+                                               Vec<T> (&centered)[2], Vec<T> (&z)[2]) {
+  load_two(input + i, n, centered);
+  for (int u = 0; u < 2; ++u) {
+    const int64_t at = i + u * kLanes<T>;
+    centered[u] -= lanes.mean.at(at);
+    z[u] = centered[u] * lanes.scale.at(at) + lanes.shift.at(at);
+  }
+  if (residual) {
+    Vec<T> more[2];
+    load_two(residual + i, n, more);
+    z[0] += more[0];
+    z[1] += more[1];
+  }
 }
 
-// A run of elements in memory: channels c, c + 1, ... (kPerLane) or channel c throughout.
-template <bool kPerLane, typename T, typename F>
-inline void for_each_preactivation(const Affine<T>& affine, int64_t c, const T* input,
-                                   const T* residual, int64_t length, const F& f) {
-  for_each_vec<T>(length, [&](int64_t i, int lanes) {
-    const Vec<T> centered =
-        load_partial(input + i, lanes) - channel_lanes<kPerLane, T>(affine.mean, c, i, lanes);
-    Vec<T> z = centered * channel_lanes<kPerLane, T>(affine.scale, c, i, lanes) +
-               channel_lanes<kPerLane, T>(affine.shift, c, i, lanes);
-    if (residual) z += load_partial(residual + i, lanes);
-    f(i, lanes, centered, z);
-  });
-}
+// Activations that are curves work on strips of this many elements, in buffers of acc_t.
+constexpr int64_t kStrip = 512;
 
 // ---- units of work --------------------------------------------------------------------------
+
+// Outputs from this size on are written past the cache.
+constexpr int64_t kStreamBytes = 4 << 20;
+
+inline int64_t elements(const BatchNormShape& shape) {
+  return shape.batch * shape.channels * shape.pixels;
+}
+
+// Whether runs of `length` elements, one after another from `output` on, can be streamed.
+template <typename T>
+inline bool can_stream(const void* output, int64_t length, int64_t alignment) {
+  return reinterpret_cast<intptr_t>(output) % kVecBytes == 0 &&
+         length * int64_t{sizeof(T)} % alignment == 0;
+}
+
+template <typename T>
+inline bool past_cache(const BatchNormShape& shape, const void* output, int64_t length,
+                       int64_t alignment) {
+  return elements(shape) * int64_t{sizeof(T)} >= kStreamBytes &&
+         can_stream<T>(output, length, alignment);
+}
 
 // contiguous: a slab of neighbouring channels, whose planes of one image make a run of memory worth
 // prefetching. All images of a slab are read twice, the second time out of the cache.
@@ -99,87 +158,63 @@ inline int64_t slab_channels(const BatchNormShape& shape) {
   return min(min(channels, kMaxSlabChannels), shape.channels);
 }
 
-// A block of one channel: `rows` runs of `length` elements, `stride` apart, small enough for L1.
-struct Block { int64_t offset, rows, stride, length; };
+// A plane is summed in runs of at most this many elements, before they join float64 sums.
+constexpr int64_t kRunElements = 4096;
 
-constexpr int64_t kBlockElements = 4096;
-
-// f(k, block) for every block of channels first + k, k < channels, in the order of memory as far as
-// one block after another of a channel allows.
-template <typename F>
-inline void for_each_block(const BatchNormShape& shape, int64_t first, int64_t channels,
-                           const F& f) {
+// f(k, offset, images, length) for runs that cover channels first + k, k < channels: those of
+// several images at once, because memory answers a few streams faster than one.
+template <int kImages, typename F>
+inline void for_each_run(const BatchNormShape& shape, int64_t first, int64_t channels, const F& f) {
   const int64_t image = shape.channels * shape.pixels;
-  const int64_t images_per_block = max(1, kBlockElements / shape.pixels);
-  for (int64_t n = 0; n < shape.batch; n += images_per_block) {
-    const int64_t images = min(images_per_block, shape.batch - n);
+  for (int64_t n = 0; n < shape.batch; n += kImages) {
+    const int64_t images = min(kImages, shape.batch - n);
     for (int64_t k = 0; k < channels; ++k) {
       const int64_t plane = n * image + (first + k) * shape.pixels;
-      for (int64_t i = 0; i < shape.pixels; i += kBlockElements) {
-        f(k, Block{plane + i, images, image, min(kBlockElements, shape.pixels - i)});
+      for (int64_t i = 0; i < shape.pixels; i += kRunElements) {
+        f(k, plane + i, images, min(kRunElements, shape.pixels - i));
       }
     }
   }
 }
 
-// channels_last: a fixed number of chunks of rows (pixels of all images), whatever the threads.
-struct Chunks {
-  int64_t rows, count, rows_per_chunk;
+// channels_last: memory as rows of channels. Pixels with few channels are taken several at a time,
+// so that rows are long and end with a step: a row of `length` repeats the channels. `rest`
+// elements are left over behind `count` rows. There is a fixed number of chunks of rows, whatever
+// the threads; every chunk is read as kStreams streams.
+constexpr int kStreams = 4;
+constexpr int64_t kLongRow = 128, kLongestRow = 1024;
+
+struct Rows {
+  int64_t channels, repeat, length, count, rest;
+  int64_t chunks, rows_per_chunk;
 
   int64_t begin(int64_t chunk) const { return chunk * rows_per_chunk; }
-  int64_t end(int64_t chunk) const { return min(rows, begin(chunk) + rows_per_chunk); }
+  int64_t end(int64_t chunk) const { return min(count, begin(chunk) + rows_per_chunk); }
+  int64_t grain() const { return grain_for(rows_per_chunk * length); }
+  // Of arrays with a number for each element of a row.
+  template <typename T> int64_t padded() const { return ceil_div(length, kStep<T>) * kStep<T>; }
 };
 
-inline Chunks make_chunks(const BatchNormShape& shape) {
-  const int64_t rows = shape.batch * shape.pixels;
-  const int64_t wanted = max(1, min(64, rows * shape.channels / 65536));
-  const int64_t rows_per_chunk = ceil_div(rows, wanted);
-  return {rows, ceil_div(rows, rows_per_chunk), rows_per_chunk};
-}
-
-// Rows of a chunk that are summed in registers before they join the chunk's float64 sums.
 template <typename T>
-inline int64_t rows_per_block(const BatchNormShape& shape) {
-  const int64_t rows = 16384 / (shape.channels * static_cast<int64_t>(sizeof(T)));
-  return max(16, min(128, rows));
+inline Rows make_rows(const BatchNormShape& shape) {
+  const int64_t channels = shape.channels, pixels = shape.batch * shape.pixels;
+  int64_t repeat = 1;
+  while (repeat * channels % kStep<T> != 0 && repeat * channels <= kLongestRow) ++repeat;
+  repeat *= ceil_div(kLongRow, repeat * channels);
+  if (repeat * channels > kLongestRow) repeat = 1;
+  repeat = min(repeat, pixels);
+  Rows rows{channels, repeat, repeat * channels, pixels / repeat, pixels % repeat * channels, 0, 0};
+  const int64_t wanted = max(1, min(64, elements(shape) / 65536));
+  rows.rows_per_chunk = max(8 * kStreams, ceil_div(rows.count, wanted));
+  rows.chunks = ceil_div(rows.count, rows.rows_per_chunk);
+  return rows;
 }
 
-// f(chain, offset, lanes) over a block: full registers round robin over kChains, so that the sums
-// of one chain need not wait for each other.
-constexpr int kChains = 4;
-
-template <typename T, typename F>
-inline void for_each_in_block(const Block& block, const F& f) {
-  for (int64_t row = 0; row < block.rows; ++row) {
-    const int64_t start = block.offset + row * block.stride;
-    int64_t i = 0;
-    for (; i + kChains * kLanes<T> <= block.length; i += kChains * kLanes<T>) {
-      for (int chain = 0; chain < kChains; ++chain)
-        f(chain, start + i + chain * kLanes<T>, kLanes<T>);
-    }
-    for (; i < block.length; i += kLanes<T>) {
-      f(0, start + i, static_cast<int>(min(kLanes<T>, block.length - i)));
-    }
-  }
-}
-
+// The numbers of `channels` channels, repeated over a row.
 template <typename T>
-inline double chain_sum(const Vec<T> (&chains)[kChains]) {
-  return lane_sum<T>((chains[0] + chains[1]) + (chains[2] + chains[3]));
-}
-
-// f(c, lanes, Tag of the number of registers): groups of registers of channels.
-constexpr int kGroup = 4;
-template <int n> struct Registers { static constexpr int count = n; };
-
-template <typename T, typename F>
-inline void for_each_group(int64_t channels, const F& f) {
-  int64_t c = 0;
-  for (; c + kGroup * kLanes<T> <= channels; c += kGroup * kLanes<T>) {
-    f(c, kLanes<T>, Registers<kGroup>{});
-  }
-  for (; c < channels; c += kLanes<T>) {
-    f(c, static_cast<int>(min(kLanes<T>, channels - c)), Registers<1>{});
+inline void repeat_over_row(const Rows& rows, T* numbers) {
+  for (int64_t r = 1; r < rows.repeat; ++r) {
+    std::memcpy(numbers + r * rows.channels, numbers, rows.channels * sizeof(T));
   }
 }
 

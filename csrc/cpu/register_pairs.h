@@ -1,0 +1,161 @@
+// Two registers at a time: the unit in which streaming kernels walk through memory, because two
+// registers of 16-bit numbers make one store. Stores go into the cache, or past it.
+//
+// A store into the cache first reads the line that it overwrites; one past it does not, which is a
+// third of the traffic of a copy, but the next kernel finds nothing in the cache.
+#pragma once
+
+#include "core/vec.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+namespace {
+
+template <typename T> constexpr int kStep = 2 * kLanes<T>;
+
+// The first n elements of a step, and zeros.
+template <typename T>
+[[gnu::always_inline]] inline void load_two(const T* p, int n, Vec<T> (&v)[2]) {
+  if (n == kStep<T>) {
+    v[0] = load(p);
+    v[1] = load(p + kLanes<T>);
+    return;
+  }
+  v[0] = load_partial(p, n < kLanes<T> ? n : kLanes<T>);
+  v[1] = n > kLanes<T> ? load_partial(p + kLanes<T>, n - kLanes<T>) : Vec<T>{};
+}
+
+// Past the cache; p is aligned to a register.
+template <typename T>
+[[gnu::always_inline]] inline void stream_register(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) {
+    T narrow[kLanes<T>];
+    store(narrow, v);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(narrow));
+  } else {
+    _mm512_stream_ps(reinterpret_cast<float*>(p), bit_cast<__m512>(v));
+  }
+#elif defined(__AVX2__)
+  _mm256_stream_ps(reinterpret_cast<float*>(p), bit_cast<__m256>(v));
+#elif defined(__x86_64__)
+  if constexpr (sizeof(T) == 2) return store(p, v);
+  _mm_stream_ps(reinterpret_cast<float*>(p), bit_cast<__m128>(v));
+#else
+  store(p, v);
+#endif
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Rounded to the nearest, without the care that a NaN needs.
+[[gnu::always_inline]] inline __m256i round_to_bf16(VecF32 v) {
+  const VecU32 bits = bit_cast<VecU32>(v);
+  return bit_cast<__m256i>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+#endif
+
+// A whole step. With `past_cache`, p is aligned to a register.
+template <typename T>
+[[gnu::always_inline]] inline void store_two(T* p, const Vec<T> (&v)[2], bool past_cache) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) {
+    __m256i both;
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (_mm256_movemask_ps(_mm256_cmp_ps(v[0], v[1], _CMP_UNORD_Q))) {
+        store(p, v[0]);
+        return store(p + kLanes<T>, v[1]);
+      }
+      const __m256i words = _mm256_packus_epi32(round_to_bf16(v[0]), round_to_bf16(v[1]));
+      both = _mm256_permute4x64_epi64(words, 0xd8);
+    } else {
+      both = _mm256_set_m128i(_mm256_cvtps_ph(v[1], _MM_FROUND_TO_NEAREST_INT),
+                              _mm256_cvtps_ph(v[0], _MM_FROUND_TO_NEAREST_INT));
+    }
+    __m256i* to = reinterpret_cast<__m256i*>(p);
+    return past_cache ? _mm256_stream_si256(to, both) : _mm256_storeu_si256(to, both);
+  }
+#endif
+  if (past_cache) {
+    stream_register(p, v[0]);
+    stream_register(p + kLanes<T>, v[1]);
+  } else {
+    store(p, v[0]);
+    store(p + kLanes<T>, v[1]);
+  }
+}
+
+// The first n elements of a step. With `past_cache`, p is aligned to four bytes.
+template <typename T>
+inline void store_two_partial(T* p, const Vec<T> (&v)[2], int n, [[maybe_unused]] bool past_cache) {
+  T values[kStep<T>];
+  store_two(values, v, false);
+  size_t done = 0;
+#if defined(__x86_64__)
+  if (past_cache) {  // a line that is written both ways is written twice
+    for (; done + 4 <= n * sizeof(T); done += 4) {
+      int word;
+      std::memcpy(&word, reinterpret_cast<const char*>(values) + done, 4);
+      _mm_stream_si32(reinterpret_cast<int*>(reinterpret_cast<char*>(p) + done), word);
+    }
+  }
+#endif
+  std::memcpy(reinterpret_cast<char*>(p) + done, reinterpret_cast<const char*>(values) + done,
+              n * sizeof(T) - done);
+}
+
+// The first n elements of a step, which may be all.
+template <typename T>
+[[gnu::always_inline]] inline void store_some(T* p, const Vec<T> (&v)[2], int n, bool past_cache) {
+  if (n == kStep<T>) return store_two(p, v, past_cache);
+  store_two_partial(p, v, n, false);
+}
+
+// f(i, n) for every step of `length` elements, n of them valid: all but in the last step.
+template <typename T, typename F>
+[[gnu::always_inline]] inline void for_each_step(int64_t length, const F& f) {
+  int64_t i = 0;
+  for (; i + kStep<T> <= length; i += kStep<T>) f(i, kStep<T>);
+  if (i < length) f(i, static_cast<int>(length - i));
+}
+
+// Writes `length` elements at `output`, those of a step as f(i, n, registers) gives them.
+template <typename T, typename F>
+[[gnu::always_inline]] inline void write_steps(T* output, int64_t length, bool past_cache,
+                                               const F& f) {
+  Vec<T> v[2];
+  const auto write_some = [&](int64_t i, int n) __attribute__((always_inline)) {
+    f(i, n, v);
+    store_two_partial(output + i, v, n, past_cache);
+  };
+  int64_t i = 0;
+  int edge = 0;  // elements up to the first aligned one
+  if (past_cache) {
+    const int64_t to_aligned = -(reinterpret_cast<intptr_t>(output) / int64_t{sizeof(T)}) &
+                               (kVecBytes / int64_t{sizeof(T)} - 1);
+    edge = static_cast<int>(to_aligned < length ? to_aligned : length);
+  }
+  for (;;) {
+    if (edge > 0) write_some(i, edge);
+    i += edge;
+    if (i == length) break;
+    for (; i + kStep<T> <= length; i += kStep<T>) {
+      f(i, kStep<T>, v);
+      store_two(output + i, v, past_cache);
+    }
+    edge = static_cast<int>(length - i);
+    if (!past_cache && edge > 0 && length >= kStep<T>) {
+      // Again up to the end, over some that are done.
+      i = length - kStep<T>;
+      edge = 0;
+    }
+  }
+}
+
+// What was streamed is visible to other threads.
+inline void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace
+}  // namespace torchops::cpu::TORCHOPS_ISA

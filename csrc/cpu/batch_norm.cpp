@@ -6,8 +6,8 @@
 // then the other, in the order of memory. Evaluation is one read and one write. Statistics are sums
 // around a center, the mean of a few of a block's own values, merged in float64.
 //
-// Floor: one read, one write at the bandwidth of a copy. Reached on one Zen 3 core with 256x56x56,
-// batch 8, ReLU: 1.0 contiguous, 0.7 channels_last, 0.6 channels_last in bf16
+// Floor: one read, one write at the bandwidth of a copy. Reached on one Zen 3 core, the other busy,
+// with 256x56x56, batch 8, ReLU: 1.0 contiguous, 0.8 channels_last, 0.4 channels_last in bf16
 // (torchops bench batch_norm:mb8_ic256ih56_act=relu --threads 1, with --layout and --dtype).
 // Did not pay: prefetches; columns of channels_last, strided, read at a fifth of the speed.
 #include "cpu/batch_norm_channels.h"

@@ -1,24 +1,26 @@
 // Convolution and the gradient of its input on the CPU, as a matrix product without im2col.
 //
-// Plan: a unit of work is a block of positions x a block of output channels. It copies the source
-// of its positions into a panel of at most 256 taps x channels at a time, in L2, multiplies it with
-// the weights, which were packed once per call, and writes each output once. channels_last: rows
-// are positions, vectors run over output channels. contiguous: rows are output channels, vectors
-// run over positions. grad_input is the same product with the weights' channels swapped and the
-// taps reversed, one per phase of the stride. The order of summation depends on nothing but the
-// shape of the window.
+// Plan: a unit of work is a block of positions x a block of output channels. It brings the source
+// of its positions, at most 256 taps x channels at a time, into L2, multiplies it with the weights,
+// which were packed once per call, and writes each output once. channels_last: rows are positions,
+// vectors run over output channels. contiguous: rows are output channels, vectors run over
+// positions; the shifted rows of the image are read in place or copied into a panel. channels_last
+// of at most half a tile of output channels, such as the gradient of an image, is brought into
+// planes first. grad_input is the same product with the weights' channels swapped and the taps
+// reversed, one per phase of the stride. The order of summation depends on nothing but the shapes.
 //
-// The depth runs in the order in which the weight lies in memory, so that packing it for the
-// forward product is a transposition in registers. Packing still bounds layers of few positions.
-//
-// Reached on Zen 3, fp32, contiguous / channels_last, of the 72 GFLOP/s of torch.mm there
-// (torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
-//   conv2d:mb8_ic128ih28oc128kh3ph1    75 / 90 %
-//   conv2d:mb8_ic64ih56oc64kh3ph1      69 / 84 %
-//   conv1x1:mb8_ic1024ih14oc256        76 / 82 %
-//   conv2d:mb8_ic3ih224oc64kh7sh2ph3   61 / 51 %
+// Reached on Zen 3, fp32, forward, contiguous / channels_last, of the 90 GFLOP/s of a tile from L1
+// (97 by multiply-adds alone, 78 by torch.mm), of the runs that nothing else disturbed (torchops
+// bench PROBLEM --layout contiguous,channels_last --threads 1):
+//   conv2d:mb8_ic128ih28oc128kh3ph1    87 / 94 %
+//   conv2d:mb8_ic64ih56oc64kh3ph1      86 / 89 %
+//   conv1x1:mb8_ic1024ih14oc256        84 / 83 %
+//   conv2d:mb8_ic3ih224oc64kh7sh2ph3   77 / 68 %; grad_input 35 / 30 %
+//   conv2d:mb8_ic512ih7oc512kh3ph1     69 / 74 %: bound by the weights
+// Tried without gain: fetching the panel's lines for writing.
 #include "ops/conv2d.h"
 
+#include <type_traits>
 #include <utility>
 
 #include "core/parallel.h"
@@ -221,6 +223,9 @@ bool reads_rows(const Correlation& c) {
 }
 
 template <typename T>
+constexpr bool kHasTilesInPlace = std::is_same_v<T, acc_t<T>> && kTileRows <= 6;
+
+template <typename T>
 void correlate_contiguous(const Problem<T>& p) {
   const Correlation& c = p.c;
   constexpr int64_t kWidth = kTileColumns<acc_t<T>>, kPositions = 8 * kWidth;
@@ -228,13 +233,17 @@ void correlate_contiguous(const Problem<T>& p) {
   constexpr int64_t kStride = kPositions + 64 / sizeof(acc_t<T>);
   static_assert(kStride >= kPositions + Lines<T>::kSlack);
   const Strips<T> weights(c, 1);
-  pack_strips(p, weights);
   const DepthBlocks& depth = weights.depth;
   const int64_t channel_blocks = weights.channel_blocks;
   // Nearly equal blocks, in whole tiles.
   const int64_t least_blocks = blocks(c.positions(), kPositions);
   const int64_t block_positions = blocks(blocks(c.positions(), least_blocks), kWidth) * kWidth;
   const int64_t position_blocks = blocks(c.positions(), block_positions);
+  // Packing does not pay for few positions. (A tile of more rows has too few address registers.)
+  const DepthWalk walk(p);
+  const bool in_place =
+      kHasTilesInPlace<T> && position_blocks <= 4 && walk.dense() && p.weights.column_stride > 1;
+  if (!in_place) pack_strips(p, weights);
   const int64_t flops = 2 * block_positions * weights.block_channels * (c.depth() + 1);
   parallel_for(
       position_blocks * c.groups * channel_blocks, kGrainFlops / flops + 1,
@@ -252,9 +261,23 @@ void correlate_contiguous(const Problem<T>& p) {
           for (int64_t block = 0; block < depth.count; ++block) {
             const int64_t k = depth.begin(block), length = depth.length(block);
             lines.gather(source, k, k + length, panel.get(), kStride);
-            multiply<acc_t<T>, Panel::strips>({weights.at(group, channel_block, block), panel.get(),
-                                               tile.get(), kStride, kStride, length, block > 0},
-                                              rows, positions);
+            TileArguments<acc_t<T>> t{weights.at(group, channel_block, block),
+                                      panel.get(),
+                                      tile.get(),
+                                      kStride,
+                                      kStride,
+                                      length,
+                                      block > 0};
+            if constexpr (kHasTilesInPlace<T>) {
+              if (in_place) {
+                t.a_stride = p.weights.column_stride;
+                t.a = p.weights.data + group * p.weights.group_stride + row * t.a_stride +
+                      walk.offset + k;
+                multiply<T, Panel::in_place>(t, rows, positions);
+                continue;
+              }
+            }
+            multiply<acc_t<T>, Panel::strips>(t, rows, positions);
           }
           store_planes(p, lines.segments(), lines.count(), group * c.columns + row, rows,
                        tile.get(), kStride);

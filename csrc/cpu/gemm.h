@@ -24,8 +24,9 @@ constexpr int kTileVecs = 2;
 template <typename T> constexpr int kTileColumns = kTileVecs * kLanes<T>;
 
 // How the panel of A lies: A(row, k) = panel[row * stride + k] or, transposed, panel[k * stride +
-// row], or in strips of one tile each, one after the other: strip[k * kStripWidth + row].
-enum class Panel { rows, columns, strips };
+// row], or in strips of one tile each, one after the other: strip[k * kStripWidth + row]. In place:
+// a[row * a_stride + k], for few uses only: its rows may fall into the same cache sets.
+enum class Panel { rows, columns, strips, in_place };
 
 // A strip's rows in whole vectors, so that it can be filled by them.
 template <typename T>
@@ -59,12 +60,15 @@ struct TileArguments {
   // Instead of b: the v-th vector of B's row k = bases[v] + offsets[k]
   const T* const* bases = nullptr;
   const int64_t* offsets = nullptr;
+  int64_t a_stride = 0;  // of a panel in place
 };
 
 template <typename T, Panel panel, bool kShifted, int kRows, int kVecs>
 void multiply_tile(const TileArguments<T>& t) {
-  constexpr int64_t kRowStep = panel == Panel::rows ? kPanelStride<panel> : 1;
-  constexpr int64_t kDepthStep = panel == Panel::rows      ? 1
+  const int64_t row_step = panel == Panel::rows       ? kPanelStride<panel>
+                           : panel == Panel::in_place ? t.a_stride
+                                                      : 1;
+  constexpr int64_t kDepthStep = panel == Panel::rows || panel == Panel::in_place ? 1
                                  : panel == Panel::columns ? kPanelStride<panel>
                                                            : kStripWidth<T>;
   Vec<T> sum[kRows][kVecs] = {};
@@ -83,7 +87,7 @@ void multiply_tile(const TileArguments<T>& t) {
       columns[v] = load(kShifted ? bases[v] + t.offsets[k] : b + v * kLanes<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Vec<T> value = broadcast<T>(a[r * kRowStep]);
+      const Vec<T> value = broadcast<T>(a[r * row_step]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) sum[r][v] += value * columns[v];
     }
@@ -122,7 +126,8 @@ void multiply(const TileArguments<T>& arguments, int64_t rows, int64_t columns) 
   for (int64_t j = 0; j < columns; j += width) {
     for_each_tile(rows, [&](int64_t index, int64_t first, int height) {
       TileArguments<T> t = arguments;
-      t.a += panel == Panel::rows      ? first * kPanelStride<panel>
+      t.a += panel == Panel::in_place  ? first * t.a_stride
+             : panel == Panel::rows    ? first * kPanelStride<panel>
              : panel == Panel::columns ? first
                                        : index * kStripWidth<T> * t.depth;
       t.b += j;

@@ -16,9 +16,10 @@ import torch
 class Debt:
     """One family of problems that `backend("auto")` hands to native.
 
-    `applies` takes the operator's own arguments and decides from Python ints alone (shapes, dtype,
-    stride, groups): it runs on every call of the operator. `ratio` is the time of our kernel over
-    native's, so above 1; `measured` says where the ratio comes from (hardware, threads, versions).
+    `applies` takes the operator's own arguments and decides from what Python knows (shapes, dtype,
+    stride, groups, whether a gradient is asked for): it runs on every call of the operator. `ratio`
+    is the time of our kernel over native's, so above 1; `measured` says where the ratio comes from
+    (hardware, threads, versions).
     """
 
     operator: str
@@ -33,8 +34,14 @@ def _dense(input: Any, weight: Any) -> bool:
     return weight.shape[1] == input.shape[-3]
 
 
-def _dense_float32(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
-    return input.dtype is torch.float32 and _dense(input, weight)
+def _float32(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
+    return input.dtype is torch.float32
+
+
+def _dense_float32_inference(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
+    # The backward makes up for the forward: 1.13 times as fast as native's in the same runs.
+    trained = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+    return input.dtype is torch.float32 and _dense(input, weight) and not trained
 
 
 def _bfloat16(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
@@ -45,7 +52,8 @@ def _not_depthwise(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
     return weight.shape[1] > 1 or _dense(input, weight)
 
 
-_ZEN3 = "Zen 3, one thread, contiguous: bench/results/zen3-1t.json"
+# torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick
+_ZEN3 = "Zen 3, one thread: network layers and odd shapes"
 _XEON = "Xeon with AVX-512 and AMX, one thread, N=8"
 
 # Whether native multiplies bfloat16 in hardware of its own (AMX tiles, vdpbf16ps), which no kernel
@@ -60,8 +68,8 @@ _NATIVE_BFLOAT16 = torch.cpu._is_avx512_supported() or not torch.cpu._is_avx2_su
 _TENSOR_CORES = "calculated, H100"
 
 DEBTS: tuple[Debt, ...] = (
-    Debt("conv2d", "cpu", "one group, float32", _dense_float32, 1.15, _ZEN3),
-    Debt("conv1x1", "cpu", "float32", _dense_float32, 1.11, _ZEN3),
+    Debt("conv2d", "cpu", "one group, float32, no gradient", _dense_float32_inference, 1.06, _ZEN3),
+    Debt("conv1x1", "cpu", "float32", _float32, 1.12, _ZEN3),
     Debt("conv2d", "cuda", "all but depthwise", _not_depthwise, 15.0, _TENSOR_CORES),
     Debt("conv1x1", "cuda", "all", _not_depthwise, 15.0, _TENSOR_CORES),
 )

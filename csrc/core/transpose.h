@@ -13,16 +13,17 @@ namespace {
 
 // One half of swapping element bit `bit` with the register index: what goes to a, or to b.
 template <int bit, bool to_b, typename V, std::size_t... e>
-inline V swap_bit(V a, V b, std::index_sequence<e...>) {
+[[gnu::always_inline]] inline V swap_bit(V a, V b, std::index_sequence<e...>) {
   constexpr int lanes = sizeof...(e), distance = 1 << bit;
   return __builtin_shufflevector(a, b,
                                  ((e & distance) ? int(e) + lanes - (to_b ? 0 : distance)
                                                  : int(e) + (to_b ? distance : 0))...);
 }
 
-// block[i][j] <-> block[j][i], for a block of kLanes registers.
+// block[i][j] <-> block[j][i], for a block of kLanes registers. Left to itself, GCC 12 calls it with
+// the block in memory.
 template <typename T, int bit = 0>
-inline void transpose(Vec<T>* block) {
+[[gnu::always_inline]] inline void transpose(Vec<T>* block) {
   constexpr int lanes = kLanes<T>;
   if constexpr ((1 << bit) < lanes) {
 #pragma GCC unroll 16

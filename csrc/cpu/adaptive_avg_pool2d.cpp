@@ -4,6 +4,7 @@
 // Plan: sums over boxes, see box_sum.h; one window over the whole map is a plain sum there.
 #include "ops/adaptive_avg_pool2d.h"
 
+#include "core/scratch.h"
 #include "cpu/box_sum.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {

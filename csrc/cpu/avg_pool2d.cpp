@@ -3,6 +3,7 @@
 // Plan: sums over boxes, see box_sum.h.
 #include "ops/avg_pool2d.h"
 
+#include "core/scratch.h"
 #include "cpu/box_sum.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {

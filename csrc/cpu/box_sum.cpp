@@ -1,0 +1,435 @@
+// Sums over boxes of pixels: the forward and the backward of every averaging pool.
+//
+// Separable: the rows of a box are added into one row of fp32 column sums (whole registers,
+// whatever the window), then columns are added. channels_last adds registers of channels;
+// contiguous reads taps from phase rows (strides 1 and 2), several planes side by side where the
+// map is small. The order of additions depends on the problem only, never on the threads.
+#include "cpu/box_sum.h"
+
+#include "core/parallel.h"
+#include "core/scratch.h"
+#include "core/transpose.h"
+#include "cpu/phase_rows.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+namespace {
+
+constexpr int64_t kBoxGrain = 16384;     // source elements per range: about 10 us
+constexpr int64_t kColumnBudget = 6144;  // column sums that stay in the L1 cache with their sources
+
+// ---- building blocks ----------------------------------------------------------------------
+
+// sink(i, sum over r of source[r * step + i] * weights[r], lanes) for i in [0, n).
+template <bool kWeighted, int kCount, typename T, typename Sink>
+inline void add_up(const T* source, int64_t step, int64_t count, const acc_t<T>* weights, int64_t n,
+                   const Sink& sink) {
+  if constexpr (kCount > 0) count = kCount;
+  const auto sum = [&](int64_t i, int lanes) {
+    Vec<T> total = {};
+    for (int64_t r = 0; r < count; ++r) {
+      const Vec<T> v = load_partial(source + r * step + i, lanes);
+      if constexpr (kWeighted)
+        total += v * broadcast<T>(weights[r]);
+      else
+        total = r ? total + v : v;
+    }
+    sink(i, total, lanes);
+  };
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) sum(i, kLanes<T>);
+  if (i < n) sum(i, static_cast<int>(n - i));
+}
+
+template <bool kWeighted, typename T, typename Sink>
+inline void add_up(const T* source, int64_t step, int64_t count, const acc_t<T>* weights, int64_t n,
+                   const Sink& sink) {
+  switch (count) {
+    case 1: return add_up<kWeighted, 1>(source, step, count, weights, n, sink);
+    case 2: return add_up<kWeighted, 2>(source, step, count, weights, n, sink);
+    case 3: return add_up<kWeighted, 3>(source, step, count, weights, n, sink);
+    default: return add_up<kWeighted, 0>(source, step, count, weights, n, sink);
+  }
+}
+
+// Sum of n consecutive elements: four registers, then their lanes in order.
+template <typename T>
+inline acc_t<T> add_all(const T* p, int64_t n) {
+  Vec<T> sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>) {
+    for (int k = 0; k < 4; ++k) sum[k] += load(p + i + k * kLanes<T>);
+  }
+  for (int k = 0; i < n; i += kLanes<T>, ++k) {
+    sum[k] += load_partial(p + i, int(n - i < kLanes<T> ? n - i : kLanes<T>));
+  }
+  const Vec<T> total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  acc_t<T> lanes[kLanes<T>];
+  std::memcpy(lanes, &total, sizeof(lanes));
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int k = 0; k < width; ++k) lanes[k] += lanes[k + width];
+  }
+  return lanes[0];
+}
+
+// ---- channels_last ------------------------------------------------------------------------
+
+template <bool kBackward, typename T>
+void box_rows_channels_last(const BoxSum<T>& p, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const int64_t C = p.channels, source_row = p.source_width * C, target_row = p.target_width * C;
+  int64_t widest = 1;
+  for (int64_t t = 0; t < p.target_width; ++t) {
+    if (p.columns[t].size() > widest) widest = p.columns[t].size();
+  }
+  // A tile: some targets of a row and some channels, such that its column sums stay in cache.
+  const int64_t fit = kColumnBudget / widest / 64 * 64;
+  const int64_t block = C <= fit ? C : (fit > 64 ? fit : 64);
+  Scratch<A> sums((kColumnBudget / block + widest + 1) * block + kLanes<T>);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t n = unit / p.target_height, t = unit % p.target_height;
+    const Span rows = p.rows[t];
+    T* target = p.target + unit * target_row;
+    if (kBackward && unit > begin && t > 0 && rows.begin == p.rows[t - 1].begin &&
+        rows.end == p.rows[t - 1].end) {
+      std::memcpy(target, target - target_row, target_row * sizeof(T));
+      continue;
+    }
+    const T* source = p.source + (n * p.source_height + rows.begin) * source_row;
+    const A* row_weights = kBackward ? p.row_scale + rows.begin : nullptr;
+    for (int64_t c = 0; c < C; c += block) {
+      const int64_t channels = C - c < block ? C - c : block;
+      for (int64_t first = 0, last; first < p.target_width; first = last) {
+        const int64_t x0 = p.columns[first].begin;
+        last = first + 1;
+        while (last < p.target_width && (p.columns[last].end - x0) * channels <= kColumnBudget)
+          ++last;
+        const int64_t x1 = p.columns[last - 1].end > x0 ? p.columns[last - 1].end : x0;
+        const auto keep = [&](A* to) {
+          return [=](int64_t i, Vec<T> v, int) { store<A>(to + i, v); };
+        };
+        if (channels == C) {
+          add_up<kBackward>(source + x0 * C, source_row, rows.size(), row_weights, (x1 - x0) * C,
+                            keep(sums.get()));
+        } else {
+          for (int64_t x = x0; x < x1; ++x) {
+            add_up<kBackward>(source + x * C + c, source_row, rows.size(), row_weights, channels,
+                              keep(sums.get() + (x - x0) * channels));
+          }
+        }
+        for (int64_t u = first; u < last; ++u) {
+          const Span columns = p.columns[u];
+          const A* from = sums.get() + (columns.begin - x0) * channels;
+          T* to = target + u * C + c;
+          if constexpr (kBackward) {
+            add_up<true>(from, channels, columns.size(), p.column_scale + columns.begin, channels,
+                         [&](int64_t i, Vec<T> v, int lanes) { store_partial(to + i, v, lanes); });
+          } else {
+            const Vec<T> divisor = broadcast<T>(p.row_scale[t] * p.column_scale[u]);
+            add_up<false>(
+                from, channels, columns.size(), nullptr, channels,
+                [&](int64_t i, Vec<T> v, int lanes) { store_partial(to + i, v / divisor, lanes); });
+          }
+        }
+      }
+    }
+  }
+}
+
+// One window over the whole image: each row's pixels are added in registers, rows in cache.
+template <typename T>
+void mean_images(const BoxSum<T>& p, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  constexpr int64_t L = kLanes<T>;
+  const int64_t C = p.channels, W = p.source_width, H = p.source_height;
+  const Vec<T> divisor = broadcast<T>(p.row_scale[0] * p.column_scale[0]);
+  Scratch<A> sums(C + L);
+  for (int64_t n = begin; n < end; ++n) {
+    for (int64_t r = 0; r < H; ++r) {
+      const T* row = p.source + (n * H + r) * W * C;
+      const auto add = [&](int64_t c, auto registers, int lanes) {
+        Vec<T> sum[registers] = {};
+        for (int64_t x = 0; x < W; ++x) {
+          for (int k = 0; k < registers; ++k)
+            sum[k] += load_partial(row + x * C + c + k * L, lanes);
+        }
+        for (int k = 0; k < registers; ++k) {
+          A* kept = sums.get() + c + k * L;
+          if (r > 0) sum[k] += load<A>(kept);
+          store<A>(kept, sum[k]);
+          if (r + 1 == H) store_partial(p.target + n * C + c + k * L, sum[k] / divisor, lanes);
+        }
+      };
+      int64_t c = 0;
+      for (; c + 4 * L <= C; c += 4 * L)
+        add(c, std::integral_constant<int, 4>{}, std::integral_constant<int, L>{});
+      for (; c < C; c += L)
+        add(c, std::integral_constant<int, 1>{}, static_cast<int>(C - c < L ? C - c : L));
+    }
+  }
+}
+
+// ---- contiguous ---------------------------------------------------------------------------
+
+// Where planes lie in the working rows of some of them side by side.
+template <bool kBackward, typename T>
+struct BundleShape {
+  explicit BundleShape(const BoxSum<T>& p)
+      : stride(p.regular ? p.window.stride : 1),
+        padding(p.regular ? p.window.padding : 0),
+        reach(p.regular ? (p.window.size - 1) / stride : 0),
+        split(!kBackward && stride > 1),
+        lead(kBackward ? reach
+             : split   ? 0
+                       : padding),
+        segment(segment_of(p)),
+        sum_step(split ? p.source_width : segment),
+        planes(planes_of(p)),
+        pitch(planes * segment + reach + 4 * kLanes<T>) {}
+
+  int64_t segment_of(const BoxSum<T>& p) const {
+    const int64_t input = kBackward ? p.target_width : p.source_width;
+    const int64_t output = kBackward ? p.source_width : p.target_width;
+    const int64_t columns = (padding + input + stride - 1) / stride;
+    return reach + (columns > output ? columns : output);
+  }
+  int64_t planes_of(const BoxSum<T>& p) const {
+    const int64_t fit = 8 * kLanes<T> / segment, all = p.batch * p.channels;
+    return fit > all ? all : (fit > 1 ? fit : 1);
+  }
+
+  int64_t stride, padding;
+  int64_t reach;    // further phase columns that a window touches
+  bool split;       // sums go through phase rows
+  int64_t lead;     // zeros in front of each plane's sums
+  int64_t segment;  // from one plane to the next in phase and result rows
+  int64_t sum_step, planes, pitch;
+};
+
+// The rows themselves; zero wherever no data is ever written.
+template <bool kBackward, typename T>
+struct Bundle : BundleShape<kBackward, T> {
+  using A = acc_t<T>;
+  using Shape = BundleShape<kBackward, T>;
+
+  explicit Bundle(const BoxSum<T>& p)
+      : Shape(p),
+        sums(Shape::planes * Shape::sum_step + Shape::pitch),
+        phases(Shape::stride * Shape::pitch),
+        results(Shape::stride * Shape::pitch),
+        divisors(Shape::pitch) {
+    sums.zero();
+    phases.zero();
+    for (int64_t i = 0; i < Shape::pitch; ++i) divisors.get()[i] = A(1);
+    if constexpr (kBackward) return;
+    for (int64_t k = 0; k < Shape::planes; ++k) {
+      for (int64_t t = 0; t < p.target_width; ++t) {
+        divisors.get()[k * Shape::segment + t] = p.column_scale[t];
+      }
+    }
+  }
+
+  Scratch<A> sums, phases, results, divisors;
+};
+
+// Target rows of `planes` planes from their column sums, by taps at consecutive phase columns.
+template <bool kBackward, typename T>
+void add_columns(const BoxSum<T>& p, Bundle<kBackward, T>& b, int64_t planes, int64_t t, T* target,
+                 int64_t target_plane) {
+  using A = acc_t<T>;
+  const int64_t length = planes * b.segment, size = p.window.size, stride = b.stride;
+  if constexpr (kBackward) {
+    for (int64_t f = 0; f < stride; ++f) {
+      const int64_t taps = f < size ? (size - f + stride - 1) / stride : 0;
+      A* result = b.results.get() + f * b.pitch;
+      add_up<false, A>(b.sums.get() + b.lead - (taps - 1), 1, taps, nullptr, length,
+                       [&](int64_t i, Vec<T> v, int) { store<A>(result + i, v); });
+    }
+    for (int64_t k = 0; k < planes; ++k) {
+      merge_phases(b.results.get() + k * b.segment, b.pitch, b.padding, stride,
+                   target + k * target_plane, p.target_width);
+    }
+    return;
+  }
+  A* results = b.results.get();
+  const A* taps = b.sums.get();
+  if (b.split) {
+    for (int64_t k = 0; k < planes; ++k) {
+      split_phases<A>(b.sums.get() + k * b.sum_step, p.source_width, b.padding, stride,
+                      b.phases.get() + k * b.segment, b.pitch, 0);
+    }
+    taps = b.phases.get();
+    for (int64_t f = 1; f < stride && f < size; ++f) {
+      add_up<false, A>(taps + f * b.pitch, 1, (size - f + stride - 1) / stride, nullptr, length,
+                       [&](int64_t i, Vec<T> v, int) {
+                         store<A>(results + i, f > 1 ? load<A>(results + i) + v : v);
+                       });
+    }
+  }
+  const bool add = b.split && size > 1;
+  const Vec<T> row_divisor = broadcast<T>(p.row_scale[t]);
+  add_up<false, A>(taps, 1, (size + stride - 1) / stride, nullptr, length,
+                   [&](int64_t i, Vec<T> v, int) {
+                     if (add) v += load<A>(results + i);
+                     store<A>(results + i, v / (row_divisor * load<A>(b.divisors.get() + i)));
+                   });
+  for (int64_t k = 0; k < planes; ++k) {
+    for_each_vec<T>(p.target_width, [&](int64_t i, int lanes) {
+      store_partial(target + k * target_plane + i, load<A>(results + k * b.segment + i), lanes);
+    });
+  }
+}
+
+// The same for windows of uneven size or far apart.
+template <bool kBackward, typename T>
+void add_columns_uneven(const BoxSum<T>& p, Bundle<kBackward, T>& b, int64_t planes, int64_t t,
+                        T* target, int64_t target_plane) {
+  using A = acc_t<T>;
+  for (int64_t k = 0; k < planes; ++k) {
+    const A* sums = b.sums.get() + k * b.sum_step + b.lead;
+    T* to = target + k * target_plane;
+    if (p.target_width == 1) {
+      const A sum = add_all(sums + p.columns[0].begin, p.columns[0].size());
+      to[0] = from_acc<T>(kBackward ? sum : sum / (p.row_scale[t] * p.column_scale[0]));
+      continue;
+    }
+    for (int64_t u = 0; u < p.target_width; ++u) {
+      A sum = 0;
+      for (int64_t x = p.columns[u].begin; x < p.columns[u].end; ++x) sum += sums[x];
+      to[u] = from_acc<T>(kBackward ? sum : sum / (p.row_scale[t] * p.column_scale[u]));
+    }
+  }
+}
+
+template <bool kBackward, typename T>
+void box_rows_contiguous(const BoxSum<T>& p, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  Bundle<kBackward, T> bundle(p);
+  const int64_t source_plane = p.source_height * p.source_width;
+  const int64_t target_plane = p.target_height * p.target_width, all = p.batch * p.channels;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t t = unit % p.target_height, first = unit / p.target_height * bundle.planes;
+    const int64_t planes = all - first < bundle.planes ? all - first : bundle.planes;
+    const Span rows = p.rows[t];
+    T* target = p.target + first * target_plane + t * p.target_width;
+    if (kBackward && unit > begin && t > 0 && rows.begin == p.rows[t - 1].begin &&
+        rows.end == p.rows[t - 1].end) {
+      for (int64_t k = 0; k < planes; ++k, target += target_plane) {
+        std::memcpy(target, target - p.target_width, p.target_width * sizeof(T));
+      }
+      continue;
+    }
+    for (int64_t k = 0; k < planes; ++k) {
+      A* sums = bundle.sums.get() + k * bundle.sum_step + bundle.lead;
+      add_up<kBackward>(p.source + (first + k) * source_plane + rows.begin * p.source_width,
+                        p.source_width, rows.size(), kBackward ? p.row_scale + rows.begin : nullptr,
+                        p.source_width, [&](int64_t i, Vec<T> v, int lanes) {
+                          if constexpr (kBackward) v *= load_partial(p.column_scale + i, lanes);
+                          store<A>(sums + i, v);
+                        });
+    }
+    if (p.regular)
+      add_columns(p, bundle, planes, t, target, target_plane);
+    else
+      add_columns_uneven(p, bundle, planes, t, target, target_plane);
+  }
+}
+
+// One window over the whole plane: kLanes planes at a time, so that as many streams of memory are
+// under way, and their sums side by side.
+template <typename T>
+void mean_planes(const BoxSum<T>& p, int64_t begin, int64_t end) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t size = p.source_height * p.source_width, whole = size / L * L, rest = size - whole;
+  const Vec<T> divisor = broadcast<T>(p.row_scale[0] * p.column_scale[0]);
+  // What is left is read from the end of the plane, without the lanes that came before.
+  const Mask<T> seen = first_lanes<T>(static_cast<int>(L - rest));
+  for (int64_t first = begin; first < end; first += L) {
+    const int lanes = static_cast<int>(end - first < L ? end - first : L);
+    const T* planes[L];
+    for (int l = 0; l < L; ++l) planes[l] = p.source + (first + (l < lanes ? l : 0)) * size;
+    Vec<T> block[L] = {};
+    for (int64_t i = 0; i < whole; i += L) {
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l) block[l] += load(planes[l] + i);
+    }
+    for (int l = 0; rest > 0 && l < L; ++l) {
+      if (whole == 0)
+        block[l] += load_partial(planes[l], static_cast<int>(rest));
+      else
+        block[l] += seen ? Vec<T>{} : load(planes[l] + size - L);
+    }
+    transpose<T>(block);
+    for (int width = L / 2; width > 0; width /= 2) {
+      for (int k = 0; k < width; ++k) block[k] += block[k + width];
+    }
+    store_partial(p.target + first, block[0] / divisor, lanes);
+  }
+}
+
+// Its backward: one value for a plane.
+template <typename T>
+void fill_planes(const BoxSum<T>& p, int64_t begin, int64_t end) {
+  const int64_t size = p.target_height * p.target_width;
+  const acc_t<T> scale = p.row_scale[0] * p.column_scale[0];
+  for (int64_t plane = begin; plane < end; ++plane) {
+    T* target = p.target + plane * size;
+    const Vec<T> v = broadcast<T>(to_acc(p.source[plane]) * scale);
+    for_each_vec<T>(size, [&](int64_t i, int lanes) { store_partial(target + i, v, lanes); });
+  }
+}
+
+// ---- entry --------------------------------------------------------------------------------
+
+// Whether the first and the last box take in every source position.
+inline bool covers_all(const Span* boxes, int64_t targets, int64_t positions) {
+  return boxes[0].size() == positions && boxes[targets - 1].size() == positions;
+}
+
+}  // namespace
+
+template <bool kBackward, typename T>
+void box_sum(const BoxSum<T>& p) {
+  if (p.batch * p.channels * p.target_height * p.target_width == 0) return;
+  const int64_t planes = p.batch * p.channels;
+  const int64_t input_plane =
+      kBackward ? p.target_height * p.target_width : p.source_height * p.source_width;
+  const int64_t windows =
+      kBackward ? p.source_height * p.source_width : p.target_height * p.target_width;
+  const auto grain = [](int64_t elements) { return kBoxGrain / (elements + 1) + 1; };
+  const bool whole = windows == 1 && covers_all(p.rows, p.target_height, p.source_height) &&
+                     covers_all(p.columns, p.target_width, p.source_width);
+  if (!kBackward && p.channels_last && whole) {
+    if constexpr (!kBackward) {
+      parallel_for(p.batch, grain(input_plane * p.channels),
+                   [&](int64_t begin, int64_t end) { mean_images(p, begin, end); });
+    }
+  } else if (p.channels_last) {
+    parallel_for(
+        p.batch * p.target_height, grain(input_plane * p.channels / p.target_height),
+        [&](int64_t begin, int64_t end) { box_rows_channels_last<kBackward>(p, begin, end); });
+  } else if (whole) {
+    parallel_for(planes, grain(input_plane), [&](int64_t begin, int64_t end) {
+      if constexpr (kBackward)
+        fill_planes(p, begin, end);
+      else
+        mean_planes(p, begin, end);
+    });
+  } else {
+    const int64_t in_bundle = BundleShape<kBackward, T>(p).planes;
+    parallel_for((planes + in_bundle - 1) / in_bundle * p.target_height,
+                 grain(in_bundle * input_plane / p.target_height), [&](int64_t begin, int64_t end) {
+                   box_rows_contiguous<kBackward>(p, begin, end);
+                 });
+  }
+}
+
+template void box_sum<false>(const BoxSum<double>&);
+template void box_sum<false>(const BoxSum<float>&);
+template void box_sum<false>(const BoxSum<bf16>&);
+template void box_sum<false>(const BoxSum<f16>&);
+template void box_sum<true>(const BoxSum<double>&);
+template void box_sum<true>(const BoxSum<float>&);
+template void box_sum<true>(const BoxSum<bf16>&);
+template void box_sum<true>(const BoxSum<f16>&);
+
+}  // namespace torchops::cpu::TORCHOPS_ISA

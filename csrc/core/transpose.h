@@ -20,8 +20,8 @@ template <int bit, bool to_b, typename V, std::size_t... e>
                                                  : int(e) + (to_b ? distance : 0))...);
 }
 
-// block[i][j] <-> block[j][i], for a block of kLanes registers. Left to itself, GCC 12 calls it with
-// the block in memory.
+// block[i][j] <-> block[j][i], for a block of kLanes registers. Left to itself, GCC 12 calls it
+// with the block in memory.
 template <typename T, int bit = 0>
 [[gnu::always_inline]] inline void transpose(Vec<T>* block) {
   constexpr int lanes = kLanes<T>;

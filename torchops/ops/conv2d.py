@@ -80,11 +80,12 @@ def conv1d(
     if not isinstance(padding, str):
         padding = (0, *single(padding))
     window = ((1, *single(stride)), padding, (1, *single(dilation)), groups)
+    if weight.stride(-1) != 1:
+        # As images of height 1, which such a weight may make channels_last; rows are 15 us sooner.
+        rows, kernels = input.contiguous().unsqueeze(-2), weight.unsqueeze(-2)
+        return conv2d.__wrapped__(rows, kernels, bias, *window).squeeze(-2)
     if input.dim() == 2:
         return _convolve(input.unsqueeze(0), weight, bias, *window).squeeze(0)
-    if input.stride(-1) != 1 or weight.stride(-1) != 1:
-        # As images of height 1, which may be channels_last: native's strides. Rows are 15 us sooner.
-        return _convolve(input.unsqueeze(-2), weight.unsqueeze(-2), bias, *window).squeeze(-2)
     return _convolve(input, weight, bias, *window)
 
 

@@ -2,6 +2,10 @@
 
 #include <torch/csrc/stable/c/shim.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace torchops {
 namespace {
 
@@ -54,6 +58,24 @@ Window make_window(const char* op, int64_t size, int64_t stride, int64_t padding
   TORCHOPS_CHECK(size <= kLimit && stride <= kLimit && padding <= kLimit && dilation <= kLimit, op,
                  ": kernel_size, stride, padding and dilation must be at most 2^30");
   return Window{size, stride, padding, dilation};
+}
+
+// A large result is new memory, written once from end to end, and its page faults may take longer
+// than the writing: in huge pages there is one for every 512. Where the system gives them only to
+// those who ask (transparent_hugepage/enabled: madvise), torch does not ask. Training batch-norm of
+// [32, 64, 112, 112] in float32 on one thread of Zen 3 took 115 ms, and takes 34.
+void prefer_huge_pages(const Tensor& tensor, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kPage = 2 << 20, kLarge = 2 * kPage;
+  if (bytes < kLarge || !tensor.is_cpu()) return;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  // A wish: where it fails, the pages are small.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)tensor, (void)bytes;
+#endif
 }
 
 }  // namespace
@@ -119,7 +141,9 @@ Tensor empty(const IntList& sizes, MemoryFormat format, const Tensor& like, Stor
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(rank, sizes.data(), strides, storage_dtype(storage, like),
                                raw_device_type(like), like.get_device_index(), &result));
-  return Tensor(result);
+  const Tensor tensor(result);
+  prefer_huge_pages(tensor, tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+  return tensor;
 }
 
 IntList sizes_of(const Tensor& tensor) {

@@ -196,3 +196,14 @@ def test_a_tensor_subclass_that_knows_only_torch_runs_natively():
     with pytest.warns(FallbackWarning, match="conv2d ran natively: .* tensors of class TorchOnly"):
         output = TF.conv2d(input, TorchOnly(weight))
     torch.testing.assert_close(output, torch.nn.functional.conv2d(input, weight))
+
+
+def test_what_torch_accepts_and_ours_refuses_runs_natively_in_auto_only():
+    # torch 2.13 lets a bias of another dtype pass where padding is a word.
+    input = torch.randn(1, 2, 5, 5, requires_grad=True)
+    weight, bias = torch.randn(3, 2, 3, 3), torch.randn(3, dtype=torch.float64)
+    native = torch.nn.functional.conv2d(input, weight, bias, padding="same")
+    with torchops.backend("auto"):
+        assert torch.equal(TF.conv2d(input, weight, bias, padding="same"), native)
+    with torchops.backend("own"), pytest.raises(RuntimeError, match="bias has another dtype"):
+        TF.conv2d(input, weight, bias, padding="same")

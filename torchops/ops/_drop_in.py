@@ -104,8 +104,8 @@ def settle(name: str, native: Callable[..., Any], args: Any, kwargs: Any, error:
     """What becomes of a call that ours refused: native's own exception where it refuses, too.
 
     Where it does not, a layout that no kernel takes, or a tensor subclass that knows torch's
-    operators but not ours (DTensor, a quantised weight), gets native's result; for plain tensors
-    the `error` is ours.
+    operators but not ours (DTensor, a quantised weight), gets native's result. For plain tensors
+    the `error` is ours: mode "own" raises it, and "auto" never breaks a model that ran before.
     """
     try:
         result = native(*args, **kwargs)
@@ -119,6 +119,8 @@ def settle(name: str, native: Callable[..., Any], args: Any, kwargs: Any, error:
         if isinstance(argument, Tensor) and type(argument) not in (Tensor, torch.nn.Parameter):
             _backend.warn_fallback(name, f"tensors of class {type(argument).__name__}")
             return result
+    if _backend.mode == "auto":
+        return result
     raise error
 
 

@@ -1,6 +1,6 @@
 // Gradient of a depthwise convolution's weight on the CPU: one read of input, one of grad_output.
 //
-// Plan: up to 14 pixels of grad_output stay in registers while the window's rows pass, each adding
+// Plan: up to two strips of grad_output stay in registers while the window's rows pass, each adding
 // a row of taps to sums in L1. NHWC with the windows of conv2d_depthwise_rows.h straight from the
 // tensors, all else in the working form. Fixed blocks of rows, added in order.
 //

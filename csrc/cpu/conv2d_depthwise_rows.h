@@ -1,10 +1,9 @@
 // Depthwise 3x3, 5x5 and 7x7 windows of stride 1 and 2: two output rows at a time, straight from
 // pixel-major memory, be it the tensor itself (NHWC) or the working form.
 //
-// Sums of 2 x 7 output pixels stay in registers. Each input pixel is loaded and unpacked once and
-// multiplied into all the sums that it reaches, so loads and bf16 conversions are a small part of
-// the multiply-adds. 7 is a divisor of the usual widths, and 14 sums leave a 16-register machine
-// two registers to work with. At borders a strip reads from a copy that has the padding.
+// The sums of a strip of both rows stay in registers. Each input pixel is loaded and unpacked once
+// and multiplied into all the sums that it reaches, so loads and bf16 conversions are a small part
+// of the multiply-adds. At borders a strip reads from a copy that has the padding.
 #pragma once
 
 #include "cpu/conv2d_depthwise.h"
@@ -18,7 +17,9 @@ template <typename T>
 constexpr bool kHasWindowKernels =
     kVecBytes > 16 && (std::is_same_v<T, float> || std::is_same_v<T, bf16>);
 
-constexpr int kStripPixels = 7;
+// 2 x 7 sums of 32 registers; of 16, 2 x 4 leave room for the weights (2 x 7 spilled: 3x3 of 72 x
+// 75 x 75 took 1.8 times as long on Zen 3).
+constexpr int kStripPixels = kVecBytes == 64 ? 7 : 4;
 constexpr int kMaxWindowRows = 9;  // rows under two windows: 7 + stride 2
 
 // The end of readable memory: a register's worth of its last elements, where loading past them is

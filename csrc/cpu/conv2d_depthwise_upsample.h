@@ -1,7 +1,7 @@
 // Gradient of the input of depthwise 3x3, 5x5 and 7x7 windows of stride 2: one row of grad_input at
 // a time, from the rows of grad_output that reach it.
 //
-// Even and odd pixels meet different taps. A strip holds the sums of 14 pixels, 7 of each kind;
+// Even and odd pixels meet different taps. A strip holds the sums of as many of each kind;
 // each pixel of grad_output is loaded once and multiplied into all of them that it reaches.
 #pragma once
 

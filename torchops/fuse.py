@@ -76,9 +76,8 @@ def batch_norm_act(
     output = batch_norm(input)
     if residual is not None:
         output = output + residual
-    return ACTIVATIONS[activation].native(output) if isinstance(activation, str) else (
-        activation(output)
-    )  # fmt: skip
+    act = ACTIVATIONS[activation].native if isinstance(activation, str) else activation
+    return act(output)
 
 
 def _alike(residual: Any, input: Tensor) -> bool:
@@ -148,8 +147,9 @@ class FoldingSequential(Twin):
         layer = next(layers)
         while layer is not None:
             following = next(layers)
-            if following is not None and folded(layer, following) is not None:
-                input = batch_norm_act(layer, following, input)
+            name = None if following is None else folded(layer, following)
+            if name is not None:
+                input = normalize(layer, input, name)
                 following = next(layers)
             else:
                 input = layer(input)

@@ -22,8 +22,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchops._script import stand_in
-from torchops.fuse import BATCH_NORMS, activation_name, batch_norm_act, folded, restore
+from torchops.fuse import BATCH_NORMS, Twin, activation_name, batch_norm_act, folded, restore
 
 _FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
@@ -55,7 +54,7 @@ def unfuse(model: nn.Module) -> None:
     restore(model, _Rewritten)
 
 
-class _Rewritten:
+class _Rewritten(Twin):
     """First base of the subclasses that carry a rewritten forward.
 
     Such a class exists only in this process: copying and pickling store the block's own class and
@@ -64,9 +63,6 @@ class _Rewritten:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, type(self).__bases__[1:], self.__dict__
-
-    def __prepare_scriptable__(self: Any) -> nn.Module:
-        return stand_in(self, type(self).__bases__[1])
 
 
 def _rebuild(cls: type[nn.Module]) -> Any:

@@ -1,4 +1,5 @@
-"""Fake kernels and vmap rules of max_pool2d and adaptive_max_pool2d, which differ in their windows.
+"""What max_pool2d and adaptive_max_pool2d share, which differ in their windows: fake kernels, vmap
+rules, and the short way through autograd.
 
 `windows` are the numbers that describe these, where an operator needs them.
 """
@@ -10,8 +11,27 @@ from typing import Any
 
 import torch
 
-from torchops.ops._autograd import Function, fold_batch, register, unfold_batch
+from torchops.ops._autograd import Function, fold_batch, plain_apply, register, unfold_batch
 from torchops.ops._shape import suggest_memory_format
+
+
+def backward_only(function: type[Function]) -> Callable[..., Any]:
+    """`function`, of outputs and offsets, where only backward is asked for: one output, 3 us sooner
+    (bench/overhead.py)."""
+
+    def forward(ctx, input, windows):
+        output, offsets = function.forward(input, windows)
+        ctx.set_materialize_grads(False)
+        ctx.rest = (input.shape, windows)
+        ctx.save_for_backward(offsets)
+        return output
+
+    def backward(ctx, grad_output):
+        return function.backward(ctx, grad_output, None)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    name = function.__name__.replace("Function", "BackwardOnly")
+    return plain_apply(type(name, (torch.autograd.Function,), members))
 
 
 def register_max(

@@ -62,8 +62,9 @@ Window make_window(const char* op, int64_t size, int64_t stride, int64_t padding
 
 // A large result is new memory, written once from end to end, and its page faults may take longer
 // than the writing: in huge pages there is one for every 512. Where the system gives them only to
-// those who ask (transparent_hugepage/enabled: madvise), torch does not ask. Training batch-norm of
-// [32, 64, 112, 112] in float32 on one thread of Zen 3 took 115 ms, and takes 34.
+// those who ask (transparent_hugepage/enabled: madvise), torch does not ask. On Zen 3,
+// torchops bench batch_norm:mb32_ic64ih112 --threads 1 --quick went from 116 ms to 34 forward, and
+// from 135 to 47 backward.
 void prefer_huge_pages(const Tensor& tensor, int64_t bytes) {
 #if defined(__linux__)
   constexpr int64_t kPage = 2 << 20, kLarge = 2 * kPage;

@@ -153,20 +153,16 @@ inline void transpose_offsets(const O* from, int64_t from_step, int64_t rows, in
   }
 }
 
-inline void planes_to_channels(const uint8_t* planes, int64_t plane, int64_t channels,
-                               int64_t count, uint8_t* vectors, int64_t pitch) {
+template <typename O>
+  requires std::is_integral_v<O>
+inline void planes_to_channels(const O* planes, int64_t plane, int64_t channels, int64_t count,
+                               O* vectors, int64_t pitch) {
   transpose_offsets(planes, plane, channels, count, vectors, pitch);
 }
-inline void planes_to_channels(const int32_t* planes, int64_t plane, int64_t channels,
-                               int64_t count, int32_t* vectors, int64_t pitch) {
-  transpose_offsets(planes, plane, channels, count, vectors, pitch);
-}
-inline void channels_to_planes(const uint8_t* vectors, int64_t pitch, int64_t channels,
-                               int64_t count, uint8_t* planes, int64_t plane) {
-  transpose_offsets(vectors, pitch, count, channels, planes, plane);
-}
-inline void channels_to_planes(const int32_t* vectors, int64_t pitch, int64_t channels,
-                               int64_t count, int32_t* planes, int64_t plane) {
+template <typename O>
+  requires std::is_integral_v<O>
+inline void channels_to_planes(const O* vectors, int64_t pitch, int64_t channels, int64_t count,
+                               O* planes, int64_t plane) {
   transpose_offsets(vectors, pitch, count, channels, planes, plane);
 }
 

@@ -9,14 +9,15 @@
 // planes first. grad_input is the same product with the weights' channels swapped and the taps
 // reversed, one per phase of the stride. The order of summation depends on nothing but the shapes.
 //
-// Reached on Zen 3, fp32, forward, contiguous / channels_last, of the 90 GFLOP/s of a tile from L1
-// (97 by multiply-adds alone, 78 by torch.mm), of the runs that nothing else disturbed (torchops
-// bench PROBLEM --layout contiguous,channels_last --threads 1):
-//   conv2d:mb8_ic128ih28oc128kh3ph1    87 / 94 %
-//   conv2d:mb8_ic64ih56oc64kh3ph1      86 / 89 %
-//   conv1x1:mb8_ic1024ih14oc256        84 / 83 %
-//   conv2d:mb8_ic3ih224oc64kh7sh2ph3   77 / 68 %; grad_input 35 / 30 %
-//   conv2d:mb8_ic512ih7oc512kh3ph1     69 / 74 %: bound by the weights
+// Reached on Zen 3, fp32, GFLOP/s, contiguous / channels_last, forward and backward with both
+// gradients; torch.mm did 62 in the same run (torchops bench PROBLEM --layout
+// contiguous,channels_last --threads 1 --quick):
+//   conv2d:mb8_ic128ih28oc128kh3ph1    55 / 63   53 / 56
+//   conv2d:mb8_ic64ih56oc64kh3ph1      76 / 60   52 / 57
+//   conv1x1:mb8_ic1024ih14oc256        58 / 72   65 / 51
+//   conv2d:mb8_ic3ih224oc64kh7sh2ph3   61 / 57   29 / 27
+//   conv2d:mb8_ic512ih7oc512kh3ph1     65 / 56   57 / 48, bound by the weights
+//   conv1x1:mb1_ic1280ih7oc320         41 / 33   20 / 17, bound by packing the weights
 // Tried without gain: fetching the panel's lines for writing.
 #include "ops/conv2d.h"
 

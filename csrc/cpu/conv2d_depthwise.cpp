@@ -8,8 +8,11 @@
 // Reached, one thread, AVX-512, batch 8, 3x3 of 144 x 56 x 56, as the best time against the best
 // time of a copy of the same bytes (shared machine, separate runs: a rough figure): float32 NHWC
 // 90 %, bfloat16 NHWC 64 %, float32 NCHW 45 %. 7x7 is bound by its multiply-adds: 4.8 per ns of a
-// measured peak of 7.2. AVX2 (Zen 3), float32 NHWC, in GB/s of a copy's 10.5: 3x3 of 72 x 75 x 75,
-// batch 1, 9.4; of 576 x 14 x 14, batch 8, 5.2; stride 2 of 96 x 112 x 112 4.6, the least.
+// measured peak of 7.2.
+// AVX2 (Zen 3), float32 NHWC forward, of a copy in the same run (torchops bench PROBLEM --layout
+// channels_last --threads 1 --quick):
+//   conv2d:mb1_g72ic72ih75oc72kh3ph1 63 %      conv2d:mb8_g144ic144ih56oc144kh3ph1 38 %
+//   conv2d:mb8_g576ic576ih14oc576kh3ph1 28 %   conv2d:mb8_g96ic96ih112oc96kh3sh2ph1 34 %
 //
 // Did not pay: NHWC through the working form, by whole rows (about 3x slower) or by slices of
 // channels (slower still; both timed under load); a branch instead of an address choice at borders

@@ -7,11 +7,7 @@
 // by position. contiguous: grad_output is transposed on its way into the panel. The rows run in the
 // order in which the weight lies in memory, so that the result is transposed by whole vectors.
 //
-// Reached by this gradient alone, as in conv2d.cpp:
-//   conv2d:mb8_ic128ih28oc128kh3ph1    81 / 82 %
-//   conv2d:mb8_ic64ih56oc64kh3ph1      80 / 75 %
-//   conv1x1:mb8_ic1024ih14oc256        73 / 73 %
-//   conv2d:mb8_ic512ih7oc512kh3ph1     66 / 72 %
+// Reached: the backward of conv2d.cpp's table, of which this is half.
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "core/transpose.h"

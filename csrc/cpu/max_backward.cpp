@@ -6,9 +6,9 @@
 // of windows that differ by rows only are added first, and then gathered along the row. Where
 // outputs are few, they scatter into zeros.
 //
-// As in max_forward.cpp: 0.3 to 0.8 / 1.5 / 1.6, 1.2 / 2.2 / 2.3, 0.7 / 1.6 / 2.2 and
-// 0.55 / 1.6 / 1.6. Scattering one by one into rows of sums took 20 cycles an output; a memset of
-// kilobytes before a scatter leaves its lines outside the cache.
+// In the order of max_forward.cpp: 0.88 / 1.6, 1.1 / 2.4, 0.66 / 1.5 and 0.55 / 1.9. Scattering one
+// by one into rows of sums took 20 cycles an output; a memset of kilobytes before a scatter leaves
+// its lines outside the cache.
 #include "core/parallel.h"
 #include "cpu/channel_rows.h"
 #include "cpu/max_windows.h"

@@ -7,12 +7,13 @@
 // first maximum is the same for every window that takes in the row, and rows are compared in
 // order, so ties and NaNs come out as in one scan.
 //
-// Times of native over ours on Zen 3, one pinned thread, beside other work: fp32 contiguous / fp32
-// channels_last / bf16 channels_last (torchops bench PROBLEM --threads 1 --quick):
-//   max_pool2d:mb8_ic64ih112kh3sh2ph1   7.1 / 1.4 / 1.5
-//   max_pool2d:mb8_ic256ih56kh2         6.3 / 0.8 / 1.1
-//   max_pool2d:mb8_ic200ih33kh3ph1      8.9 / 1.5 / 2.1
-//   max_pool2d:mb8_ic256ih28kh5ph2       17 / 2.6 / 4.5
+// Times of native over ours on Zen 3, fp32, contiguous / channels_last (torchops bench PROBLEM
+// --layout contiguous,channels_last --threads 1 --quick):
+//   max_pool2d:mb8_ic64ih112kh3sh2ph1       6.3 / 1.8
+//   max_pool2d:mb8_ic256ih56kh2sh2          5.3 / 1.4
+//   max_pool2d:mb8_ic200ih33kh3sh1ph1       7.9 / 1.8
+//   max_pool2d:mb8_ic256ih28kh5sh1ph2      15.7 / 2.4
+// The most is 7.2 GB/s of a copy's 10.5, the first in channels_last.
 // Slower: converting half types into rows of fp32 first; wide windows one pixel at a time, in the
 // order of memory, or the whole window in registers.
 #include "core/parallel.h"

@@ -1,10 +1,13 @@
 // Average-pooling on the GPU: one read of the input, one write of the output, and the reverse.
 //
-// Plan: see avg_windows.cuh; 2x2/2, 3x3/2 and 3x3/1 know their stride and size when compiled, which
-// saves the divisions of the backward pass.
+// Plan: avg_windows.cuh for any window. Of 2x2/2, 3x3/2 and 3x3/1 a thread has all loads under way
+// before it adds up the first: those of a window, or of the windows over a patch of the input.
+//
+// Not measured on a GPU yet.
 #include "ops/avg_pool2d.h"
 
 #include "cuda/avg_windows.cuh"
+#include "cuda/fixed_axis.cuh"
 
 namespace torchops::cuda {
 namespace {
@@ -33,6 +36,107 @@ template <typename Sliding> struct AvgAxis : Sliding {
   int64_t padded_end_;  // 0 where padding does not count
   int64_t override_;
 };
+
+template <typename T, int N, typename Axis>
+__global__ void __launch_bounds__(kPoolThreads, 2)
+    avg_pool2d_fixed_kernel(AvgWindows<Axis> p, Places places, const T* input, T* output) {
+  using A = acc_t<T>;
+  constexpr int K = Axis::taps;
+  for (int64_t i = global_thread(); i < places.count; i += grid_threads()) {
+    const Place at = places.at(i);
+    const int64_t top = p.height.start(at.row), left = p.width.start(at.column);
+    const int64_t row_step = p.width.length * p.channels;
+    const T* row =
+        input + at.pack * N + (at.image * p.height.length + top) * row_step + left * p.channels;
+    Pack<T, N> taps[K * K];
+#pragma unroll
+    for (int r = 0; r < K; ++r, row += row_step) {
+      const T* tap = row;
+#pragma unroll
+      for (int k = 0; k < K; ++k, tap += p.channels) {
+        const bool inside =
+            is_below(top + r, p.height.length) && is_below(left + k, p.width.length);
+        taps[r * K + k] = load_if<N>(inside, tap, T{});
+      }
+    }
+    const A weight = 1 / (A(p.height.divisor(at.row)) * A(p.width.divisor(at.column)));
+    Pack<A, N> mean;
+#pragma unroll
+    for (int lane = 0; lane < N; ++lane) {
+      A sum = 0;
+#pragma unroll
+      for (int tap = 0; tap < K * K; ++tap) sum += to_acc(taps[tap][lane]);
+      mean[lane] = sum * weight;
+    }
+    store(output + i * N, from_acc<T>(mean));
+  }
+}
+
+template <typename T, int N, typename Axis>
+__global__ void __launch_bounds__(kPoolThreads, 2)
+    avg_pool2d_patch_kernel(AvgWindows<Axis> p, Places places, const T* grad_output,
+                            T* grad_input) {
+  using A = acc_t<T>;
+  constexpr int K = Axis::taps, windows = Axis::kWindows, patch = Axis::kPatch;
+  for (int64_t i = global_thread(); i < places.count; i += grid_threads()) {
+    const Place at = places.at(i);
+    const int64_t oh = p.height.first_window(at.row), ow = p.width.first_window(at.column);
+    Pack<A, N> sum[patch][patch] = {};
+#pragma unroll(windows < 4 ? windows : 1)  // all at once, 3x3/1 would spill
+    for (int y = 0; y < windows; ++y) {
+      const bool row_inside = is_below(oh + y, p.height.outputs);
+      int64_t o = ((at.image * p.height.outputs + oh + y) * p.width.outputs + ow) * p.channels +
+                  at.pack * N;
+      Pack<T, N> grad[windows];
+#pragma unroll
+      for (int x = 0; x < windows; ++x, o += p.channels) {
+        const bool inside = row_inside && is_below(ow + x, p.width.outputs);
+        grad[x] = load_if<N>(inside, grad_output + o, T{});
+      }
+      const A divisor = A(p.height.divisor(oh + y));
+#pragma unroll
+      for (int x = 0; x < windows; ++x) {
+        const A weight = 1 / (divisor * A(p.width.divisor(ow + x)));
+#pragma unroll
+        for (int pixel = 0; pixel < patch * patch; ++pixel) {
+          const int r = pixel / patch, c = pixel % patch;
+          const int row = Axis::tap(r, y), column = Axis::tap(c, x);
+          if (row < 0 || row >= K || column < 0 || column >= K) continue;
+#pragma unroll
+          for (int lane = 0; lane < N; ++lane) sum[r][c][lane] += to_acc(grad[x][lane]) * weight;
+        }
+      }
+    }
+    store_patch<T, N>(p.height, p.width, p.channels, at, sum, grad_input);
+  }
+}
+
+template <typename T, int kSize, int kStride>
+void launch_avg_forward(const PoolShape& s,
+                        const AvgWindows<AvgAxis<FixedAxis<kSize, kStride>>>& windows,
+                        const T* input, T* output, const Stream& stream) {
+  dispatch_width<T>(can_pack<T>(s.channels, input, output), [&](auto width) {
+    constexpr int N = decltype(width)::value;
+    const Places places(s.images, s.out_height, s.out_width, s.channels / N);
+    launch(avg_pool2d_fixed_kernel<T, N, AvgAxis<FixedAxis<kSize, kStride>>>,
+           blocks_for(places.count, kPoolThreads), kPoolThreads, stream, windows, places, input,
+           output);
+  });
+}
+
+template <typename T, int kSize, int kStride>
+void launch_avg_backward(const PoolShape& s,
+                         const AvgWindows<AvgAxis<FixedAxis<kSize, kStride>>>& windows,
+                         const T* grad_output, T* grad_input, const Stream& stream) {
+  dispatch_width<T>(can_pack<T>(s.channels, grad_output, grad_input), [&](auto width) {
+    constexpr int N = decltype(width)::value;
+    const Places places(s.images, windows.height.patches(), windows.width.patches(),
+                        s.channels / N);
+    launch(avg_pool2d_patch_kernel<T, N, AvgAxis<FixedAxis<kSize, kStride>>>,
+           blocks_for(places.count, kPoolThreads), kPoolThreads, stream, windows, places,
+           grad_output, grad_input);
+  });
+}
 
 // f(shape, windows)
 template <typename F>

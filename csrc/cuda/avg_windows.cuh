@@ -36,9 +36,9 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
         for (int lane = 0; lane < N; ++lane) sum[lane] += v[lane];
       }
     }
-    const A divisor = A(p.height.divisor(at.row)) * A(p.width.divisor(at.column));
+    const A weight = 1 / (A(p.height.divisor(at.row)) * A(p.width.divisor(at.column)));
 #pragma unroll
-    for (int lane = 0; lane < N; ++lane) sum[lane] /= divisor;
+    for (int lane = 0; lane < N; ++lane) sum[lane] *= weight;
     store(output + i * N, from_acc<T>(sum));
   }
 }

@@ -19,6 +19,8 @@
 #if defined(TORCHOPS_CUDA_EMULATOR)
 #include "cuda_emulator.h"
 #else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 

@@ -8,25 +8,21 @@
 // Not measured on a GPU yet.
 #include "ops/max_pool2d.h"
 
+#include "cuda/fixed_axis.cuh"
 #include "cuda/max_windows.cuh"
 
 namespace torchops::cuda {
 namespace {
 
 // Outputs of a column that one thread computes.
-template <int N> constexpr int kStrip = N > 1 ? 2 : 4;
+template <int N, int K> constexpr int kStrip = N > 1 && K < 5 ? 2 : 4;
 
-template <int kSize, int kStride> struct FixedWindows {
-  using Axis = FixedAxis<kSize, kStride>;
-  static constexpr int size = kSize, stride = kStride;
-};
-
-template <typename T, int N, bool kOffsets, typename W>
-__global__ void __launch_bounds__(kPoolThreads, 2)
-    max_pool2d_strip_kernel(MaxWindows<typename W::Axis> p, Places places, const T* input,
-                            T* output, uint8_t* offsets) {
-  using A = acc_t<T>;
-  constexpr int K = W::size, S = W::stride, strip = kStrip<N>;
+template <typename T, int N, bool kOffsets, typename Axis>
+__global__ void __launch_bounds__(kPoolThreads, Axis::taps < 5 ? 3 : 2)
+    max_pool2d_strip_kernel(MaxWindows<Axis> p, Places places, const T* input, T* output,
+                            uint8_t* offsets) {
+  constexpr int K = Axis::taps, S = Axis::stride, strip = kStrip<N, K>;
+  constexpr int rows = (strip - 1) * S + K;
   for (int64_t i = global_thread(); i < places.count; i += grid_threads()) {
     const Place at = places.at(i);
     const int64_t oh = at.row * strip, top = p.height.start(oh), left = p.width.start(at.column);
@@ -34,31 +30,31 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
     const T* window =
         input + at.pack * N + (at.image * p.height.length + top) * row_step + left * p.channels;
     const int first_column = left < 0 ? static_cast<int>(-left) : 0;
-    Best<A, N> best[strip];
+    Best<T, N> best[strip];
 #pragma unroll
     for (int s = 0; s < strip; ++s) {
       const int first_row = top + s * S < 0 ? static_cast<int>(-top - s * S) : 0;
       best[s].start(first_row * K + first_column);
     }
+#pragma unroll(K < 5 ? rows : 1)  // all at once, 5x5 would spill
+    for (int r = 0; r < rows; ++r, window += row_step) {
+      // All loads of a row go out before the first is needed: hence no branch around any of them.
+      const bool row_inside = is_below(top + r, p.height.length);
+      const T* tap = window;
+      Pack<T, N> taps[K];
 #pragma unroll
-    for (int r = 0; r < (strip - 1) * S + K; ++r) {
-      if (top + r < 0 || top + r >= p.height.length) continue;
-      Best<A, N> row;
+      for (int k = 0; k < K; ++k, tap += p.channels) {
+        const bool inside = row_inside && is_below(left + k, p.width.length);
+        taps[k] = load_if<N>(inside, tap, lowest<T>());
+      }
+      Best<T, N> row;
       row.start(first_column);
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        if (left + k < 0 || left + k >= p.width.length) continue;
-        const auto v = to_acc(load<N>(window + r * row_step + k * p.channels));
-#pragma unroll
-        for (int lane = 0; lane < N; ++lane) row.see(lane, v[lane], k);
-      }
+      for (int k = 0; k < K; ++k) row.see(taps[k], k);
 #pragma unroll
       for (int s = 0; s < strip; ++s) {
         const int tap = r - s * S;
-        if (tap < 0 || tap >= K) continue;
-#pragma unroll
-        for (int lane = 0; lane < N; ++lane)
-          best[s].see(lane, row.value[lane], row.offset[lane] + tap * K);
+        if (tap >= 0 && tap < K) best[s].see(row, tap * K);
       }
     }
     int64_t o = ((at.image * p.height.outputs + oh) * p.width.outputs + at.column) * p.channels +
@@ -66,9 +62,51 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
 #pragma unroll
     for (int s = 0; s < strip; ++s, o += p.width.outputs * p.channels) {
       if (oh + s >= p.height.outputs) break;
-      store(output + o, from_acc<T>(best[s].value));
-      if constexpr (kOffsets) store_offsets(offsets + o, best[s].offset);
+      store(output + o, best[s].values());
+      if constexpr (kOffsets) store(offsets + o, best[s].template offsets<uint8_t>());
     }
+  }
+}
+
+// Thread = 16 bytes of channels x a patch of the input; a pixel's windows in row-major order.
+template <typename T, int N, typename Axis>
+__global__ void __launch_bounds__(kPoolThreads, 2)
+    max_pool2d_patch_kernel(MaxWindows<Axis> p, Places places, const T* grad_output,
+                            const uint8_t* offsets, T* grad_input) {
+  constexpr int K = Axis::taps, windows = Axis::kWindows, patch = Axis::kPatch;
+  constexpr uint8_t nowhere = 255;
+  for (int64_t i = global_thread(); i < places.count; i += grid_threads()) {
+    const Place at = places.at(i);
+    const int64_t oh = p.height.first_window(at.row), ow = p.width.first_window(at.column);
+    Pack<acc_t<T>, N> sum[patch][patch] = {};
+#pragma unroll(K < 5 ? windows : 1)
+    for (int y = 0; y < windows; ++y) {
+      const bool row_inside = is_below(oh + y, p.height.outputs);
+      int64_t o = ((at.image * p.height.outputs + oh + y) * p.width.outputs + ow) * p.channels +
+                  at.pack * N;
+      Pack<T, N> grad[windows];
+      Pack<uint8_t, N> winner[windows];
+#pragma unroll
+      for (int x = 0; x < windows; ++x, o += p.channels) {
+        const bool inside = row_inside && is_below(ow + x, p.width.outputs);
+        grad[x] = load_if<N>(inside, grad_output + o, T{});
+        winner[x] = load_if<N>(inside, offsets + o, nowhere);
+      }
+#pragma unroll
+      for (int x = 0; x < windows; ++x) {
+#pragma unroll
+        for (int pixel = 0; pixel < patch * patch; ++pixel) {
+          const int r = pixel / patch, c = pixel % patch;
+          const int row = Axis::tap(r, y), column = Axis::tap(c, x);
+          if (row < 0 || row >= K || column < 0 || column >= K) continue;
+#pragma unroll
+          for (int lane = 0; lane < N; ++lane) {
+            if (winner[x][lane] == row * K + column) sum[r][c][lane] += to_acc(grad[x][lane]);
+          }
+        }
+      }
+    }
+    store_patch<T, N>(p.height, p.width, p.channels, at, sum, grad_input);
   }
 }
 
@@ -89,15 +127,15 @@ struct Pool {
 template <typename F>
 bool with_fixed_windows(const Pool& pool, const F& f) {
   const Window& h = pool.params.window_height;
-  const auto try_one = [&](auto windows) {
-    using Axis = typename decltype(windows)::Axis;
+  const auto try_one = [&](auto axis) {
+    using Axis = typename decltype(axis)::type;
     if (!Axis::fits(h) || !Axis::fits(pool.width)) return false;
-    f(windows);
+    f(axis);
     return true;
   };
   if (pool.params.dtype == DType::f64) return false;
-  return try_one(FixedWindows<2, 2>{}) || try_one(FixedWindows<3, 2>{}) ||
-         try_one(FixedWindows<3, 1>{}) || try_one(FixedWindows<5, 1>{});
+  return try_one(Tag<FixedAxis<2, 2>>{}) || try_one(Tag<FixedAxis<3, 2>>{}) ||
+         try_one(Tag<FixedAxis<3, 1>>{}) || try_one(Tag<FixedAxis<5, 1>>{});
 }
 
 // f(Tag<T>, Width<N>) for the storage types that have fixed windows.
@@ -115,16 +153,17 @@ void dispatch_fixed(const Pool& pool, const F& f, const Pointers*... pointers) {
 void launch_max_pool2d(const MaxPool2dParams& p, const Stream& stream) {
   const Pool pool(p);
   const PoolShape& s = pool.shape;
-  const auto fixed = [&](auto windows) {
-    using W = decltype(windows);
+  const auto fixed = [&](auto axis) {
+    using Axis = typename decltype(axis)::type;
     const auto run = [&](auto tag, auto width) {
       using T = typename decltype(tag)::type;
       constexpr int N = decltype(width)::value;
-      const Places places(s.images, ceil_div(s.out_height, kStrip<N>), s.out_width, s.channels / N);
-      const auto kernel = p.offsets ? max_pool2d_strip_kernel<T, N, true, W>
-                                    : max_pool2d_strip_kernel<T, N, false, W>;
+      const Places places(s.images, ceil_div(s.out_height, kStrip<N, Axis::taps>), s.out_width,
+                          s.channels / N);
+      const auto kernel = p.offsets ? max_pool2d_strip_kernel<T, N, true, Axis>
+                                    : max_pool2d_strip_kernel<T, N, false, Axis>;
       launch(kernel, blocks_for(places.count, kPoolThreads), kPoolThreads, stream,
-             pool.windows<typename W::Axis>(), places, static_cast<const T*>(p.input),
+             pool.windows<Axis>(), places, static_cast<const T*>(p.input),
              static_cast<T*>(p.output), static_cast<uint8_t*>(p.offsets));
     };
     dispatch_fixed(pool, run, p.input, p.output, p.offsets);
@@ -137,11 +176,17 @@ void launch_max_pool2d(const MaxPool2dParams& p, const Stream& stream) {
 void launch_max_pool2d_backward(const MaxPool2dBackwardParams& p, const Stream& stream) {
   const Pool pool(p.shape);
   const PoolShape& s = pool.shape;
-  const auto fixed = [&](auto windows) {
-    using Axis = typename decltype(windows)::Axis;
+  const auto fixed = [&](auto axis) {
+    using Axis = typename decltype(axis)::type;
+    const auto windows = pool.windows<Axis>();
     const auto run = [&](auto tag, auto width) {
-      launch_max_backward<typename decltype(tag)::type, decltype(width)::value, uint8_t>(
-          s, pool.windows<Axis>(), p.grad_output, p.offsets, p.grad_input, stream);
+      using T = typename decltype(tag)::type;
+      constexpr int N = decltype(width)::value;
+      const Places places(s.images, windows.height.patches(), windows.width.patches(),
+                          s.channels / N);
+      launch(max_pool2d_patch_kernel<T, N, Axis>, blocks_for(places.count, kPoolThreads),
+             kPoolThreads, stream, windows, places, static_cast<const T*>(p.grad_output),
+             static_cast<const uint8_t*>(p.offsets), static_cast<T*>(p.grad_input));
     };
     dispatch_fixed(pool, run, p.grad_output, p.offsets, p.grad_input);
   };

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "cuda/pool_axis.cuh"
 #include "cuda/vector.cuh"
@@ -19,29 +20,93 @@ template <typename Axis> struct MaxWindows {
   int64_t channels;
 };
 
-// The best so far and its offset, lane by lane.
-template <typename A, int N> struct Best {
-  Pack<A, N> value;
+// -infinity
+template <typename T> __device__ inline T lowest() {
+  if constexpr (sizeof(T) == 2) {
+    return {static_cast<uint16_t>(std::is_same_v<T, bf16> ? 0xff80u : 0xfc00u)};
+  } else {
+    return -T(INFINITY);
+  }
+}
+
+// The largest value so far and its offset, lane by lane.
+template <typename T, int N> struct BestLanes {
+  Pack<acc_t<T>, N> value;
   Pack<int, N> offset;
 
   __device__ void start(int at) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) value[i] = -A(INFINITY), offset[i] = at;
+    for (int i = 0; i < N; ++i) value[i] = to_acc(lowest<T>()), offset[i] = at;
   }
-  __device__ void see(int i, A v, int at) {
+  __device__ void see(const Pack<T, N>& v, int at) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) see(i, to_acc(v[i]), at);
+  }
+  // What another has seen, `shift` taps before.
+  __device__ void see(const BestLanes& other, int shift) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) see(i, other.value[i], other.offset[i] + shift);
+  }
+  __device__ Pack<T, N> values() const { return from_acc<T>(value); }
+  template <typename O> __device__ Pack<O, N> offsets() const {
+    Pack<O, N> narrow;
+#pragma unroll
+    for (int i = 0; i < N; ++i) narrow[i] = static_cast<O>(offset[i]);
+    return narrow;
+  }
+
+ private:
+  __device__ void see(int i, acc_t<T> v, int at) {
     const bool take = v > value[i] || v != v;
     value[i] = take ? v : value[i];
     offset[i] = take ? at : offset[i];
   }
 };
 
-template <typename O, int N>
-__device__ inline void store_offsets(O* p, const Pack<int, N>& offsets) {
-  Pack<O, N> narrow;
+// The same of 16-bit storage, two lanes in a register: a comparison of every tap, five instructions
+// for two lanes instead of ten, is what these kernels do besides waiting for memory.
+template <typename T, int N> struct BestPairs {
+  static constexpr int words = N / 2;
+  Pack<unsigned int, words> value, offset;  // offsets below 2^16
+
+  __device__ void start(int at) {
+    const unsigned int least = both_lanes(lowest<T>().bits);
 #pragma unroll
-  for (int i = 0; i < N; ++i) narrow[i] = static_cast<O>(offsets[i]);
-  store(p, narrow);
-}
+    for (int i = 0; i < words; ++i) value[i] = least, offset[i] = both_lanes(at);
+  }
+  __device__ void see(const Pack<T, N>& v, int at) {
+    Pack<unsigned int, words> taps;
+    memcpy(&taps, &v, sizeof(v));
+#pragma unroll
+    for (int i = 0; i < words; ++i) see(i, taps[i], both_lanes(at));
+  }
+  __device__ void see(const BestPairs& other, int shift) {
+#pragma unroll
+    for (int i = 0; i < words; ++i) see(i, other.value[i], other.offset[i] + both_lanes(shift));
+  }
+  __device__ Pack<T, N> values() const {
+    Pack<T, N> result;
+    memcpy(&result, &value, sizeof(value));
+    return result;
+  }
+  template <typename O> __device__ Pack<O, N> offsets() const {
+    Pack<O, N> narrow;
+#pragma unroll
+    for (int i = 0; i < N; ++i) narrow[i] = static_cast<O>(offset[i / 2] >> i % 2 * 16);
+    return narrow;
+  }
+
+ private:
+  static __device__ unsigned int both_lanes(unsigned int x) { return x | x << 16; }
+  __device__ void see(int i, unsigned int v, unsigned int at) {
+    const unsigned int take = greater_or_nan<T>(v, value[i]);
+    value[i] = (take & v) | (~take & value[i]);
+    offset[i] = (take & at) | (~take & offset[i]);
+  }
+};
+
+template <typename T, int N>
+using Best = std::conditional_t<sizeof(T) == 2 && N % 2 == 0, BestPairs<T, N>, BestLanes<T, N>>;
 
 // Outputs at `places`; offsets may be null.
 template <typename T, int N, typename O, typename Axis>
@@ -56,20 +121,18 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
                       ((at.image * p.height.length + p.height.start(at.row)) * p.width.length +
                        p.width.start(at.column)) *
                           p.channels;
-    Best<acc_t<T>, N> best;
+    Best<T, N> best;
     // A dilated window may step over a small input: native's answer is where it starts from.
     const bool empty = rows.begin >= rows.end || columns.begin >= columns.end;
     best.start(empty ? 0 : static_cast<int>(rows.begin * p.width.taps + columns.begin));
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       for (int64_t k = columns.begin; k < columns.end; ++k) {
-        const auto v = to_acc(load<N>(window + r * row_step + k * column_step));
-        const int offset = static_cast<int>(r * p.width.taps + k);
-#pragma unroll
-        for (int lane = 0; lane < N; ++lane) best.see(lane, v[lane], offset);
+        best.see(load<N>(window + r * row_step + k * column_step),
+                 static_cast<int>(r * p.width.taps + k));
       }
     }
-    store(output + i * N, from_acc<T>(best.value));
-    if (offsets) store_offsets(offsets + i * N, best.offset);
+    store(output + i * N, best.values());
+    if (offsets) store(offsets + i * N, best.template offsets<O>());
   }
 }
 

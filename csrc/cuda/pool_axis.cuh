@@ -14,6 +14,10 @@ namespace torchops::cuda {
 
 __device__ inline int64_t at_least(int64_t x, int64_t low) { return x > low ? x : low; }
 __device__ inline int64_t at_most(int64_t x, int64_t high) { return x < high ? x : high; }
+// 0 <= x < end
+__device__ inline bool is_below(int64_t x, int64_t end) {
+  return static_cast<uint64_t>(x) < static_cast<uint64_t>(end);
+}
 
 // Windows of one size at one distance.
 class SlidingAxis {
@@ -53,34 +57,6 @@ class SlidingAxis {
  private:
   int64_t padding_, extent_;
   Divisor stride_, dilation_;
-};
-
-// The same with size and stride known to the compiler, not dilated.
-template <int kSize, int kStride> class FixedAxis {
- public:
-  FixedAxis(const Window& w, int64_t length, int64_t outputs)
-      : length(length), outputs(outputs), padding_(w.padding) {}
-
-  static bool fits(const Window& w) {
-    return w.size == kSize && w.stride == kStride && w.dilation == 1;
-  }
-  __device__ int64_t start(int64_t o) const { return o * kStride - padding_; }
-  __device__ Span covering(int64_t i) const {
-    const auto before = static_cast<uint64_t>(at_least(i + padding_ - kSize + kStride, 0));
-    const auto last = static_cast<uint64_t>(i + padding_) / kStride;
-    return {static_cast<int64_t>(before / kStride),
-            at_most(static_cast<int64_t>(last) + 1, outputs)};
-  }
-  __device__ int64_t tap_on(int64_t i, int64_t o) const {
-    const int64_t tap = i - start(o);
-    return tap < kSize ? tap : -1;
-  }
-
-  int64_t length, outputs;
-  static constexpr int64_t taps = kSize;
-
- private:
-  int64_t padding_;
 };
 
 // `length` positions shared out among `outputs`; taps is that of the largest window.

@@ -60,12 +60,24 @@ __device__ inline Pack<T, N> load(const T* p) {
   return pack;
 }
 
+// `otherwise` in every lane where not `inside`. No branch: a thread's loads are all under way
+// before it waits for the first.
+template <int N, typename T>
+__device__ inline Pack<T, N> load_if(bool inside, const T* p, T otherwise) {
+  Pack<T, N> pack;
+#pragma unroll
+  for (int i = 0; i < N; ++i) pack[i] = otherwise;
+  if (inside) pack = load<N>(p);
+  return pack;
+}
+
 template <typename T, int N>
 __device__ inline void store(T* p, const Pack<T, N>& pack) {
   using raw_t = typename Raw<N* static_cast<int>(sizeof(T))>::type;
   raw_t raw;
   memcpy(&raw, &pack, sizeof(raw));
-  *reinterpret_cast<raw_t*>(p) = raw;
+  // Not an assignment, which the compiler took apart into four stores in half of the kernels.
+  __stwb(reinterpret_cast<raw_t*>(p), raw);
 }
 
 // ---- conversion ---------------------------------------------------------------------------------
@@ -121,6 +133,26 @@ __device__ inline Pack<T, N> from_acc(const Pack<acc_t<T>, N>& pack) {
 #pragma unroll
   for (int i = 0; i < N; ++i) result[i] = from_acc<T>(pack[i]);
   return result;
+}
+
+// ---- two lanes of 16 bits in one register -------------------------------------------------------
+
+template <typename T> struct TwoLanes;
+template <> struct TwoLanes<bf16> { using type = __nv_bfloat162; };
+template <> struct TwoLanes<f16> { using type = __half2; };
+
+template <typename T>
+__device__ inline typename TwoLanes<T>::type two_lanes(unsigned int word) {
+  typename TwoLanes<T>::type lanes;
+  memcpy(&lanes, &word, sizeof(word));
+  return lanes;
+}
+
+// All ones in the lanes where a > b or a is NaN. (sm_80 compares bf16 in fp32.)
+template <typename T>
+__device__ inline unsigned int greater_or_nan(unsigned int a, unsigned int b) {
+  const auto lanes = two_lanes<T>(a);
+  return __hgt2_mask(lanes, two_lanes<T>(b)) | __hneu2_mask(lanes, lanes);
 }
 
 // ---- sums, in an order that depends on nothing but the launch -----------------------------------

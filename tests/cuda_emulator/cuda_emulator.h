@@ -287,6 +287,10 @@ template <typename T> T __ldg(const T* p) {
   return *p;
 }
 template <typename T> T __ldcg(const T* p) { return __ldg(p); }
+template <typename T> void __stwb(T* p, T value) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) emulator::fail("misaligned store");
+  *p = value;
+}
 
 template <typename T> T atomicAdd(T* p, T value) {
   static_assert(std::is_integral_v<T>, "float atomics make results depend on timing");
@@ -304,3 +308,24 @@ inline float __uint_as_float(unsigned bits) {
   return x;
 }
 template <typename T> const T& max(const T& a, const T& b) { return a < b ? b : a; }
+
+struct __half2 { uint16_t x, y; };
+struct __nv_bfloat162 { uint16_t x, y; };
+
+namespace emulator {
+inline float to_float(const __half2&, uint16_t bits) { return half_to_float(bits); }
+inline float to_float(const __nv_bfloat162&, uint16_t bits) {
+  return __uint_as_float(static_cast<unsigned>(bits) << 16);
+}
+template <typename T, typename F> unsigned lane_masks(const T& a, const T& b, const F& holds) {
+  return (holds(to_float(a, a.x), to_float(b, b.x)) ? 0xffffu : 0) |
+         (holds(to_float(a, a.y), to_float(b, b.y)) ? 0xffff0000u : 0);
+}
+}  // namespace emulator
+
+template <typename T> unsigned __hgt2_mask(const T& a, const T& b) {
+  return emulator::lane_masks(a, b, [](float x, float y) { return x > y; });
+}
+template <typename T> unsigned __hneu2_mask(const T& a, const T& b) {
+  return emulator::lane_masks(a, b, [](float x, float y) { return !(x == y); });
+}

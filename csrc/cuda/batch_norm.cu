@@ -105,10 +105,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto* input = static_cast<const T*>(p.norm.input);
   const auto* residual = static_cast<const T*>(p.norm.residual);
   auto* output = static_cast<T*>(p.norm.output);
-  const int64_t c = tiles.channel<Form>();
-  if (c >= tiles.channels) return;
-  Affine<A, L> affine;
-  affine.set(c, p.mean, p.var, p.norm.weight, p.norm.bias, p.norm.eps);
+  Pack<A, L> numbers[3];
+  share_channels<Form>(
+      tiles,
+      [&](int64_t c) {
+        const Affine<A> affine(c, p.mean, p.var, p.norm.weight, p.norm.bias, p.norm.eps);
+        return Pack<A, 3>{affine.mean, affine.scale, affine.shift};
+      },
+      numbers);
+  const auto& [mean, scale, shift] = numbers;
   tiles.for_each_pack<Form, kInFlight>(
       gridDim.y - 1 - blockIdx.y, [&](auto width, const auto& offsets) {
         constexpr int count = decltype(width)::value;
@@ -124,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           Pack<A, N> z = to_acc(packs[k]);
 #pragma unroll
           for (int i = 0; i < N; ++i) {
-            z[i] = (z[i] - affine.mean[i % L]) * affine.scale[i % L] + affine.shift[i % L];
+            z[i] = (z[i] - mean[i % L]) * scale[i % L] + shift[i % L];
             if (residual) z[i] += to_acc(added[k][i]);
           }
           activate(p.norm.activation, z);

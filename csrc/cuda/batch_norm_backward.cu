@@ -19,7 +19,9 @@ namespace {
 template <typename T, typename Form, typename F>
 __device__ inline void for_each_gradient(const Tiles& tiles, int64_t chunk,
                                          const BatchNormBackwardParams& p,
-                                         const Affine<acc_t<T>, Form::L>& affine, const F& f) {
+                                         const Pack<acc_t<T>, Form::L>& mean,
+                                         const Pack<acc_t<T>, Form::L>& scale,
+                                         const Pack<acc_t<T>, Form::L>& shift, const F& f) {
   constexpr int N = Form::N, L = Form::L;
   const auto* grad_output = static_cast<const T*>(p.grad_output);
   const auto* input = static_cast<const T*>(p.input);
@@ -41,8 +43,8 @@ __device__ inline void for_each_gradient(const Tiles& tiles, int64_t chunk,
       Pack<acc_t<T>, N> centered = to_acc(inputs[k]), h = to_acc(gradients[k]), z;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        centered[i] -= affine.mean[i % L];
-        z[i] = centered[i] * affine.scale[i % L] + affine.shift[i % L];
+        centered[i] -= mean[i % L];
+        z[i] = centered[i] * scale[i % L] + shift[i % L];
         if (residual) z[i] += to_acc(added[k][i]);
       }
       activation_gradient(p.activation, h, z);
@@ -58,28 +60,30 @@ __global__ void __launch_bounds__(kThreads, 2)
                                     Pair* totals) {
   using A = acc_t<T>;
   constexpr int N = Form::N, L = Form::L;
-  const int64_t c = tiles.channel<Form>();
+  Pack<A, L> numbers[3];
+  share_channels<Form>(
+      tiles,
+      [&](int64_t c) {
+        const Affine<A> affine(c, p.mean, p.var, p.weight, p.bias, p.eps);
+        return Pack<A, 3>{affine.mean, affine.scale, affine.shift};
+      },
+      numbers);
   A gradient[L] = {}, product[L] = {};
-  if (c < tiles.channels) {
-    Affine<A, L> affine;
-    affine.set(c, p.mean, p.var, p.weight, p.bias, p.eps);
-    for_each_gradient<T, Form>(tiles, blockIdx.y, p, affine,
-                               [&](int64_t, const auto& h, const auto& centered) {
+  for_each_gradient<T, Form>(tiles, blockIdx.y, p, numbers[0], numbers[1], numbers[2],
+                             [&](int64_t, const auto& h, const auto& centered) {
 #pragma unroll
-                                 for (int i = 0; i < N; ++i) {
-                                   gradient[i % L] += h[i];
-                                   product[i % L] += h[i] * centered[i];
-                                 }
-                               });
-  }
+                               for (int i = 0; i < N; ++i) {
+                                 gradient[i % L] += h[i];
+                                 product[i % L] += h[i] * centered[i];
+                               }
+                             });
   Pair sums[L];
 #pragma unroll
   for (int i = 0; i < L; ++i) sums[i] = {gradient[i], product[i]};
   grid_sums<Form>(tiles, partials, sums, [&](int64_t channel, const Pair& sum) {
-    Affine<A, 1> affine;
-    affine.set(channel, p.mean, p.var, p.weight, p.bias, p.eps);
+    const Affine<A> affine(channel, p.mean, p.var, p.weight, p.bias, p.eps);
     const double invstd = 1 / sqrt(channel_value(p.var, channel, 1) + p.eps);
-    const double centered = sum.second - double{affine.lost[0]} * sum.first;
+    const double centered = sum.second - double{affine.lost} * sum.first;
     if (p.grad_weight) set_channel_value(p.grad_weight, p.weight.dtype, channel, centered * invstd);
     if (p.grad_bias) set_channel_value(p.grad_bias, p.bias.dtype, channel, sum.first);
     totals[channel] = {sum.first, centered};
@@ -94,30 +98,30 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int N = Form::N, L = Form::L;
   auto* grad_input = static_cast<T*>(p.grad_input);
   auto* grad_residual = static_cast<T*>(p.grad_residual);
-  const int64_t c = tiles.channel<Form>();
-  if (c >= tiles.channels) return;
-  Affine<A, L> affine;
-  affine.set(c, p.mean, p.var, p.weight, p.bias, p.eps);
   const double count = static_cast<double>(p.shape.batch * p.shape.pixels);
-  A slope[L] = {}, constant[L] = {};
-  if (totals) {
-#pragma unroll
-    for (int i = 0; i < L; ++i) {
-      const Pair total = totals[c + i];
-      const A factor = -affine.scale[i] * affine.invstd[i] * affine.invstd[i];
-      slope[i] = factor * static_cast<A>(total.second / count);
-      constant[i] =
-          -affine.scale[i] * static_cast<A>(total.first / count) - slope[i] * affine.lost[i];
-    }
-  }
-  for_each_gradient<T, Form>(tiles, gridDim.y - 1 - blockIdx.y, p, affine,
+  Pack<A, L> numbers[5];
+  share_channels<Form>(
+      tiles,
+      [&](int64_t c) {
+        const Affine<A> affine(c, p.mean, p.var, p.weight, p.bias, p.eps);
+        A slope = 0, constant = 0;
+        if (totals) {
+          slope = -affine.scale * affine.invstd * affine.invstd *
+                  static_cast<A>(totals[c].second / count);
+          constant = -affine.scale * static_cast<A>(totals[c].first / count) - slope * affine.lost;
+        }
+        return Pack<A, 5>{affine.mean, affine.scale, affine.shift, slope, constant};
+      },
+      numbers);
+  const auto& [mean, scale, shift, slope, constant] = numbers;
+  for_each_gradient<T, Form>(tiles, gridDim.y - 1 - blockIdx.y, p, mean, scale, shift,
                              [&](int64_t offset, const Pack<A, N>& h, const Pack<A, N>& centered) {
                                if (grad_residual) store(grad_residual + offset, from_acc<T>(h));
                                if (!grad_input) return;
                                Pack<A, N> grad;
 #pragma unroll
                                for (int i = 0; i < N; ++i) {
-                                 grad[i] = h[i] * affine.scale[i % L];
+                                 grad[i] = h[i] * scale[i % L];
                                  if (totals)
                                    grad[i] += centered[i] * slope[i % L] + constant[i % L];
                                }

@@ -12,7 +12,8 @@ namespace torchops::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kInFlight = 4;              // packs that a thread loads before it uses the first
+constexpr int kMostColumns = 32;  // of packs in a block, which has at least a thread per channel
+constexpr int kInFlight = 4;      // packs that a thread loads before it uses the first
 constexpr int64_t kItemsPerThread = 256;  // at most: these are added in fp32
 constexpr int kBlocksPerMultiprocessor = 4;
 
@@ -55,7 +56,7 @@ struct Tiles {
     int64_t groups = s.channels;
     if (channels_last) {
       const int64_t columns = s.channels / pack;
-      while (width < 32 && width < columns) width *= 2;
+      while (width < kMostColumns && width < columns) width *= 2;
       // No idle threads, while a row of the block fills whole cache lines.
       while (columns % width != 0 && width * pack * item_size > 128) width /= 2;
       groups = ceil_div(columns, width);
@@ -79,10 +80,19 @@ struct Tiles {
   __device__ int row() const { return static_cast<int>(threadIdx.x) / width; }
   __device__ int rows() const { return kThreads / width; }
 
+  // Channels of a block, at most one per thread, and the first of them.
+  template <typename Form> __device__ int block_channels() const { return width * Form::L; }
+  template <typename Form> __device__ int64_t block_channel() const {
+    return int64_t{blockIdx.x} * block_channels<Form>();
+  }
   // The first channel of this thread's packs; none where it is out of range.
   template <typename Form> __device__ int64_t channel() const {
-    if constexpr (!Form::kChannelsLast) return blockIdx.x;
-    return (int64_t{blockIdx.x} * width + column()) * Form::N;
+    return block_channel<Form>() + column() * Form::L;
+  }
+  // Whether this thread answers for a channel of the block, block_channel() + threadIdx.x.
+  template <typename Form> __device__ bool has_channel() const {
+    const int t = static_cast<int>(threadIdx.x);
+    return t < block_channels<Form>() && block_channel<Form>() + t < channels;
   }
 
   // f(Width<count>, offsets) with the element offsets of this thread's packs in a chunk, `together`
@@ -132,7 +142,8 @@ struct Partials {
   }
 };
 
-// Adds up the threads' pairs of each column, in the order of a tree, into the threads of row 0.
+// Adds up the threads' pairs of each column, in the order of a tree: shared[i][column] is the sum
+// of the i-th channel of the column's packs.
 template <int L>
 __device__ void column_sums(const Tiles& tiles, Pair (&own)[L], Pair (*shared)[kThreads]) {
   const int t = static_cast<int>(threadIdx.x);
@@ -152,22 +163,25 @@ __device__ void column_sums(const Tiles& tiles, Pair (&own)[L], Pair (*shared)[k
   __syncthreads();
 }
 
-// finish(c, pair) once per channel of the column group, with the sums over the whole grid.
+// finish(c, pair) once per channel of the block, each by a thread of its own, with the sums over
+// the whole grid.
 template <typename Form, typename F>
 __device__ void grid_sums(const Tiles& tiles, const Partials& partials, Pair (&own)[Form::L],
                           const F& finish) {
   constexpr int L = Form::L;
+  static_assert(kMostColumns * L <= kThreads);
   __shared__ Pair shared[L][kThreads];
   __shared__ int flag;
-  const int64_t c = tiles.channel<Form>();
-  const bool writes = tiles.row() == 0 && c < tiles.channels;
+  const int t = static_cast<int>(threadIdx.x);
+  const int64_t answers_for = tiles.block_channel<Form>() + t;
   column_sums<L>(tiles, own, shared);
   if (gridDim.y > 1) {
-    if (writes) {
-      for (int i = 0; i < L; ++i) partials.pairs[blockIdx.y * tiles.channels + c + i] = own[i];
+    if (tiles.has_channel<Form>()) {
+      partials.pairs[blockIdx.y * tiles.channels + answers_for] = shared[t % L][t / L];
     }
     if (!arrives_last(partials.counters + blockIdx.x, gridDim.y, &flag)) return;
     for (int i = 0; i < L; ++i) own[i] = {0, 0};
+    const int64_t c = tiles.channel<Form>();
     if (c < tiles.channels) {
       for (int64_t k = tiles.row(); k < gridDim.y; k += tiles.rows()) {
 #pragma unroll
@@ -180,8 +194,7 @@ __device__ void grid_sums(const Tiles& tiles, const Partials& partials, Pair (&o
     }
     column_sums<L>(tiles, own, shared);
   }
-  if (!writes) return;
-  for (int i = 0; i < L; ++i) finish(c + i, own[i]);
+  if (tiles.has_channel<Form>()) finish(answers_for, shared[t % L][t / L]);
 }
 
 // ---- the numbers of a channel ------------------------------------------------------------------
@@ -210,24 +223,42 @@ __device__ inline void set_channel_value(void* data, DType dtype, int64_t c, dou
 __device__ inline float square_root(float x) { return sqrtf(x); }
 __device__ inline double square_root(double x) { return sqrt(x); }
 
-// z = (x - mean) * scale + shift for the channels of a pack. The mean is rounded to A, and what
-// that loses goes into the shift.
-template <typename A, int L> struct Affine {
-  Pack<A, L> mean, scale, shift, invstd, lost;
+// z = (x - mean) * scale + shift. The mean is rounded to A, and what that loses goes into the
+// shift.
+template <typename A> struct Affine {
+  A mean, scale, shift, invstd, lost;
 
-  __device__ void set(int64_t c, const ChannelVector& exact_mean, const ChannelVector& var,
-                      const ChannelVector& weight, const ChannelVector& bias, double eps) {
-#pragma unroll
-    for (int i = 0; i < L; ++i) {
-      const double exact = channel_value(exact_mean, c + i, 0);
-      mean[i] = static_cast<A>(exact);
-      invstd[i] = 1 / square_root(static_cast<A>(channel_value(var, c + i, 1) + eps));
-      scale[i] = static_cast<A>(channel_value(weight, c + i, 1)) * invstd[i];
-      lost[i] = mean[i] - mean[i] == 0 ? static_cast<A>(exact - double{mean[i]}) : A(0);
-      shift[i] = static_cast<A>(channel_value(bias, c + i, 0)) - lost[i] * scale[i];
-    }
+  __device__ Affine(int64_t c, const ChannelVector& exact_mean, const ChannelVector& var,
+                    const ChannelVector& weight, const ChannelVector& bias, double eps) {
+    const double exact = channel_value(exact_mean, c, 0);
+    mean = static_cast<A>(exact);
+    invstd = 1 / square_root(static_cast<A>(channel_value(var, c, 1) + eps));
+    scale = static_cast<A>(channel_value(weight, c, 1)) * invstd;
+    lost = mean - mean == 0 ? static_cast<A>(exact - double{mean}) : A(0);
+    shift = static_cast<A>(channel_value(bias, c, 0)) - lost * scale;
   }
 };
+
+// The numbers of the channels of this thread's packs. Those of a channel, make(c), are computed by
+// one thread of the block: computed by every thread for itself, they were 860 instructions and
+// dozens of loads one after the other before the first pack.
+template <typename Form, typename A, int count, typename F>
+__device__ void share_channels(const Tiles& tiles, const F& make,
+                               Pack<A, Form::L> (&numbers)[count]) {
+  __shared__ A shared[count][kThreads];
+  const int t = static_cast<int>(threadIdx.x);
+  if (tiles.has_channel<Form>()) {
+    const Pack<A, count> own = make(tiles.block_channel<Form>() + t);
+#pragma unroll
+    for (int k = 0; k < count; ++k) shared[k][t] = own[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < count; ++k) {
+#pragma unroll
+    for (int i = 0; i < Form::L; ++i) numbers[k][i] = shared[k][tiles.column() * Form::L + i];
+  }
+}
 
 }  // namespace
 }  // namespace torchops::cuda

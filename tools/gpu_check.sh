@@ -43,7 +43,7 @@ if wanted tests; then
   part verify "$bin/torchops" verify --device cuda
 fi
 if wanted sanitize; then
-  for tool in memcheck racecheck synccheck; do
+  for tool in memcheck racecheck initcheck synccheck; do
     part "sanitize-$tool" compute-sanitizer --tool $tool --error-exitcode 9 \
       "$bin/torchops" verify --device cuda
   done

@@ -29,6 +29,7 @@ BAD_INPUTS = [
     BadInput("rank five", lambda f: f(torch.randn(1, 1, 1, 4, 4), 2)),
     BadInput("not a tensor", lambda f: f("image", 2)),
     BadInput("output_size type", lambda f: f(torch.randn(1, 2, 4, 4), 2.0)),
+    BadInput("output_size bool", lambda f: f(torch.randn(1, 2, 4, 4), (True, 1))),
     BadInput("output_size None", lambda f: f(torch.randn(1, 2, 4, 4), None)),
     BadInput("output_size of one", lambda f: f(torch.randn(1, 2, 4, 4), (2,))),
     BadInput("output_size of three", lambda f: f(torch.randn(1, 2, 4, 4), (2, 2, 2))),

@@ -48,6 +48,7 @@ CASES = [
             BadInput("kernel_size type", lambda f: f(torch.randn(1, 2, 4, 4), "wide")),
             BadInput("kernel_size float", lambda f: f(torch.randn(1, 2, 4, 4), 2.0)),
             BadInput("kernel_size of three", lambda f: f(torch.randn(1, 2, 4, 4), (2, 2, 2))),
+            BadInput("kernel_size bool", lambda f: f(torch.randn(1, 2, 4, 4), True)),
             BadInput("zero kernel", lambda f: f(torch.randn(1, 2, 4, 4), 0)),
             BadInput("padding over half", lambda f: f(torch.randn(1, 2, 4, 4), 2, padding=2)),
             BadInput("negative padding", lambda f: f(torch.randn(1, 2, 4, 4), 2, padding=-1)),

@@ -94,6 +94,8 @@ BAD_INPUTS_2D = [
     BadInput(
         "bias dtype", lambda f: f(torch.randn(IMAGE), torch.randn(KERNEL), torch.ones(2).int())
     ),
+    BadInput("stride bool", lambda f: f(torch.randn(IMAGE), torch.randn(KERNEL), stride=True)),
+    BadInput("groups bool", lambda f: f(torch.randn(IMAGE), torch.randn(KERNEL), groups=True)),
     BadInput("input is no tensor", lambda f: f("image", torch.randn(KERNEL))),
     BadInput("weight is no tensor", lambda f: f(torch.randn(IMAGE), "kernel")),
     BadInput("no weight", lambda f: f(torch.randn(IMAGE), None)),

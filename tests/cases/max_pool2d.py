@@ -41,6 +41,7 @@ CASES = [
             BadInput("kernel over input", lambda f: f(torch.randn(1, 2, 4, 4), 9)),
             BadInput("not a tensor", lambda f: f("image", 2)),
             BadInput("kernel_size type", lambda f: f(torch.randn(1, 2, 4, 4), "wide")),
+            BadInput("dilation bool", lambda f: f(torch.randn(1, 2, 4, 4), 2, dilation=True)),
             BadInput("padding over half", lambda f: f(torch.randn(1, 2, 4, 4), 2, padding=2)),
             BadInput("negative padding", lambda f: f(torch.randn(1, 2, 4, 4), 2, padding=-1)),
             BadInput("zero stride", lambda f: f(torch.randn(1, 2, 4, 4), 2, stride=0)),

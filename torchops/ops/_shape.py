@@ -16,13 +16,20 @@ def pair(value: Any) -> tuple[Any, ...]:
     if isinstance(value, (tuple, list)):
         first, last = value * 2 if len(value) == 1 else value
         return (first, last)
-    return (value, value)
+    return (_number(value), value)
 
 
 def single(value: Any) -> tuple[Any]:
     """An int, or a sequence of one, as torch's int[1] arguments take them."""
-    (value,) = value if isinstance(value, (tuple, list)) else (value,)
+    (value,) = value if isinstance(value, (tuple, list)) else (_number(value),)
     return (value,)
+
+
+def _number(value: Any) -> Any:
+    """`value` for an int[] argument: as torch does, which takes True for 1 only inside a list."""
+    if isinstance(value, bool):
+        raise TypeError("expected an int or a sequence of ints, but got a bool")
+    return value
 
 
 def adaptive_size(output_size: Any, input: Tensor) -> tuple[Any, ...]:
@@ -30,7 +37,7 @@ def adaptive_size(output_size: Any, input: Tensor) -> tuple[Any, ...]:
     if isinstance(output_size, (tuple, list)):
         if len(output_size) != 2 or input.dim() < 3:
             raise ValueError(f"expected an output_size of two for an image, but got {output_size}")
-        height, width = output_size
+        height, width = map(_number, output_size)
         return (
             input.shape[-2] if height is None else height,
             input.shape[-1] if width is None else width,

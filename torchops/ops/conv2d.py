@@ -53,6 +53,8 @@ def conv2d(
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"conv2d: weight must be a Tensor, not {type(weight).__name__}")
+    if isinstance(groups, bool):
+        raise TypeError("conv2d: groups must be an int, not a bool")
     if not isinstance(padding, str):
         padding = pair(padding)
     window = (pair(stride), padding, pair(dilation), groups)

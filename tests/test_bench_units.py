@@ -1,8 +1,9 @@
 """Numbers as people read them."""
 
 import pytest
+import torch
 
-from torchops.bench import units
+from torchops.bench import roofline, units
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,12 @@ def test_rate():
 )
 def test_significant(value, text):
     assert units.significant(value) == text
+
+
+def test_no_16_bit_matmul_rate_is_under_float32s(monkeypatch):
+    """A processor without such products converts; its bandwidth-bound rows are so still."""
+    slow = {torch.bfloat16: 1.0, torch.float32: 50.0}
+    monkeypatch.setattr(roofline, "_copy_rate", lambda *_: 10.0)
+    monkeypatch.setattr(roofline, "_matmul_rate", lambda device, dtype, clock: slow[dtype])
+    alone = roofline.measure_rooflines("cpu", [torch.bfloat16])
+    assert alone == {torch.bfloat16: roofline.Roofline(10.0, 50.0)}

@@ -29,11 +29,20 @@ class Roofline:
 
 
 def measure_rooflines(device: str, dtypes: Sequence[torch.dtype]) -> dict[torch.dtype, Roofline]:
-    """Copy bandwidth, and the matmul rate of each dtype, with torch's present thread count."""
+    """Copy bandwidth, and the matmul rate of each dtype, with torch's present thread count.
+
+    That of a 16-bit dtype is at least float32's.
+    """
     clock = clock_for(device)
     copy = _copy_rate(device, clock)
     with _tf32_as_in_convolutions():
-        return {dtype: Roofline(copy, _matmul_rate(device, dtype, clock)) for dtype in dtypes}
+        rates = {dtype: _matmul_rate(device, dtype, clock) for dtype in dtypes}
+        if any(dtype.itemsize == 2 for dtype in dtypes):
+            # A processor that cannot multiply 16-bit numbers (torch's product of them then takes 50
+            # times as long) can convert them.
+            fastest = rates.get(torch.float32) or _matmul_rate(device, torch.float32, clock)
+            rates |= {dtype: max(rates[dtype], fastest) for dtype in dtypes if dtype.itemsize == 2}
+    return {dtype: Roofline(copy, rates[dtype]) for dtype in dtypes}
 
 
 @contextmanager

@@ -208,6 +208,34 @@ inline Mask<T> first_lanes(int n) {
   return lane < n;
 }
 
+// memcpy of at most 2 * kVecBytes, which as a call of the library would take longer than the copy.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wstringop-overflow"  // GCC 12 warns of branches that never run
+inline void copy_few(void* to, const void* from, size_t bytes) {
+  char* t = static_cast<char*>(to);
+  const char* f = static_cast<const char*>(from);
+  const auto copy_both_ends = [&](auto size) {
+    char first[size], last[size];
+    std::memcpy(first, f, size);
+    std::memcpy(last, f + bytes - size, size);
+    std::memcpy(t, first, size);
+    std::memcpy(t + bytes - size, last, size);
+  };
+  if (bytes >= 16) {
+    for (; bytes > 32; bytes -= 16, t += 16, f += 16) std::memcpy(t, f, 16);
+    copy_both_ends(std::integral_constant<int, 16>{});
+  } else if (bytes >= 8) {
+    copy_both_ends(std::integral_constant<int, 8>{});
+  } else if (bytes >= 4) {
+    copy_both_ends(std::integral_constant<int, 4>{});
+  } else if (bytes >= 2) {
+    copy_both_ends(std::integral_constant<int, 2>{});
+  } else if (bytes) {
+    *t = *f;
+  }
+}
+#pragma GCC diagnostic pop
+
 template <typename T>
 inline Vec<T> load_partial(const T* p, int n) {
   if (n == kLanes<T>) return load(p);
@@ -228,7 +256,7 @@ inline Vec<T> load_partial(const T* p, int n) {
     return bit_cast<VecF32>(_mm256_maskload_ps(p, bit_cast<__m256i>(first_lanes<T>(n))));
 #endif
   T buffer[kLanes<T>] = {};
-  std::memcpy(buffer, p, n * sizeof(T));
+  copy_few(buffer, p, n * sizeof(T));
   return load(buffer);
 #endif
 }
@@ -242,14 +270,10 @@ inline void store_partial(T* p, Vec<T> v, int n) {
   } else if constexpr (std::is_same_v<T, double>) {
     return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), bit_cast<__m512d>(v));
   }
-#elif defined(__AVX2__)
-  if constexpr (std::is_same_v<T, float>) {
-    return _mm256_maskstore_ps(p, bit_cast<__m256i>(first_lanes<T>(n)), bit_cast<__m256>(v));
-  }
 #endif
   T buffer[kLanes<T>];
   store(buffer, v);
-  std::memcpy(p, buffer, n * sizeof(T));
+  copy_few(p, buffer, n * sizeof(T));  // on Zen, a masked store takes a dozen cycles
 }
 
 // Calls f(offset, lanes) over [0, count) in steps of one register, the last possibly partial.

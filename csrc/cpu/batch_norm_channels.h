@@ -127,18 +127,8 @@ constexpr int64_t kStrip = 512;
 
 // ---- units of work --------------------------------------------------------------------------
 
-// Outputs from this size on are written past the cache.
-constexpr int64_t kStreamBytes = 4 << 20;
-
 inline int64_t elements(const BatchNormShape& shape) {
   return shape.batch * shape.channels * shape.pixels;
-}
-
-// Whether runs of `length` elements, one after another from `output` on, can be streamed.
-template <typename T>
-inline bool can_stream(const void* output, int64_t length, int64_t alignment) {
-  return reinterpret_cast<intptr_t>(output) % kVecBytes == 0 &&
-         length * int64_t{sizeof(T)} % alignment == 0;
 }
 
 template <typename T>

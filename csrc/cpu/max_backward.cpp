@@ -1,51 +1,20 @@
 // Largest values of windows, backward: gradients to where the winners stood, summed in fp32.
 //
-// Channels lie side by side (channel_rows.h), and each register of grad_input gathers from the
-// windows that cover it and is written once. Where those are many, separably: a row's winner in
-// the columns of a window is the same for every window row that takes in the row, so the gradients
-// of windows that differ by rows only are added first, and then gathered along the row. Where
-// outputs are few, they scatter into zeros.
+// Where outputs are few, they scatter into zeros. Else each register of grad_input gathers from the
+// windows that cover it and is written once: in contiguous planes by max_backward_planes.cpp; in
+// channels_last, where lanes are channels, here. Where those windows are many, separably: a row's
+// winner in the columns of a window is the same for every window row that takes in the row, so the
+// gradients of windows that differ by rows only are added first, and then gathered along the row.
 //
-// In the order of max_forward.cpp: 0.88 / 1.6, 1.1 / 2.4, 0.66 / 1.5 and 0.55 / 1.9. Scattering one
-// by one into rows of sums took 20 cycles an output; a memset of kilobytes before a scatter leaves
-// its lines outside the cache.
+// In the order of max_forward.cpp: 1.3 / 1.6, 1.3 / 2.5, 1.1 / 1.6 and 0.84 / 1.4.
+// Slower: scattering all, one by one, at 20 cycles an output, since a sum waits for the one before;
+// a memset of kilobytes before a scatter leaves its lines outside the cache.
+#include "cpu/max_backward.h"
 #include "core/parallel.h"
-#include "cpu/channel_rows.h"
-#include "cpu/max_windows.h"
+#include "cpu/channel_blocks.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
-
-// The windows that cover each position of an axis, in order, and the taps that do.
-class Covering {
- public:
-  struct Tap { int64_t output, tap; };
-
-  explicit Covering(const MaxAxis& axis)
-      : first_(axis.length + 2), taps_(axis.outputs * axis.taps) {
-    const auto for_each_tap = [&](const auto& f) {
-      for (int64_t o = 0; o < axis.outputs; ++o) {
-        const Span inside = axis.inside[o];
-        for (int64_t k = inside.begin; k < inside.end; ++k) f(axis.position(o, k), Tap{o, k});
-      }
-    };
-    first_.zero();
-    for_each_tap([&](int64_t i, Tap) { ++first_.get()[i + 2]; });
-    for (int64_t i = 0; i < axis.length; ++i) {
-      if (first_.get()[i + 2] > most_) most_ = first_.get()[i + 2];
-      first_.get()[i + 2] += first_.get()[i + 1];
-    }
-    for_each_tap([&](int64_t i, Tap tap) { taps_.get()[first_.get()[i + 1]++] = tap; });
-  }
-  const Tap* begin(int64_t i) const { return taps_.get() + first_.get()[i]; }
-  const Tap* end(int64_t i) const { return taps_.get() + first_.get()[i + 1]; }
-  int64_t most() const { return most_; }
-
- private:
-  Scratch<int64_t> first_;
-  Scratch<Tap> taps_;
-  int64_t most_ = 0;
-};
 
 // ---- gather -----------------------------------------------------------------------------------
 
@@ -106,51 +75,39 @@ void add_rows(const Source<B, O>* rows, int64_t count, int64_t taps, int64_t cha
   });
 }
 
-template <typename B, typename T, typename O>
-void gather_rows(const MaxWindows& p, const ChannelBlocks& blocks, const Covering& above,
+template <typename T, typename O>
+void gather_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, const Covering& above,
                  const Covering& left, const T* grad_output, const O* offsets, T* grad_input,
                  int64_t begin, int64_t end) {
-  using A = acc_t<B>;
-  const int64_t H = p.height.length, W = p.width.length, OW = p.width.outputs;
+  using A = acc_t<T>;
+  const int64_t C = p.channels, H = p.height.length, W = p.width.length, OW = p.width.outputs;
   const bool separable = above.most() * left.most() > kMostGathered;
-  InputRows<T, B> grads(blocks, p.height.outputs, OW, above.most(), grad_output);
-  InputRows<O, O> winners(blocks, p.height.outputs, OW, above.most(), offsets);
-  OutputRows<T, B> results(blocks, H, W, grad_input);
-  const int64_t pixel = grads.pixel(), pitch = blocks.size + kLanes<B>;
-  Scratch<Source<B, O>> rows(above.most() + 1), sources(above.most() * left.most() + 1);
-  Scratch<Source<A, lane_t<B>>> summed(left.most() + 1);
+  const int64_t pitch = blocks.size + kLanes<T>;
+  Scratch<Source<T, O>> rows(above.most() + 1), sources(above.most() * left.most() + 1);
+  Scratch<Source<A, lane_t<T>>> summed(left.most() + 1);
   Scratch<A> sums(separable ? OW * pitch : 0);
-  Scratch<lane_t<B>> columns(separable ? OW * pitch : 0);
-  ChannelBlock block{};
+  Scratch<lane_t<T>> columns(separable ? OW * pitch : 0);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t ih = unit % H;
-    if (ih == 0 || unit == begin) {
-      results.finish();
-      block = blocks[unit / H];
-      grads.start(block), winners.start(block), results.start(block, ih);
-    }
-    const auto *first = above.begin(ih), *last = above.end(ih);
-    const int64_t count = last - first;
-    if (count > 0) {
-      grads.need(first->output, last[-1].output + 1);
-      winners.need(first->output, last[-1].output + 1);
+    const ChannelBlock block = blocks[unit / H];
+    const auto* first = above.begin(ih);
+    const int64_t count = above.end(ih) - first;
+    for (int64_t h = 0; h < count; ++h) {
+      const int64_t at = block.element(p.height.outputs, OW, C, first[h].output);
+      rows.get()[h] = {grad_output + at, offsets + at, first[h].tap * p.width.taps};
     }
     // Row h of the covering windows from pixel ow on.
     const auto source = [&](int64_t h, int64_t ow, int64_t tap) {
-      return Source<B, O>{rows.get()[h].grad + ow * pixel, rows.get()[h].offset + ow * pixel,
+      return Source<T, O>{rows.get()[h].grad + ow * C, rows.get()[h].offset + ow * C,
                           rows.get()[h].tap + tap};
     };
-    for (int64_t h = 0; h < count; ++h) {
-      rows.get()[h] = {grads.row(first[h].output), winners.row(first[h].output),
-                       first[h].tap * p.width.taps};
-    }
     for (int64_t ow = 0; separable && ow < OW; ++ow) {
       for (int64_t h = 0; h < count; ++h) sources.get()[h] = source(h, ow, 0);
       add_rows(sources.get(), count, p.width.taps, block.channels, sums.get() + ow * pitch,
                columns.get() + ow * pitch);
     }
-    B* to = results.next();
-    for (int64_t iw = 0; iw < W; ++iw, to += results.pixel()) {
+    T* to = grad_input + block.element(H, W, C, ih);
+    for (int64_t iw = 0; iw < W; ++iw, to += C) {
       int64_t k = 0;
       for (const auto *w = left.begin(iw), *end_w = left.end(iw); w < end_w; ++w) {
         if (separable) {
@@ -166,7 +123,6 @@ void gather_rows(const MaxWindows& p, const ChannelBlocks& blocks, const Coverin
         gather_pixel(sources.get(), k, block.channels, to);
     }
   }
-  results.finish();
 }
 
 // ---- scatter ----------------------------------------------------------------------------------
@@ -179,96 +135,130 @@ inline void zero(void* memory, int64_t bytes) {
   }
 }
 
-// Images [begin, end) of `channels` side by side: planes, if 1.
+// Images of `channels` side by side: planes, if 1.
 template <typename T, typename O>
-void scatter_images(const MaxWindows& p, int64_t channels, const T* grad_output, const O* offsets,
-                    T* grad_input, int64_t begin, int64_t end) {
-  const MaxAxis &height = p.height, &width = p.width;
-  const int64_t row_size = width.length * channels, size = height.length * row_size;
-  const int64_t taps = height.taps * width.taps, outputs = width.outputs;
-  Scratch<int64_t> steps(taps > 256 ? taps : 256);  // from a window's first position to its taps
-  for (int64_t tap = 0; tap < taps || tap < 256; ++tap) {
-    const int64_t row = tap / width.taps * height.dilation, column = tap % width.taps;
-    steps.get()[tap] = row * row_size + column * width.dilation * channels;
+class Scatter {
+ public:
+  Scatter(const MaxWindows& p, int64_t channels)
+      : height_(p.height),
+        width_(p.width),
+        channels_(channels),
+        row_size_(p.width.length * channels),
+        size_(p.in_plane() * channels),
+        taps_(p.height.taps * p.width.taps),
+        steps_(taps_ > 256 ? taps_ : 256) {
+    for (int64_t tap = 0; tap < taps_ || tap < 256; ++tap) {
+      const int64_t row = tap / width_.taps * height_.dilation;
+      const int64_t column = tap % width_.taps * width_.dilation;
+      steps_.get()[tap] = row * row_size_ + column * channels_;
+    }
   }
-  const T* grad = grad_output + begin * height.outputs * outputs * channels;
-  const O* offset = offsets + begin * height.outputs * outputs * channels;
-  for (int64_t image = begin; image < end; ++image) {
-    T* const to = grad_input + image * size;
-    const auto add = [&, step = steps.get()](int64_t base, O tap, T g) {
+  // Adds to one image, which is zero already, or is made so row by row.
+  template <typename To>
+  void image(const T* grad, const O* offset, To* to, bool is_zero) const {
+    const int64_t outputs = width_.outputs;
+    const auto add = [&, step = steps_.get()](int64_t base, O tap, T g) {
       // Offsets may be anything; those that point outside are dropped.
-      if (sizeof(O) > 1 && static_cast<uint64_t>(tap) >= static_cast<uint64_t>(taps)) return;
+      if (sizeof(O) > 1 && static_cast<uint64_t>(tap) >= static_cast<uint64_t>(taps_)) return;
       const int64_t i = base + step[tap];
-      if (static_cast<uint64_t>(i) < static_cast<uint64_t>(size))
-        to[i] = from_acc<T>(to_acc(to[i]) + to_acc(g));
+      if (static_cast<uint64_t>(i) < static_cast<uint64_t>(size_))
+        to[i] = from_acc<To>(to_acc(to[i]) + to_acc(g));
     };
-    int64_t zeroed = 0;
-    for (int64_t oh = 0; oh < height.outputs; ++oh) {
-      const int64_t last = height.position(oh, height.inside[oh].end - 1) + 1;
-      if (last > zeroed) zero(to + zeroed * row_size, (last - zeroed) * row_size * sizeof(T));
-      if (last > zeroed) zeroed = last;
-      const int64_t row = height.position(oh, 0) * row_size;
-      const int64_t* start = width.start;
-      if (channels == 1) {
+    int64_t zeroed = is_zero ? height_.length : 0;
+    for (int64_t oh = 0; oh < height_.outputs; ++oh) {
+      const int64_t last = height_.position(oh, height_.inside[oh].end - 1) + 1;
+      if (last > zeroed) {
+        zero(to + zeroed * row_size_, (last - zeroed) * row_size_ * sizeof(To));
+        zeroed = last;
+      }
+      const int64_t row = height_.position(oh, 0) * row_size_;
+      const int64_t* start = width_.start;
+      if (channels_ == 1) {
         for (int64_t ow = 0; ow < outputs; ++ow) add(row + start[ow], offset[ow], grad[ow]);
         offset += outputs, grad += outputs;
       } else {
-        for (int64_t ow = 0; ow < outputs; ++ow, offset += channels, grad += channels) {
-          const int64_t base = row + start[ow] * channels;
-          for (int64_t c = 0; c < channels; ++c) add(base + c, offset[c], grad[c]);
+        for (int64_t ow = 0; ow < outputs; ++ow, offset += channels_, grad += channels_) {
+          const int64_t base = row + start[ow] * channels_;
+          for (int64_t c = 0; c < channels_; ++c) add(base + c, offset[c], grad[c]);
         }
       }
     }
-    zero(to + zeroed * row_size, (height.length - zeroed) * row_size * sizeof(T));
+    zero(to + zeroed * row_size_, (height_.length - zeroed) * row_size_ * sizeof(To));
+  }
+
+ private:
+  const MaxAxis &height_, &width_;
+  int64_t channels_, row_size_, size_, taps_;
+  Scratch<int64_t> steps_;  // from a window's first position to its taps
+};
+
+// Images [begin, end). Where several windows may add to one place of a half type, sums are formed
+// in fp32 first.
+template <typename T, typename O>
+void scatter_images(const MaxWindows& p, int64_t channels, bool overlap, const T* grad_output,
+                    const O* offsets, T* grad_input, int64_t begin, int64_t end) {
+  const int64_t size = p.in_plane() * channels, outputs = p.out_plane() * channels;
+  const Scatter<T, O> scatter(p, channels);
+  const bool exact = overlap && !std::is_same_v<T, acc_t<T>>;
+  Scratch<acc_t<T>> sums(exact ? size : 0);
+  // Small images become zero many at a time.
+  constexpr int64_t kAtOnce = 4096;
+  int64_t zeroed = begin;
+  for (int64_t image = begin; image < end; ++image) {
+    const T* grad = grad_output + image * outputs;
+    const O* offset = offsets + image * outputs;
+    T* to = grad_input + image * size;
+    if (exact) {
+      scatter.image(grad, offset, sums.get(), false);
+      for_each_vec<T>(size, [&](int64_t i, int lanes) {
+        store_partial(to + i, load_partial(sums.get() + i, lanes), lanes);
+      });
+      continue;
+    }
+    if (image == zeroed && size < kAtOnce) {
+      zeroed = image + kAtOnce / size < end ? image + kAtOnce / size : end;
+      zero(to, (zeroed - image) * size * sizeof(T));
+    }
+    scatter.image(grad, offset, to, image < zeroed);
   }
 }
 
 // ---- entry --------------------------------------------------------------------------------------
 
-// Whether outputs scatter: few of them, no two into one place, or hardly ever and in full
-// precision.
-template <typename T>
-bool scatters(const MaxWindows& p, const Covering& above, const Covering& left) {
-  const int64_t inputs = p.in_plane(), outputs = p.out_plane();
-  if (above.most() <= 1 && left.most() <= 1) return inputs >= (p.channels_last ? 16 : 4) * outputs;
-  return !p.channels_last && std::is_same_v<T, acc_t<T>> && inputs >= 8 * outputs;
-}
-
 constexpr int64_t kGatherBudget = 256 << 10;  // bytes of rows gathered from: they stay in L2
 constexpr int64_t kFewestChannels = 128;      // in a block: fewer make for short runs of memory
 
-// B: the type of rows with channels side by side.
-template <typename B, typename T, typename O>
+template <typename T, typename O>
 void gather(const MaxWindows& p, const Covering& above, const Covering& left, const T* grad_output,
             const O* offsets, T* grad_input) {
-  const int64_t fit =
-      kGatherBudget /
-      ((above.most() * int64_t{sizeof(B) + sizeof(O)} + 2 * int64_t{sizeof(acc_t<B>)}) *
-           p.width.outputs +
-       1);
-  const auto blocks = ChannelBlocks::of(Tag<B>{}, p.channels_last, p.batch, p.channels,
-                                        fit > kFewestChannels ? fit : kFewestChannels);
+  const int64_t pixel =
+      above.most() * int64_t{sizeof(T) + sizeof(O)} + 2 * int64_t{sizeof(acc_t<T>)};
+  const int64_t fit = kGatherBudget / (pixel * p.width.outputs + 1);
+  const ChannelBlocks<T> blocks(p.batch, p.channels, fit > kFewestChannels ? fit : kFewestChannels);
   parallel_for(blocks.count() * p.height.length, max_grain(blocks.size * p.width.length),
                [&](int64_t begin, int64_t end) {
-                 gather_rows<B>(p, blocks, above, left, grad_output, offsets, grad_input, begin,
-                                end);
+                 gather_rows(p, blocks, above, left, grad_output, offsets, grad_input, begin, end);
                });
 }
 
 template <typename T, typename O>
 void backward(const MaxWindows& p, const T* grad_output, const O* offsets, T* grad_input) {
   const Covering above(p.height), left(p.width);
-  if (scatters<T>(p, above, left)) {
-    const int64_t channels = p.channels_last ? p.channels : 1;
-    return parallel_for(p.channels_last ? p.batch : p.planes(), max_grain(p.in_plane() * channels),
-                        [&](int64_t begin, int64_t end) {
-                          scatter_images(p, channels, grad_output, offsets, grad_input, begin, end);
-                        });
+  const bool overlap = above.most() > 1 || left.most() > 1;
+  const int64_t inputs = p.in_plane(), outputs = p.out_plane();
+  const auto scatter = [&](int64_t images, int64_t channels) {
+    parallel_for(images, max_grain(inputs * channels), [&](int64_t begin, int64_t end) {
+      scatter_images(p, channels, overlap, grad_output, offsets, grad_input, begin, end);
+    });
+  };
+  // Few outputs scatter; in planes also those that no register of windows can take.
+  if (p.channels_last) {
+    if (!overlap && inputs >= 16 * outputs) return scatter(p.batch, p.channels);
+    gather(p, above, left, grad_output, offsets, grad_input);
+  } else {
+    if (!gathers_in_planes(p) || inputs >= 8 * outputs) return scatter(p.planes(), 1);
+    max_backward_planes(p, grad_output, offsets, grad_input);
   }
-  if (p.channels_last)
-    gather<T>(p, above, left, grad_output, offsets, grad_input);
-  else
-    gather<acc_t<T>>(p, above, left, grad_output, offsets, grad_input);
 }
 
 }  // namespace

@@ -1,66 +1,27 @@
 // Largest values of windows, forward: one read of the input, one write of the output and of the
 // offsets.
 //
-// Channels lie side by side (channel_rows.h). Small windows that hardly overlap are read as they
-// are. Else separable: the winners of each row's columns are found once and kept, with their
-// offsets, in a ring in cache; an output row is then the winners of some of those rows. A row's
-// first maximum is the same for every window that takes in the row, and rows are compared in
-// order, so ties and NaNs come out as in one scan.
+// Contiguous planes have their own kernel (max_forward_planes.cpp). In channels_last, lanes are
+// channels. Small windows that hardly overlap are read as they are. Else separable: the winners of
+// each row's columns are found once and kept, with their offsets, in a ring in cache; an output row
+// is then the winners of some of those rows. A row's first maximum is the same for every window
+// that takes in the row, and rows are compared in order, so ties and NaNs come out as in one scan.
 //
 // Times of native over ours on Zen 3, fp32, contiguous / channels_last (torchops bench PROBLEM
 // --layout contiguous,channels_last --threads 1 --quick):
-//   max_pool2d:mb8_ic64ih112kh3sh2ph1       6.3 / 1.8
-//   max_pool2d:mb8_ic256ih56kh2sh2          5.3 / 1.4
-//   max_pool2d:mb8_ic200ih33kh3sh1ph1       7.9 / 1.8
-//   max_pool2d:mb8_ic256ih28kh5sh1ph2      15.7 / 2.4
-// The most is 7.2 GB/s of a copy's 10.5, the first in channels_last.
+//   max_pool2d:mb8_ic64ih112kh3sh2ph1      12.0 / 1.8
+//   max_pool2d:mb8_ic256ih56kh2sh2         10.0 / 1.1
+//   max_pool2d:mb8_ic200ih33kh3sh1ph1      16.5 / 1.8
+//   max_pool2d:mb8_ic256ih28kh5sh1ph2      30.4 / 3.2
+// The most is 8.2 GB/s of a copy's 11.3, the second, contiguous.
 // Slower: converting half types into rows of fp32 first; wide windows one pixel at a time, in the
 // order of memory, or the whole window in registers.
 #include "core/parallel.h"
-#include "cpu/channel_rows.h"
-#include "cpu/max_windows.h"
+#include "cpu/channel_blocks.h"
+#include "cpu/max_best.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
-
-// The best so far and its offset, lane by lane.
-template <typename B, bool kOffsets>
-struct Best {
-  Vec<B> value;
-  Mask<B> offset;
-
-  void see(Best next) {
-    const Mask<B> take = (next.value > value) | (next.value != next.value);
-    value = take ? next.value : value;
-    if constexpr (kOffsets) offset = take ? next.offset : offset;
-  }
-};
-
-// Offsets of `registers` registers of channels, of which the last has `lanes`.
-template <typename B, int registers, typename O>
-inline void store_group(O* p, const Best<B, true>* best, int lanes) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  if constexpr (sizeof(O) == 1 && registers == 4 && kLanes<B> == 8) {
-    const auto bits = [&](int k) { return bit_cast<__m256i>(best[k].offset); };
-    const __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(bits(0), bits(1)),
-                                              _mm256_packus_epi32(bits(2), bits(3)));
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                               _mm256_permutevar8x32_epi32(bytes, order));
-  }
-#endif
-  for (int u = 0; u < registers; ++u)
-    store_offsets<B>(p + u * kLanes<B>, best[u].offset, u + 1 < registers ? kLanes<B> : lanes);
-}
-
-// B dilated window may step over a small input: native's answer is the value that it starts from.
-template <bool kOffsets, typename B, typename O>
-void max_of_nothing(int64_t n, B* output, O* offsets) {
-  for (int64_t i = 0; i < n; ++i) {
-    output[i] = from_acc<B>(-acc_t<B>(INFINITY));
-    if constexpr (kOffsets) offsets[i] = 0;
-  }
-}
 
 // ---- windows as they are ------------------------------------------------------------------------
 
@@ -160,14 +121,13 @@ class RowWinners {
   void start() {
     for (int64_t i = 0; i < slots_; ++i) rows_.get()[i] = -1;
   }
-  template <typename Rows>
-  void find(int64_t row, Rows& input, int64_t channels) {
+  // `from`: the row's first pixel.
+  void find(int64_t row, const B* from, int64_t channels) {
     const int64_t slot = row % slots_;
     if (rows_.get()[slot] == row) return;
     rows_.get()[slot] = row;
-    input.need(row, row + 1);
-    row_winners<kOffsets>(p_.width, input.row(row), input.pixel(), channels,
-                          values_.get() + slot * size_, offsets_.get() + slot * size_, pitch_);
+    row_winners<kOffsets>(p_.width, from, p_.channels, channels, values_.get() + slot * size_,
+                          offsets_.get() + slot * size_, pitch_);
   }
   // The winners of the windows of output row oh among the winners of their rows.
   template <typename O>
@@ -221,83 +181,62 @@ class RowWinners {
 bool takes_windows(const MaxWindows& p) {
   const MaxAxis &h = p.height, &w = p.width;
   return h.taps == w.taps && (h.taps == 2 || h.taps == 3) && h.dilation == 1 && w.dilation == 1 &&
-         h.even && w.even && 2 * h.outputs <= h.length + 2 && h.length >= h.taps &&
+         h.stride && w.stride && 2 * h.outputs <= h.length + 2 && h.length >= h.taps &&
          w.length >= w.taps;
 }
 
 constexpr int64_t kRingBudget = 320 << 10;  // bytes of a ring of rows: it stays in the L2 cache
 constexpr int64_t kFewestChannels = 128;    // in a block: fewer make for short runs of memory
 
-template <typename B>
+template <typename T>
 int64_t block_of_channels(const MaxWindows& p, bool separable) {
   if (!separable) return p.channels;
   const int64_t pixels = ((p.height.taps - 1) * p.height.dilation + 1) * p.width.outputs;
-  const int64_t fit = kRingBudget / (pixels * int64_t{2 * sizeof(acc_t<B>)} + 1);
+  const int64_t fit = kRingBudget / (pixels * int64_t{2 * sizeof(acc_t<T>)} + 1);
   return fit > kFewestChannels ? fit : kFewestChannels;
 }
 
-template <bool kOffsets, typename B, typename T, typename O>
-void forward_rows(const MaxWindows& p, const ChannelBlocks& blocks, bool separable, const T* input,
-                  T* output, O* offsets, int64_t begin, int64_t end) {
-  const int64_t OH = p.height.outputs;
-  InputRows<T, B> rows(blocks, p.height.length, p.width.length, separable ? 1 : p.height.taps,
-                       input);
-  OutputRows<T, B> results(blocks, OH, p.width.outputs, output);
-  OutputRows<O, O> winners(blocks, OH, kOffsets ? p.width.outputs : 0, offsets);
-  RowWinners<kOffsets, B> ring(p, separable ? blocks.size : 0);
-  ChannelBlock block{};
+template <bool kOffsets, typename T, typename O>
+void forward_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, bool separable,
+                  const T* input, T* output, O* offsets, int64_t begin, int64_t end) {
+  const int64_t C = p.channels, H = p.height.length, W = p.width.length, OH = p.height.outputs;
+  RowWinners<kOffsets, T> ring(p, separable ? blocks.size : 0);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t oh = unit % OH;
-    if (oh == 0 || unit == begin) {
-      results.finish();
-      if constexpr (kOffsets) winners.finish();
-      block = blocks[unit / OH];
-      rows.start(block), results.start(block, oh), winners.start(block, oh);
-      ring.start();
-    }
+    const ChannelBlock block = blocks[unit / OH];
+    if (oh == 0 || unit == begin) ring.start();
     const Span inside = p.height.inside[oh];
-    const int64_t first = p.height.position(oh, inside.begin);
-    B* to = results.next();
-    O* offsets_to = kOffsets ? winners.next() : nullptr;
+    const int64_t at = block.element(OH, p.width.outputs, C, oh);
+    O* const offsets_to = kOffsets ? offsets + at : nullptr;
+    const auto row = [&](int64_t r) {
+      return input + block.element(H, W, C, p.height.position(oh, r));
+    };
     if (separable) {
       for (int64_t r = inside.begin; r < inside.end; ++r)
-        ring.find(p.height.position(oh, r), rows, block.channels);
-      ring.combine(oh, block.channels, to, results.pixel(), offsets_to, winners.pixel());
+        ring.find(p.height.position(oh, r), row(r), block.channels);
+      ring.combine(oh, block.channels, output + at, C, offsets_to, C);
     } else {
-      rows.need(first, first + inside.size());
-      max_row<kOffsets>(p, oh, rows.row(first), p.width.length * rows.pixel(), rows.pixel(),
-                        block.channels, to, results.pixel(), offsets_to, winners.pixel());
+      max_row<kOffsets>(p, oh, row(inside.begin), W * C, C, block.channels, output + at, C,
+                        offsets_to, C);
     }
   }
-  results.finish();
-  if constexpr (kOffsets) winners.finish();
-}
-
-// B: the type of rows with channels side by side.
-template <bool kOffsets, typename B, typename T, typename O>
-void forward_blocks(const MaxWindows& p, const T* input, T* output, O* offsets) {
-  const bool separable = !takes_windows(p);
-  const auto blocks = ChannelBlocks::of(Tag<B>{}, p.channels_last, p.batch, p.channels,
-                                        block_of_channels<B>(p, separable));
-  const int64_t taps = p.height.taps * p.width.taps * p.width.outputs;
-  parallel_for(blocks.count() * p.height.outputs, max_grain(taps * blocks.size),
-               [&](int64_t begin, int64_t end) {
-                 forward_rows<kOffsets, B>(p, blocks, separable, input, output, offsets, begin,
-                                           end);
-               });
 }
 
 template <bool kOffsets, typename T, typename O>
 void forward(const MaxWindows& p, const T* input, T* output, O* offsets) {
-  if (p.channels_last)
-    forward_blocks<kOffsets, T>(p, input, output, offsets);
-  else
-    forward_blocks<kOffsets, acc_t<T>>(p, input, output, offsets);
+  const bool separable = !takes_windows(p);
+  const ChannelBlocks<T> blocks(p.batch, p.channels, block_of_channels<T>(p, separable));
+  const int64_t taps = p.height.taps * p.width.taps * p.width.outputs;
+  parallel_for(blocks.count() * p.height.outputs, max_grain(taps * blocks.size),
+               [&](int64_t begin, int64_t end) {
+                 forward_rows<kOffsets>(p, blocks, separable, input, output, offsets, begin, end);
+               });
 }
 
 }  // namespace
 
 void max_forward(const MaxWindows& p, const void* input, void* output, void* offsets) {
+  if (!p.channels_last) return max_forward_planes(p, input, output, offsets);
   dispatch_dtype(p.dtype, [&](auto scalar) {
     using T = typename decltype(scalar)::type;
     const T* from = static_cast<const T*>(input);

@@ -14,7 +14,7 @@ namespace torchops::cpu::TORCHOPS_ISA {
 // One axis: where each window starts (perhaps in the padding) and which of its taps lie inside.
 struct MaxAxis {
   int64_t length, outputs, taps, dilation;
-  bool even;  // no window has fewer taps, but for the padding
+  int64_t stride;  // from each window to the next; 0 where they differ in that or in their taps
   const int64_t* start;
   const Span* inside;
 
@@ -52,14 +52,16 @@ class AxisWindows {
   AxisWindows(int64_t length, int64_t outputs, int64_t taps, int64_t dilation, const F& window)
       : start_(outputs),
         inside_(outputs),
-        axis_{length, outputs, taps, dilation, true, start_.get(), inside_.get()} {
+        axis_{length, outputs, taps, dilation, 1, start_.get(), inside_.get()} {
     for (int64_t o = 0; o < outputs; ++o) {
       const auto [begin, count] = window(o);
+      const int64_t step = o > 0 ? begin - start_.get()[o - 1] : 1;
+      if (count != taps || (o > 1 && step != axis_.stride)) axis_.stride = 0;
+      if (o == 1 && axis_.stride) axis_.stride = step;
       const int64_t first = begin < 0 ? (-begin + dilation - 1) / dilation : 0;
       const int64_t room = (length - begin + dilation - 1) / dilation;
       const int64_t last = room < count ? room : count;
       start_.get()[o] = begin;
-      axis_.even = axis_.even && count == taps;
       inside_.get()[o] = {first, last > first ? last : first};
     }
   }
@@ -75,6 +77,26 @@ constexpr int64_t kMaxGrain = 16384;  // window taps per range: about 10 us
 
 inline int64_t max_grain(int64_t taps) { return kMaxGrain / (taps + 1) + 1; }
 
+// Elements that will soon be read, or written; they need not exist.
+template <bool kWrite, typename T>
+inline void prefetch(const T* p, int64_t count) {
+  const char* from = reinterpret_cast<const char*>(p);
+  for (int64_t i = 0; i < count * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(from + i, kWrite);
+}
+
+// Rows that a kernel runs ahead with one step before it takes the next: a load that straddles two
+// stores waits until both are in the cache.
+inline int64_t rows_ahead(int64_t stores_in_row) {
+  constexpr int64_t kStores = 64;
+  return stores_in_row > 0 && stores_in_row < kStores ? kStores / stores_in_row : 1;
+}
+
+inline int64_t power_of_two_from(int64_t n) {
+  int64_t power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
 // f(Tag<offset_t>)
 template <typename F>
 inline void with_offsets(const MaxWindows& p, const F& f) {
@@ -82,6 +104,39 @@ inline void with_offsets(const MaxWindows& p, const F& f) {
 }
 
 // ---- registers of candidates ----------------------------------------------------------------
+
+constexpr int kGroup = 4;  // registers at a time: chains of dependent steps overlap
+
+// f(c, registers, lanes) over [0, count): groups of kGroup full registers, then single ones.
+// The last steps back to be full, or is the only one and has fewer lanes.
+template <typename T, typename F>
+inline void for_each_group(int64_t count, const F& f) {
+  constexpr int64_t L = kLanes<T>;
+  int64_t c = 0;
+  for (; c + kGroup * L <= count; c += kGroup * L) {
+    f(c, std::integral_constant<int, kGroup>{}, std::integral_constant<int, L>{});
+  }
+  for (; c < count; c += L) {
+    if (count - c < L && count > L) c = count - L;
+    f(c, std::integral_constant<int, 1>{}, int(count - c < L ? count - c : L));
+  }
+}
+
+// f(i, registers) over [0, count), up to kGroup registers beyond its end.
+template <typename T, typename F>
+inline void for_each_few(int64_t count, const F& f) {
+  constexpr int64_t L = kLanes<T>;
+  int64_t i = 0;
+  for (; i + (kGroup / 2) * L < count; i += kGroup * L) f(i, std::integral_constant<int, kGroup>{});
+  for (; i < count; i += L) f(i, std::integral_constant<int, 1>{});
+}
+
+// f(0), ..., f(count - 1) without a loop: GCC 12 keeps arrays that loops go through in memory.
+template <int count, typename F>
+[[gnu::always_inline]] inline void repeat(const F& f) {
+  if constexpr (count > 1) repeat<count - 1>(f);
+  f(count - 1);
+}
 
 // An element of Mask<T>.
 template <typename T>
@@ -103,13 +158,13 @@ inline void store_offsets(O* p, Mask<T> offsets, int lanes) {
     const Narrow narrow = __builtin_convertvector(offsets, Narrow);
     std::memcpy(to, &narrow, sizeof(narrow));
   }
-  if (lanes < kLanes<T>) std::memcpy(p, buffer, lanes * sizeof(O));
+  if (lanes < kLanes<T>) copy_few(p, buffer, lanes * sizeof(O));
 }
 
 template <typename T, typename O>
 inline Mask<T> load_offsets(const O* p, int lanes) {
   O buffer[kLanes<T>] = {};
-  if (lanes < kLanes<T>) std::memcpy(buffer, p, lanes * sizeof(O));
+  if (lanes < kLanes<T>) copy_few(buffer, p, lanes * sizeof(O));
   const O* from = lanes == kLanes<T> ? p : buffer;
   if constexpr (sizeof(O) == 1) {
     return widen_bytes<T>(from);

@@ -12,6 +12,16 @@ namespace {
 
 template <typename T> constexpr int kStep = 2 * kLanes<T>;
 
+// Outputs from this size on are written past the cache.
+constexpr int64_t kStreamBytes = 4 << 20;
+
+// Whether runs of `length` elements, one after another from `output` on, can be streamed.
+template <typename T>
+inline bool can_stream(const void* output, int64_t length, int64_t alignment) {
+  return reinterpret_cast<intptr_t>(output) % kVecBytes == 0 &&
+         length * int64_t{sizeof(T)} % alignment == 0;
+}
+
 // The first n elements of a step, and zeros.
 template <typename T>
 [[gnu::always_inline]] inline void load_two(const T* p, int n, Vec<T> (&v)[2]) {

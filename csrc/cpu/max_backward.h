@@ -1,0 +1,47 @@
+// What the backward kernels of max-pools share: the windows that cover each position.
+#pragma once
+
+#include "cpu/max_windows.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+namespace {
+
+// The windows that cover each position of an axis, in order, and the taps that do.
+class Covering {
+ public:
+  struct Tap { int64_t output, tap; };
+
+  explicit Covering(const MaxAxis& axis)
+      : first_(axis.length + 2), taps_(axis.outputs * axis.taps) {
+    const auto for_each_tap = [&](const auto& f) {
+      for (int64_t o = 0; o < axis.outputs; ++o) {
+        const Span inside = axis.inside[o];
+        for (int64_t k = inside.begin; k < inside.end; ++k) f(axis.position(o, k), Tap{o, k});
+      }
+    };
+    first_.zero();
+    for_each_tap([&](int64_t i, Tap) { ++first_.get()[i + 2]; });
+    for (int64_t i = 0; i < axis.length; ++i) {
+      if (first_.get()[i + 2] > most_) most_ = first_.get()[i + 2];
+      first_.get()[i + 2] += first_.get()[i + 1];
+    }
+    for_each_tap([&](int64_t i, Tap tap) { taps_.get()[first_.get()[i + 1]++] = tap; });
+  }
+  const Tap* begin(int64_t i) const { return taps_.get() + first_.get()[i]; }
+  const Tap* end(int64_t i) const { return taps_.get() + first_.get()[i + 1]; }
+  int64_t most() const { return most_; }
+
+ private:
+  Scratch<int64_t> first_;
+  Scratch<Tap> taps_;
+  int64_t most_ = 0;
+};
+
+}  // namespace
+
+// Contiguous planes whose windows are 1 or 2 apart along the row; see max_backward_planes.cpp.
+bool gathers_in_planes(const MaxWindows&);
+void max_backward_planes(const MaxWindows&, const void* grad_output, const void* offsets,
+                         void* grad_input);
+
+}  // namespace torchops::cpu::TORCHOPS_ISA

@@ -1,0 +1,54 @@
+// Registers of candidates for a window's largest value, and where they stood.
+#pragma once
+
+#include "cpu/max_windows.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+
+// Contiguous planes, whose windows lie along rows; see max_forward_planes.cpp and
+// max_backward_planes.cpp.
+void max_forward_planes(const MaxWindows&, const void* input, void* output, void* offsets);
+
+namespace {
+
+// The best so far and its offset, lane by lane.
+template <typename T, bool kOffsets>
+struct Best {
+  Vec<T> value;
+  Mask<T> offset;
+
+  void see(Best next) {
+    const Mask<T> take = (next.value > value) | (next.value != next.value);
+    value = take ? next.value : value;
+    if constexpr (kOffsets) offset = take ? next.offset : offset;
+  }
+};
+
+// Offsets of `registers` registers, of which the last has `lanes`.
+template <typename T, int registers, typename O>
+inline void store_group(O* p, const Best<T, true>* best, int lanes) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(O) == 1 && registers == 4 && kLanes<T> == 8) {
+    const auto bits = [&](int k) { return bit_cast<__m256i>(best[k].offset); };
+    const __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(bits(0), bits(1)),
+                                              _mm256_packus_epi32(bits(2), bits(3)));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                               _mm256_permutevar8x32_epi32(bytes, order));
+  }
+#endif
+  for (int u = 0; u < registers; ++u)
+    store_offsets<T>(p + u * kLanes<T>, best[u].offset, u + 1 < registers ? kLanes<T> : lanes);
+}
+
+// A dilated window may step over a small input: native's answer is the value that it starts from.
+template <bool kOffsets, typename T, typename O>
+void max_of_nothing(int64_t n, T* output, O* offsets) {
+  for (int64_t i = 0; i < n; ++i) {
+    output[i] = from_acc<T>(-acc_t<T>(INFINITY));
+    if constexpr (kOffsets) offsets[i] = 0;
+  }
+}
+
+}  // namespace
+}  // namespace torchops::cpu::TORCHOPS_ISA

@@ -32,6 +32,10 @@ CASES = [
     # several blocks of depth, of channels and of positions
     (2, 40, 9, 11, (3, 3), (1, 1), (1, 1), (1, 1), 270, 1),
     (1, 270, 16, 17, (1, 1), (1, 1), (0, 0), (1, 1), 20, 1),
+    # 1x1: blocks of pixels across images, whole ones and some of both
+    (3, 270, 7, 7, (1, 1), (1, 1), (0, 0), (1, 1), 150, 1),
+    (2, 20, 13, 12, (1, 1), (1, 1), (0, 0), (1, 1), 137, 1),
+    (9, 17, 1, 1, (1, 1), (1, 1), (0, 0), (1, 1), 9, 1),
 ]
 TOLERANCE = {torch.float64: 4e-14, torch.float32: 4e-6, torch.bfloat16: 1.6e-2}
 

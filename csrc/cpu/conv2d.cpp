@@ -14,10 +14,8 @@
 // contiguous,channels_last --threads 1 --quick):
 //   conv2d:mb8_ic128ih28oc128kh3ph1    55 / 63   53 / 56
 //   conv2d:mb8_ic64ih56oc64kh3ph1      76 / 60   52 / 57
-//   conv1x1:mb8_ic1024ih14oc256        58 / 72   65 / 51
 //   conv2d:mb8_ic3ih224oc64kh7sh2ph3   61 / 57   29 / 27
 //   conv2d:mb8_ic512ih7oc512kh3ph1     65 / 56   57 / 48, bound by the weights
-//   conv1x1:mb1_ic1280ih7oc320         41 / 33   20 / 17, bound by packing the weights
 // Tried without gain: fetching the panel's lines for writing.
 #include "ops/conv2d.h"
 

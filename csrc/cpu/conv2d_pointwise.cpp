@@ -1,39 +1,129 @@
-// 1x1 convolution on the CPU: a plain matrix product, so the image is flattened to one long row of
-// pixels and no window is walked. Stride 1; others skip pixels and stay two-dimensional.
+// 1x1 convolution on the CPU and its gradients: plain matrix products over the channels of pixels,
+// see product.h. Stride 1; others skip pixels and go the way of larger windows.
+//
+// The weight is one operand as it lies, O x C. The images are matrices of channels x pixels,
+// contiguous, or of pixels x channels, channels_last; the output is written in place.
+//
+// Reached on Zen 3, fp32, GFLOP/s, contiguous / channels_last, of 95 by multiply-adds in registers:
+//   conv1x1:mb1_ic1280ih7oc320   forward 67 / 74, gradients 60 and 74 / 75 and 75
+//   conv1x1:mb1_ic72ih33oc200    forward 77 / 77, gradients 68 and 62 / 67 and 67
+//   conv1x1:mb1_ic16ih112oc96    forward 33 / 54, gradients 58 and 73 / 76 and 58
+// Tried without gain: tiles of 4 x 3 vectors, a depth unrolled by 4, strips of A for the transposed
+// weight, which take twice as long to copy as its rows.
+#include "core/parallel.h"
+#include "core/scratch.h"
+#include "cpu/product.h"
 #include "ops/conv2d.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-Conv2dShape flattened(Conv2dShape s) {
-  if (s.window_height.stride != 1 || s.window_width.stride != 1) return s;
-  s.in_width = s.out_width = s.in_height * s.in_width;
-  s.in_height = s.out_height = 1;
+constexpr int64_t kUnits = 16;  // as in conv2d_grad_weight.cpp
+
+bool skips_pixels(const Conv2dShape& s) {
+  return s.window_height.stride != 1 || s.window_width.stride != 1;
+}
+
+// Images as channels x pixels.
+template <typename T>
+Matrix<T> images(const Conv2dShape& s, T* data, int64_t channels) {
+  const int64_t plane = s.in_height * s.in_width, pixels = s.batch * plane;
+  if (s.channels_last) return {data, {channels, 1}, {pixels, channels}};
+  return {data, {channels, plane}, {pixels, 1, plane, channels * plane}};
+}
+
+template <typename T>
+Matrix<T> transposed(const Matrix<T>& m) {
+  return {m.data, m.columns, m.rows};
+}
+
+template <typename T>
+Matrix<T> weight_matrix(const Conv2dShape& s, T* data) {
+  return {data, {s.out_channels, s.in_channels}, {s.in_channels, 1}};
+}
+
+// out = weight x in, written as the format of the images wants it.
+template <typename T>
+void multiply_images(const Conv2dShape& s, const Matrix<const T>& weight, const Matrix<const T>& in,
+                     const T* bias, const Matrix<T>& out) {
   if (s.channels_last) {
-    s.in_width = s.out_width = s.batch * s.in_width;
-    s.batch = 1;
+    multiply_matrices<T>({transposed(in), transposed(weight), transposed(out), nullptr, bias});
+  } else {
+    multiply_matrices<T>({weight, in, out, bias, nullptr});
   }
-  return s;
+}
+
+// C summed over shares of the depth, and these in order: for the threads of a large CPU, where C
+// has few blocks. The split must not depend on their number.
+template <typename T>
+void multiply_by_shares(const Product<T>& p) {
+  using Acc = acc_t<T>;
+  const ProductPlan<T> plan(p);
+  const Parts &rows = plan.rows, &columns = plan.columns;
+  const int64_t blocks = rows.count * columns.count;
+  const int64_t shares =
+      blocks ? product_least(product_blocks(kUnits, blocks), plan.depth_blocks) : 0;
+  if (shares <= 1) return multiply_matrices(p);
+  const int64_t width = columns.size, size = rows.size * width;
+  const Scratch<Acc> sums(shares * size);
+  const int64_t flops = 2 * rows.part * columns.part * p.b.rows.size / shares;
+  parallel_for(shares * blocks, kProductGrain / flops + 1, [&](int64_t begin, int64_t end) {
+    const ProductUnit<T> unit(plan);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t share = item / blocks, block = item % blocks;
+      const int64_t row = rows.begin(block / columns.count);
+      const int64_t column = columns.begin(block % columns.count);
+      unit.run(row, rows.begin(block / columns.count + 1) - row, column,
+               columns.begin(block % columns.count + 1) - column,
+               plan.depth_blocks * share / shares, plan.depth_blocks * (share + 1) / shares, false,
+               true, sums.get() + share * size + row * width + column, width);
+    }
+  });
+  parallel_for(size, 65'536 / shares, [&](int64_t begin, int64_t end) {
+    for_each_vec<T>(end - begin, [&](int64_t i, int lanes) {
+      const Acc* from = sums.get() + begin + i;
+      Vec<T> sum = load_partial(from, lanes);
+      for (int64_t share = 1; share < shares; ++share)
+        sum += load_partial(from + share * size, lanes);
+      store_partial(p.c.data + begin + i, sum, lanes);
+    });
+  });
 }
 
 }  // namespace
 
 void conv2d_pointwise(const Conv2dParams& p) {
-  Conv2dParams flat = p;
-  flat.shape = flattened(p.shape);
-  conv2d(flat);
+  if (skips_pixels(p.shape)) return conv2d(p);
+  dispatch_dtype(p.shape.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Conv2dShape& s = p.shape;
+    multiply_images<T>(s, weight_matrix(s, static_cast<const T*>(p.weight)),
+                       images(s, static_cast<const T*>(p.input), s.in_channels),
+                       static_cast<const T*>(p.bias),
+                       images(s, static_cast<T*>(p.output), s.out_channels));
+  });
 }
 
 void conv2d_pointwise_grad_input(const Conv2dGradInputParams& p) {
-  Conv2dGradInputParams flat = p;
-  flat.shape = flattened(p.shape);
-  conv2d_grad_input(flat);
+  if (skips_pixels(p.shape)) return conv2d_grad_input(p);
+  dispatch_dtype(p.shape.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Conv2dShape& s = p.shape;
+    multiply_images<T>(s, transposed(weight_matrix(s, static_cast<const T*>(p.weight))),
+                       images(s, static_cast<const T*>(p.grad_output), s.out_channels), nullptr,
+                       images(s, static_cast<T*>(p.grad_input), s.in_channels));
+  });
 }
 
 void conv2d_pointwise_grad_weight(const Conv2dGradWeightParams& p) {
-  Conv2dGradWeightParams flat = p;
-  flat.shape = flattened(p.shape);
-  conv2d_grad_weight(flat);
+  if (skips_pixels(p.shape)) return conv2d_grad_weight(p);
+  dispatch_dtype(p.shape.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Conv2dShape& s = p.shape;
+    multiply_by_shares<T>({images(s, static_cast<const T*>(p.grad_output), s.out_channels),
+                           transposed(images(s, static_cast<const T*>(p.input), s.in_channels)),
+                           weight_matrix(s, static_cast<T*>(p.grad_weight))});
+  });
 }
 
 }  // namespace torchops::cpu::TORCHOPS_ISA

@@ -42,11 +42,13 @@ template <Panel panel> constexpr int64_t kPanelStride = panel == Panel::rows ? 2
 // Calls f(tile, first row, height).
 template <typename F>
 inline void for_each_tile(int64_t rows, const F& f) {
+  if (rows == 0) return;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t height = rows / tiles, higher = rows % tiles;
   for (int64_t tile = 0, first = 0; tile < tiles; ++tile) {
-    const int height = static_cast<int>((rows + tiles - 1 - tile) / tiles);
-    f(tile, first, height);
-    first += height;
+    const int size = static_cast<int>(height + (tile < higher));
+    f(tile, first, size);
+    first += size;
   }
 }
 
@@ -61,10 +63,13 @@ struct TileArguments {
   const T* const* bases = nullptr;
   const int64_t* offsets = nullptr;
   int64_t a_stride = 0;  // of a panel in place
+  bool exact = false;    // nothing is written past the end of a row
 };
 
+// What differs from tile to tile is passed in registers: the tile's first column, and the lanes of
+// its last vector.
 template <typename T, Panel panel, bool kShifted, int kRows, int kVecs>
-void multiply_tile(const TileArguments<T>& t) {
+void multiply_tile(const TileArguments<T>& t, const T* a, T* c, int64_t column, int lanes) {
   const int64_t row_step = panel == Panel::rows       ? kPanelStride<panel>
                            : panel == Panel::in_place ? t.a_stride
                                                       : 1;
@@ -72,15 +77,18 @@ void multiply_tile(const TileArguments<T>& t) {
                                  : panel == Panel::columns ? kPanelStride<panel>
                                                            : kStripWidth<T>;
   Vec<T> sum[kRows][kVecs] = {};
-  const T *a = t.a, *b = t.b;
+  const T* b = kShifted ? nullptr : t.b + column;
   const T* bases[kVecs];
-  for (int v = 0; v < kVecs; ++v) bases[v] = kShifted ? t.bases[v] : nullptr;
-  T* c = t.c;
+  for (int v = 0; v < kVecs; ++v) bases[v] = kShifted ? t.bases[column / kLanes<T> + v] : nullptr;
   const int64_t b_stride = t.b_stride, c_stride = t.c_stride, depth = t.depth;
-  const bool accumulate = t.accumulate;
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) __builtin_prefetch(c + r * c_stride, 1);
   for (int64_t k = 0; k < depth; ++k) {
+    if (panel == Panel::in_place && k % (64 / sizeof(T)) == 0) {
+      // The next tile's rows: they may lie pages apart.
+#pragma GCC unroll 16
+      for (int r = kRows; r < 2 * kRows; ++r) __builtin_prefetch(a + r * row_step);
+    }
     Vec<T> columns[kVecs];
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v)
@@ -92,20 +100,29 @@ void multiply_tile(const TileArguments<T>& t) {
       for (int v = 0; v < kVecs; ++v) sum[r][v] += value * columns[v];
     }
     a += kDepthStep;
-    b += b_stride;
+    if (!kShifted) b += b_stride;
   }
+  const auto finish = [&](auto put) {
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r, c += c_stride) {
+    for (int r = 0; r < kRows; ++r, c += c_stride) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
-      T* to = c + v * kLanes<T>;
-      store(to, accumulate ? load<T>(to) + sum[r][v] : sum[r][v]);
+      for (int v = 0; v < kVecs; ++v) put(c + v * kLanes<T>, sum[r][v], v == kVecs - 1);
     }
+  };
+  if (lanes < kLanes<T>) {
+    finish([&](T* to, Vec<T> value, bool last) {
+      const int count = last ? lanes : kLanes<T>;
+      store_partial(to, t.accumulate ? load_partial(to, count) + value : value, count);
+    });
+  } else if (t.accumulate) {
+    finish([](T* to, Vec<T> value, bool) { store(to, load<T>(to) + value); });
+  } else {
+    finish([](T* to, Vec<T> value, bool) { store(to, value); });
   }
 }
 
 template <typename T>
-using TileFunction = void (*)(const TileArguments<T>&);
+using TileFunction = void (*)(const TileArguments<T>&, const T*, T*, int64_t, int);
 
 template <typename T, Panel panel, bool kShifted, int kVecs, int... kRowsMinusOne>
 inline TileFunction<T> pick_tile(int rows, std::integer_sequence<int, kRowsMinusOne...>) {
@@ -115,29 +132,29 @@ inline TileFunction<T> pick_tile(int rows, std::integer_sequence<int, kRowsMinus
 }
 
 // C[rows x columns] (+)= A x B for any number of rows and columns. b is read and c written in whole
-// vectors, or in twice a tile's where rows are few, so their rows need room for that.
+// vectors, or in twice a tile's where rows are few, so their rows need room for that; where
+// `exact`, c does not, and there is at most one tile of columns.
 template <typename T, Panel panel, bool kShifted = false>
-void multiply(const TileArguments<T>& arguments, int64_t rows, int64_t columns) {
+void multiply(const TileArguments<T>& t, int64_t rows, int64_t columns) {
   constexpr auto kRowCounts = std::make_integer_sequence<int, kTileRows>{};
   // Few rows take wider tiles: less than about ten sums would wait for each other.
   constexpr auto kFewRows = std::make_integer_sequence<int, kTileRows / 2>{};
   const bool few = rows <= kTileRows / 2;
   const int64_t width = few ? 2 * kTileColumns<T> : kTileColumns<T>;
   for (int64_t j = 0; j < columns; j += width) {
+    const int64_t rest = columns - j;
+    const int lanes =
+        t.exact && rest < width ? static_cast<int>((rest - 1) % kLanes<T> + 1) : kLanes<T>;
     for_each_tile(rows, [&](int64_t index, int64_t first, int height) {
-      TileArguments<T> t = arguments;
-      t.a += panel == Panel::in_place  ? first * t.a_stride
-             : panel == Panel::rows    ? first * kPanelStride<panel>
-             : panel == Panel::columns ? first
-                                       : index * kStripWidth<T> * t.depth;
-      t.b += j;
-      t.bases += kShifted ? j / kLanes<T> : 0;
-      t.c += first * t.c_stride + j;
-      const auto tile =
-          columns - j > kTileColumns<T> && few ? pick_tile<T, panel, kShifted, 4>(height, kFewRows)
-          : columns - j > kLanes<T> ? pick_tile<T, panel, kShifted, 2>(height, kRowCounts)
-                                    : pick_tile<T, panel, kShifted, 1>(height, kRowCounts);
-      tile(t);
+      const T* a = t.a + (panel == Panel::in_place  ? first * t.a_stride
+                          : panel == Panel::rows    ? first * kPanelStride<panel>
+                          : panel == Panel::columns ? first
+                                                    : index * kStripWidth<T> * t.depth);
+      const auto tile = rest > kTileColumns<T> && few
+                            ? pick_tile<T, panel, kShifted, 4>(height, kFewRows)
+                        : rest > kLanes<T> ? pick_tile<T, panel, kShifted, 2>(height, kRowCounts)
+                                           : pick_tile<T, panel, kShifted, 1>(height, kRowCounts);
+      tile(t, a, t.c + first * t.c_stride + j, j, lanes);
     });
   }
 }

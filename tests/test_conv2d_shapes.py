@@ -36,6 +36,9 @@ CASES = [
     (3, 270, 7, 7, (1, 1), (1, 1), (0, 0), (1, 1), 150, 1),
     (2, 20, 13, 12, (1, 1), (1, 1), (0, 0), (1, 1), 137, 1),
     (9, 17, 1, 1, (1, 1), (1, 1), (0, 0), (1, 1), 9, 1),
+    # 3x3 through Winograd's transform: odd sizes and channels, several blocks of all
+    (2, 37, 11, 19, (3, 3), (1, 1), (1, 1), (1, 1), 41, 1),
+    (1, 130, 9, 14, (3, 3), (1, 1), (0, 2), (1, 1), 150, 1),
 ]
 TOLERANCE = {torch.float64: 4e-14, torch.float32: 4e-6, torch.bfloat16: 1.6e-2}
 
@@ -73,3 +76,16 @@ def test_conv2d_and_its_gradients(case, align, channels_last, dtype):
     for result, reference in zip(results, expected, strict=True):
         error = (result.double() - reference).abs().max() / reference.abs().max()
         assert error <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_where_it_is(value, channels_last):
+    """Winograd's transform would carry it to outputs whose windows do not see it."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.ones(1, 32, 16, 16).contiguous(memory_format=memory_format)
+    x[0, 5, 7, 7] = value
+    weight = torch.full((32, 32, 3, 3), 0.25)
+    result = torch.ops.torchops.conv2d(x, weight, None, [1, 1], [1, 1], [1, 1], 1)
+    expected = F.conv2d(x.double(), weight.double(), None, 1, 1).float()
+    torch.testing.assert_close(result, expected, equal_nan=True)

@@ -27,6 +27,7 @@
 #include "cpu/conv2d_gather.h"
 #include "cpu/conv2d_lines.h"
 #include "cpu/conv2d_weights.h"
+#include "cpu/conv2d_winograd.h"
 #include "cpu/gemm.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -287,6 +288,9 @@ void correlate_contiguous(const Problem<T>& p) {
 template <typename T>
 void correlate(const Problem<T>& p) {
   if (p.c.positions() == 0 || p.c.columns == 0) return;
+  if constexpr (std::is_same_v<acc_t<T>, float>) {
+    if (winograd_pays(p.c) && correlate_winograd(p)) return;
+  }
   if (p.channels_last) return correlate_channels_last(p);
   if (reads_rows<T>(p.c)) return correlate_rows(p);
   correlate_contiguous(p);

@@ -1,0 +1,315 @@
+// 3x3 convolution of stride 1 by Winograd's F(2x2, 3x3): sixteen products of matrices in place of
+// thirty-six multiplications per tile of 2x2 outputs (Lavin and Gray, Fast Algorithms for
+// Convolutional Neural Networks, 2015). In fp32, of fp32 and half inputs, for the forward and the
+// gradient of the input.
+//
+// Plan: weights are transformed once per call. A unit of work is a block of tiles x a block of
+// output channels: for 64 input channels at a time it transforms the 4x4 windows of its tiles into
+// 16 panels in L2, multiplies each by its weights, and at last transforms the sums back into
+// outputs. Vectors run over channels; contiguous images are transposed on their way, eight channels
+// of a few rows at a time.
+//
+// The transform subtracts inputs that direct summation never brings together. Where that makes
+// infinities or NaNs, or inputs hold them, the caller sums directly.
+#pragma once
+
+#include <type_traits>
+
+#include "core/parallel.h"
+#include "core/scratch.h"
+#include "core/transpose.h"
+#include "cpu/conv2d_gather.h"
+#include "cpu/conv2d_weights.h"
+#include "cpu/gemm.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+namespace {
+
+constexpr int kPoints = 16;  // of a transformed window
+constexpr int64_t kTiles = kTileRows * (kTileRows > 6 ? 3 : 6);
+constexpr int64_t kWinogradDepth = 64, kWinogradColumns = 128;
+
+inline bool winograd_pays(const Correlation& c) {
+  const auto fits = [](const Axis& a) {
+    return a.taps == 3 && a.step == 1 && a.tap_offset == 1 && a.out_step == 1;
+  };
+  const int64_t tiles = c.batch * blocks(c.height.count, 2) * blocks(c.width.count, 2);
+  return c.groups == 1 && fits(c.height) && fits(c.width) && c.channels >= 32 && c.columns >= 32 &&
+         tiles >= 32;
+}
+
+// Transformed weights: [block of channels][point][panel][channel][kTileColumns].
+template <typename T>
+struct WinogradWeights {
+  static constexpr int64_t kWidth = kTileColumns<float>;
+  DepthBlocks channels;
+  int64_t columns;
+  Scratch<float> data;
+
+  explicit WinogradWeights(const Correlation& c)
+      : channels(c.channels, 1, kWinogradDepth),
+        columns(blocks(c.columns, kWidth) * kWidth),
+        data(kPoints * c.channels * columns) {}
+  float* at(int64_t block, int64_t point, int64_t panel) const {
+    return data.get() + kPoints * channels.begin(block) * columns +
+           channels.length(block) * (point * columns + panel * kWidth);
+  }
+};
+
+// G g of three taps, for G = (1 0 0), (1 1 1) / 2, (1 -1 1) / 2, (0 0 1).
+inline void transform_taps(VecF32 a, VecF32 b, VecF32 c, VecF32* out) {
+  const VecF32 outer = (a + c) * 0.5f, inner = b * 0.5f;
+  out[0] = a;
+  out[1] = outer + inner;
+  out[2] = outer - inner;
+  out[3] = c;
+}
+
+template <typename T>
+void transform_weights(const Problem<T>& p, const WinogradWeights<T>& to) {
+  constexpr int64_t kWidth = WinogradWeights<T>::kWidth, kTaps = 9;
+  const int64_t panels = to.columns / kWidth;
+  parallel_for(panels * to.channels.count, 1, [&](int64_t begin, int64_t end) {
+    const Scratch<float> taps(kTaps * to.channels.size * kWidth);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t panel = item % panels, block = item / panels;
+      const int64_t first = to.channels.begin(block), count = to.channels.length(block);
+      const int64_t column = panel * kWidth, columns = smaller(kWidth, p.c.columns - column);
+      // The depth runs over taps first, or, channels_last, over channels.
+      const int64_t tap_step = (p.channels_last ? count : 1) * kWidth;
+      const int64_t channel_step = (p.channels_last ? 1 : kTaps) * kWidth;
+      if (p.channels_last) {
+        for (int64_t tap = 0; tap < kTaps; ++tap)
+          pack_weights(p, 0, column, columns, tap * p.c.channels + first, count, kWidth,
+                       taps.get() + tap * tap_step);
+      } else {
+        pack_weights(p, 0, column, columns, first * kTaps, count * kTaps, kWidth, taps.get());
+      }
+      for (int64_t channel = 0; channel < count; ++channel) {
+        for (int64_t j = 0; j < columns; j += kLanes<float>) {
+          const float* from = taps.get() + channel * channel_step + j;
+          VecF32 rows[3][4], out[4];
+          for (int h = 0; h < 3; ++h) {
+            const float* row = from + 3 * h * tap_step;
+            transform_taps(load(row), load(row + tap_step), load(row + 2 * tap_step), rows[h]);
+          }
+          for (int w = 0; w < 4; ++w) {
+            transform_taps(rows[0][w], rows[1][w], rows[2][w], out);
+            for (int h = 0; h < 4; ++h)
+              store(to.at(block, 4 * h + w, panel) + channel * kWidth + j, out[h]);
+          }
+        }
+      }
+    }
+  });
+}
+
+// B d of four inputs, for B = (1 0 -1 0), (0 1 1 0), (0 -1 1 0), (0 1 0 -1).
+inline void transform_window(VecF32 a, VecF32 b, VecF32 c, VecF32 d, VecF32* out) {
+  out[0] = a - c;
+  out[1] = b + c;
+  out[2] = c - b;
+  out[3] = b - d;
+}
+
+// Consecutive tiles in one row of tiles of one image.
+struct TileRun { int64_t start, length, image, y, x; };
+
+// Work space of one thread.
+template <typename T>
+class Winograd {
+  static constexpr int64_t kRowStride = kPanelStride<Panel::rows>;
+  static constexpr int64_t kSumStride = kWinogradColumns + 16;
+  // A cache line more than a multiple of a page.
+  static constexpr int64_t kInputPoint = kTiles * kRowStride + 16;
+  static constexpr int64_t kSumPoint = kTiles * kSumStride + 16;
+  static constexpr int64_t kPatch = (2 * kTiles + 2) * kLanes<float>;
+
+ public:
+  explicit Winograd(const Problem<T>& p)
+      : p_(p),
+        rows_(blocks(p.c.height.count, 2)),
+        columns_(blocks(p.c.width.count, 2)),
+        inputs_(kPoints * kInputPoint),
+        sums_(kPoints * kSumPoint),
+        patch_(4 * kPatch) {}
+
+  // Computes outputs of the tiles [begin, end) in the columns [first, first + columns). False: they
+  // are not all finite.
+  bool run(const WinogradWeights<T>& weights, int64_t begin, int64_t end, int64_t first,
+           int64_t columns) {
+    place(begin, end);
+    for (int64_t block = 0; block < weights.channels.count; ++block) {
+      const int64_t channel = weights.channels.begin(block);
+      const int64_t depth = weights.channels.length(block);
+      for (int64_t s = 0; s < count_; ++s) transform_inputs(runs_[s], channel, depth);
+      for (int64_t point = 0; point < kPoints; ++point) {
+        for (int64_t j = 0; j < columns; j += weights.kWidth) {
+          multiply<float, Panel::rows>(
+              {inputs_.get() + point * kInputPoint,
+               weights.at(block, point, (first + j) / weights.kWidth),
+               sums_.get() + point * kSumPoint + j, weights.kWidth, kSumStride, depth, block > 0},
+              end - begin, smaller(weights.kWidth, columns - j));
+        }
+      }
+    }
+    VecF32 check = {};
+    for (int64_t s = 0; s < count_; ++s) check += write_outputs(runs_[s], first, columns);
+    for (int l = 0; l < kLanes<float>; ++l) {
+      if (check[l] != 0) return false;
+    }
+    return true;
+  }
+
+ private:
+  void place(int64_t begin, int64_t end) {
+    count_ = 0;
+    for (int64_t tile = begin; tile < end;) {
+      const int64_t x = tile % columns_, row = tile / columns_;
+      const int64_t length = smaller(columns_ - x, end - tile);
+      runs_[count_++] = {tile - begin, length, row / rows_, row % rows_, x};
+      tile += length;
+    }
+  }
+
+  void transform_inputs(const TileRun& run, int64_t channel, int64_t depth) {
+    const Correlation& c = p_.c;
+    const int64_t height = c.height.source_length, width = c.width.source_length;
+    const int64_t y = 2 * run.y + c.height.offset, x = 2 * run.x + c.width.offset;
+    // Of the columns of the run's windows, those inside the image.
+    const Inside valid = inside(x, 1, 2 * run.length + 2, width);
+    for (int64_t j = 0; j < depth; j += kLanes<float>) {
+      const int lanes = static_cast<int>(smaller(kLanes<float>, depth - j));
+      float* to = inputs_.get() + run.start * kRowStride + j;
+      if (p_.channels_last) {
+        const T* rows[4];
+        for (int r = 0; r < 4; ++r) {
+          const int64_t pixel = (run.image * height + y + r) * width + x;
+          rows[r] =
+              y + r >= 0 && y + r < height ? p_.source + pixel * c.channels + channel + j : nullptr;
+        }
+        transform_run(rows, c.channels, lanes, valid, run.length, to);
+        continue;
+      }
+      const float* rows[4];
+      for (int r = 0; r < 4; ++r) {
+        rows[r] = nullptr;
+        if (y + r < 0 || y + r >= height) continue;
+        float* row = patch_.get() + r * kPatch;
+        const int64_t plane = run.image * c.channels + channel + j;
+        load_planes(p_.source + (plane * height + y + r) * width + x + valid.first, height * width,
+                    lanes, valid.last - valid.first, row + valid.first * kLanes<float>);
+        rows[r] = row;
+      }
+      transform_run(rows, kLanes<float>, kLanes<float>, valid, run.length, to);
+    }
+  }
+
+  // One vector of channels: rows[r] + column * stride, or zero where there is no row.
+  template <typename E>
+  void transform_run(const E* const* rows, int64_t stride, int lanes, Inside valid, int64_t tiles,
+                     float* to) const {
+    VecF32 window[4][4];  // by column
+    const auto next = [&](int64_t column, VecF32* out) {
+      VecF32 values[4] = {};
+      if (column >= valid.first && column < valid.last) {
+        for (int r = 0; r < 4; ++r) {
+          if (rows[r]) values[r] = load_partial(rows[r] + column * stride, lanes);
+        }
+      }
+      transform_window(values[0], values[1], values[2], values[3], out);
+    };
+    next(0, window[2]);
+    next(1, window[3]);
+    for (int64_t tile = 0; tile < tiles; ++tile, to += kRowStride) {
+      for (int r = 0; r < 4; ++r) {
+        window[0][r] = window[2][r];
+        window[1][r] = window[3][r];
+      }
+      next(2 * tile + 2, window[2]);
+      next(2 * tile + 3, window[3]);
+      for (int r = 0; r < 4; ++r) {
+        VecF32 out[4];
+        transform_window(window[0][r], window[1][r], window[2][r], window[3][r], out);
+        for (int w = 0; w < 4; ++w) store(to + (4 * r + w) * kInputPoint, out[w]);
+      }
+    }
+  }
+
+  // Returns zeros, or NaNs where an output is not finite.
+  VecF32 write_outputs(const TileRun& run, int64_t first, int64_t columns) {
+    const Correlation& c = p_.c;
+    const int64_t height = c.height.count, width = c.width.count;
+    const int64_t y = 2 * run.y, x = 2 * run.x;
+    const int64_t rows = smaller(2, height - y), pixels = smaller(2 * run.length, width - x);
+    VecF32 check = {};
+    for (int64_t j = 0; j < columns; j += kLanes<float>) {
+      const int lanes = static_cast<int>(smaller(kLanes<float>, columns - j));
+      const VecF32 bias = p_.bias ? load_partial(p_.bias + first + j, lanes) : VecF32{};
+      const float* from = sums_.get() + run.start * kSumStride + j;
+      for (int64_t tile = 0; tile < run.length; ++tile, from += kSumStride) {
+        // A m A' for A = (1 1 1 0), (0 1 -1 -1).
+        VecF32 upper[4], lower[4];
+        for (int w = 0; w < 4; ++w) {
+          const VecF32 a = load(from + w * kSumPoint), b = load(from + (4 + w) * kSumPoint);
+          const VecF32 d = load(from + (8 + w) * kSumPoint), e = load(from + (12 + w) * kSumPoint);
+          upper[w] = a + b + d;
+          lower[w] = b - d - e;
+        }
+        const auto put = [&](const VecF32* m, float* to) {
+          const VecF32 left = m[0] + m[1] + m[2] + bias, right = m[1] - m[2] - m[3] + bias;
+          check += (left - left) + (right - right);
+          store(to, left);
+          store(to + kLanes<float>, right);
+        };
+        put(upper, patch_.get() + 2 * tile * kLanes<float>);
+        put(lower, patch_.get() + kPatch + 2 * tile * kLanes<float>);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* row = patch_.get() + r * kPatch;
+        if (p_.channels_last) {
+          T* to = p_.out + ((run.image * height + y + r) * width + x) * c.columns + first + j;
+          for (int64_t i = 0; i < pixels; ++i, to += c.columns)
+            store_partial(to, load(row + i * kLanes<float>), lanes);
+        } else {
+          T* to = p_.out + ((run.image * c.columns + first + j) * height + y + r) * width + x;
+          store_planes(to, height * width, lanes, pixels, row);
+        }
+      }
+    }
+    return check;
+  }
+
+  const Problem<T>& p_;
+  int64_t rows_, columns_;  // of tiles
+  const Scratch<float> inputs_, sums_, patch_;
+  TileRun runs_[kTiles];
+  int64_t count_ = 0;
+};
+
+// False: the outputs are not all finite, and may be wrong.
+template <typename T>
+bool correlate_winograd(const Problem<T>& p) {
+  const WinogradWeights<T> weights(p.c);
+  transform_weights(p, weights);
+  const int64_t tiles = p.c.batch * blocks(p.c.height.count, 2) * blocks(p.c.width.count, 2);
+  const int64_t tile_blocks = blocks(tiles, kTiles), size = blocks(tiles, tile_blocks);
+  const int64_t column_blocks = blocks(p.c.columns, kWinogradColumns);
+  const int64_t width = blocks(blocks(p.c.columns, column_blocks), weights.kWidth) * weights.kWidth;
+  bool finite = true;
+  parallel_for(tile_blocks * column_blocks, 1, [&](int64_t begin, int64_t end) {
+    Winograd<T> work(p);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t tile = item / column_blocks * size, column = item % column_blocks * width;
+      if (tile >= tiles || column >= p.c.columns) continue;
+      if (!work.run(weights, tile, smaller(tile + size, tiles), column,
+                    smaller(width, p.c.columns - column))) {
+        __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+      }
+    }
+  });
+  return finite;
+}
+
+}  // namespace
+}  // namespace torchops::cpu::TORCHOPS_ISA

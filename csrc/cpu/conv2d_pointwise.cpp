@@ -68,7 +68,7 @@ void multiply_by_shares(const Product<T>& p) {
   const Scratch<Acc> sums(shares * size);
   const int64_t flops = 2 * rows.part * columns.part * p.b.rows.size / shares;
   parallel_for(shares * blocks, kProductGrain / flops + 1, [&](int64_t begin, int64_t end) {
-    const ProductUnit<T> unit(plan);
+    ProductUnit<T> unit(plan);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t share = item / blocks, block = item % blocks;
       const int64_t row = rows.begin(block / columns.count);

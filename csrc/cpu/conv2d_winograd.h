@@ -34,7 +34,7 @@ inline bool winograd_pays(const Correlation& c) {
     return a.taps == 3 && a.step == 1 && a.tap_offset == 1 && a.out_step == 1;
   };
   const int64_t tiles = c.batch * blocks(c.height.count, 2) * blocks(c.width.count, 2);
-  return c.groups == 1 && fits(c.height) && fits(c.width) && c.channels >= 32 && c.columns >= 32 &&
+  return c.groups == 1 && fits(c.height) && fits(c.width) && c.channels >= 16 && c.columns >= 16 &&
          tiles >= 32;
 }
 

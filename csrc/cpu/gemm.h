@@ -89,6 +89,8 @@ void multiply_tile(const TileArguments<T>& t, const T* a, T* c, int64_t column, 
 #pragma GCC unroll 16
       for (int r = kRows; r < 2 * kRows; ++r) __builtin_prefetch(a + r * row_step);
     }
+    // The next panel of B, which may come from afar.
+    if (panel == Panel::rows) __builtin_prefetch(b + depth * b_stride);
     Vec<T> columns[kVecs];
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v)

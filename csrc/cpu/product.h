@@ -189,10 +189,14 @@ class ProductUnit {
   // C(row, column) = c[(row - first row) * stride + column - first column]; whether the end of a
   // row must not be written past is `exact`.
   void run(int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t begin, int64_t end,
-           bool accumulate, bool exact, Acc* c, int64_t stride) const {
+           bool accumulate, bool exact, Acc* c, int64_t stride) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t k = plan_.depth_begin(block), depth = plan_.depth_begin(block + 1) - k;
-      pack_b(p_.b, k, depth, column, columns, b_.get());
+      if (k != packed_k_ || column != packed_column_) {
+        pack_b(p_.b, k, depth, column, columns, b_.get());
+        packed_k_ = k;
+        packed_column_ = column;
+      }
       TileArguments<Acc> t{
           nullptr, b_.get(), c, Plan::kWidth, stride, depth, accumulate || block > begin};
       t.exact = exact;
@@ -231,6 +235,7 @@ class ProductUnit {
   const Plan& plan_;
   const Product<T>& p_;
   const Scratch<Acc> b_, a_;
+  int64_t packed_k_ = -1, packed_column_ = -1;  // what b_ holds
 };
 
 constexpr int64_t kProductGrain = 2'000'000;  // operations: about 30 us
@@ -275,13 +280,11 @@ void multiply_matrices(const Product<T>& p) {
   const int64_t flops = 2 * rows.part * columns.part * (p.b.rows.size + 1);
   parallel_for(
       rows.count * columns.count, kProductGrain / flops + 1, [&](int64_t begin, int64_t end) {
-        const ProductUnit<T> unit(plan);
+        ProductUnit<T> unit(plan);
         const Scratch<Acc> tile(rows.part * kStride);
         for (int64_t item = begin; item < end; ++item) {
-          // Along the shorter way, so that the operand that both share stays in the cache.
-          const bool down = rows.count < columns.count;
-          const int64_t i = down ? item % rows.count : item / columns.count;
-          const int64_t j = down ? item / rows.count : item % columns.count;
+          // Down the rows: a shallow block of B is copied for all of them at once.
+          const int64_t i = item % rows.count, j = item / rows.count;
           const int64_t row = rows.begin(i), height = rows.begin(i + 1) - row;
           const int64_t column = columns.begin(j), width = columns.begin(j + 1) - column;
           const auto run = [&](Acc* c, int64_t stride, bool exact) {

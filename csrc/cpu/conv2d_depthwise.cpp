@@ -1,9 +1,9 @@
 // Depthwise convolution and the gradient of its input on the CPU: one read of the one tensor, one
 // write of the other.
 //
-// Plan: 3x3, 5x5 and 7x7 in NHWC run straight from tensor to tensor (conv2d_depthwise_rows.h; the
-// gradient of stride 2 in conv2d_depthwise_upsample.h). NCHW, other windows, several output
-// channels per group, float16 and float64 go through the working form (conv2d_depthwise.h).
+// Plan: 3x3, 5x5 and 7x7 in NHWC run straight from tensor to tensor (conv2d_depthwise_nhwc.h).
+// NCHW, other windows, several output channels per group, float16 and float64 go through the
+// working form (conv2d_depthwise.h).
 //
 // Reached, one thread, AVX-512, batch 8, 3x3 of 144 x 56 x 56, as the best time against the best
 // time of a copy of the same bytes (shared machine, separate runs: a rough figure): float32 NHWC
@@ -17,10 +17,8 @@
 // Did not pay: NHWC through the working form, by whole rows (about 3x slower) or by slices of
 // channels (slower still; both timed under load); a branch instead of an address choice at borders
 // (7x7 1.4x slower).
-#include "cpu/conv2d_depthwise.h"
 #include "core/parallel.h"
-#include "cpu/conv2d_depthwise_rows.h"
-#include "cpu/conv2d_depthwise_upsample.h"
+#include "cpu/conv2d_depthwise_nhwc.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -28,7 +26,6 @@ namespace {
 constexpr int kStrip = 8;                   // output pixels in registers
 constexpr int64_t kStepPixels = 64;         // output pixels between loads of input rows
 constexpr int64_t kRowsBytes = 192 * 1024;  // input rows in the working form: within L2
-constexpr int64_t kGrainTaps = 1 << 19;     // about 30 us of multiply-adds
 
 // One row of taps: the input row under it, and its weights, for vector 0.
 template <typename acc>
@@ -94,29 +91,6 @@ void correlate_pixels(const Strip<acc>& strip, int64_t count) {
   if (strip.step == 1) return correlate_pixels<acc, 1>(strip, count);
   if (strip.step == 2) return correlate_pixels<acc, 2>(strip, count);
   correlate_pixels<acc, 0>(strip, count);
-}
-
-template <typename scalar_t>
-struct Correlation {
-  using acc = acc_t<scalar_t>;
-  Image<const scalar_t> input;
-  Image<scalar_t> output;
-  Axis height, width;
-  const acc* weight;  // [vector][member][tap][lane]
-  const acc* bias;    // [vector][member][lane], or null
-};
-
-// The kernels of pixels of type T that fit the problem, or null.
-template <typename T, typename scalar_t>
-RowsKernel<T> find_rows_kernel(const Correlation<scalar_t>& p) {
-  if (p.height.transposed || p.input.members > 1) return nullptr;
-  return rows_kernel<T>(p.height.window, p.width.window);
-}
-
-template <typename T, typename scalar_t>
-UpsampleKernel<T> find_upsample_kernel(const Correlation<scalar_t>& p) {
-  if (!p.height.transposed || p.input.members > 1) return nullptr;
-  return upsample_kernel<T>(p.height.window, p.width.window);
 }
 
 // Rows [begin, end) of `vectors` channel vectors of one image.
@@ -256,68 +230,6 @@ int64_t slab_vectors(const Correlation<scalar_t>& p, int64_t vectors, int64_t st
       Slab<scalar_t>::input_rows(p, 1, step_rows).count() * int64_t{sizeof(acc_t<scalar_t>)};
   const int64_t slabs = divide_up(vectors, larger(1, kRowsBytes / bytes));
   return divide_up(vectors, slabs);
-}
-
-// Rows [begin, end) of one image on their way to the cache, in the order of memory. The kernels go
-// through a row by strips, dozens of pixels at a time, more streams than the hardware foresees.
-template <bool write, typename scalar_t>
-void prefetch_rows(const Image<scalar_t>& image, int64_t n, int64_t begin, int64_t end) {
-  const int64_t first = larger(begin, 0), last = smaller(end, image.height);
-  if (first >= last) return;
-  const auto* from = reinterpret_cast<const char*>(image.at(n, 0, 0, first));
-  const auto* to = reinterpret_cast<const char*>(image.at(n, 0, 0, last));
-  for (; from < to; from += 64) __builtin_prefetch(from, write, 2);
-}
-
-// NHWC in place: pairs of output rows, straight from tensor to tensor.
-template <typename scalar_t>
-void correlate_nhwc(const Correlation<scalar_t>& p, int64_t batch, RowsKernel<scalar_t> kernel) {
-  const int64_t pairs = divide_up(p.output.height, 2);
-  const int64_t kernel_rows = p.height.window.size;
-  const int64_t work = 2 * p.output.width * p.output.channels() * (kernel_rows * kernel_rows + 8);
-  const Edge<scalar_t> edge(p.input.at(0, 0, 0, 0), p.input.at(batch, 0, 0, 0));
-  parallel_for(batch * pairs, kGrainTaps / work + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t pair = begin; pair < end; ++pair) {
-      const int64_t n = pair / pairs, y = pair % pairs * 2;
-      RowPair<scalar_t> rows{};
-      rows.window.find(p.height, y, y + 1 < p.output.height,
-                       [&](int64_t row) { return p.input.at(n, 0, 0, row); });
-      rows.first = -p.width.window.padding;
-      rows.input = {0, p.input.width, p.input.channels(), edge.last_whole, edge.elements};
-      rows.weight = p.weight;
-      rows.bias = p.bias;
-      for (int64_t r = 0; r < smaller(2, p.output.height - y); ++r) {
-        rows.outputs[r] = p.output.at(n, 0, 0, y + r);
-      }
-      rows.output_pixel = rows.channels = p.output.channels();
-      rows.output_width = p.output.width;
-      const int64_t below = p.height.window.start(y) + kernel_rows + p.height.window.stride;
-      prefetch_rows<false>(p.input, n, below, below + 2 * p.height.window.stride);
-      prefetch_rows<true>(p.output, n, y, y + 2);
-      kernel(rows);
-    }
-  });
-}
-
-template <typename scalar_t>
-void upsample_nhwc(const Correlation<scalar_t>& p, int64_t batch, UpsampleKernel<scalar_t> kernel) {
-  const int64_t height = p.output.height, taps = p.height.window.size * p.width.window.size;
-  const int64_t work = p.output.width * p.output.channels() * (taps / 4 + 8);
-  const Edge<scalar_t> edge(p.input.at(0, 0, 0, 0), p.input.at(batch, 0, 0, 0));
-  parallel_for(batch * height, kGrainTaps / work + 1, [&](int64_t begin, int64_t end) {
-    UpsampleRow<scalar_t> row;
-    row.input = {0, p.input.width, p.input.channels(), edge.last_whole, edge.elements};
-    row.padding = p.width.window.padding;
-    row.weight = p.weight;
-    row.output_pixel = row.channels = p.output.channels();
-    row.output_width = p.output.width;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / height, y = i % height;
-      row.find(p.height, y, [&](int64_t in) { return p.input.at(n, 0, 0, in); });
-      row.output = p.output.at(n, 0, 0, y);
-      kernel(row);
-    }
-  });
 }
 
 template <typename scalar_t>

@@ -15,6 +15,7 @@ constexpr int kMaxUpsampleRows = 4;  // every second row of a window of 7
 template <typename T>
 struct UpsampleRow {
   using acc = acc_t<T>;
+  Ahead ahead, ahead_output;        // of the next row
   const T* rows[kMaxUpsampleRows];  // column 0 of the rows of grad_output
   int64_t taps[kMaxUpsampleRows];   // the row of the window that each is under
   int count;
@@ -80,6 +81,7 @@ void upsample_row(const UpsampleRow<T>& p) {
   using Strip = UpsampleStrip<kernel, odd>;
   constexpr int64_t lanes = kLanes<T>;
   Patch<T, kMaxUpsampleRows, Strip::columns> patch;
+  Ahead ahead = p.ahead, ahead_output = p.ahead_output;
   const T* last_row = p.rows[0];
   for (int i = 1; i < p.count; ++i) last_row = p.rows[i] > last_row ? p.rows[i] : last_row;
   for (int64_t x0 = 0; x0 < p.output_width; x0 += Strip::pixels) {
@@ -93,6 +95,8 @@ void upsample_row(const UpsampleRow<T>& p) {
       if (!inside || v * lanes > readable) {
         input = patch.copy(p.input, p.rows, 0, p.count, column, v * lanes);
       }
+      ahead.step();
+      ahead_output.step();
       upsample_strip<T, kernel, odd>(p, input, v, x0);
     }
   }

@@ -16,6 +16,11 @@ CASES = [
         for k in (3, 5, 7)
         for s in (1, 2)
     ),
+    *(
+        (1, 20, 6, 37, (k, k), (s, s), (k // 2, k // 2), (1, 1), 20, 20)
+        for k in (3, 7)
+        for s in (1, 2)
+    ),
     (1, 66, 11, 8, (3, 3), (1, 1), (1, 1), (1, 1), 66, 66),
     (3, 4, 10, 17, (3, 3), (2, 2), (0, 1), (1, 1), 4, 4),
     (2, 4, 9, 9, (3, 3), (1, 1), (2, 2), (2, 2), 8, 4),
@@ -89,3 +94,21 @@ def test_what_is_not_finite_stays_where_it_is(value, channels_last):
     result = torch.ops.torchops.conv2d(x, weight, None, [1, 1], [1, 1], [1, 1], 1)
     expected = F.conv2d(x.double(), weight.double(), None, 1, 1).float()
     torch.testing.assert_close(result, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_grad_weight_of_infinite_borders(stride, channels_last):
+    """Zero times infinity is NaN: an output beyond the last column must not be multiplied."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 16, 7, 7, generator=generator).contiguous(memory_format=memory_format)
+    x[..., -1] = float("inf")
+    weight = torch.zeros(16, 1, 3, 3, requires_grad=True)
+    output = F.conv2d(x, weight, None, stride, 1, 1, 16)
+    grad = torch.randn(output.shape, generator=generator).contiguous(memory_format=memory_format)
+    (native,) = torch.autograd.grad(output, weight, grad)
+    result = torch.ops.torchops.conv2d_grad_weight(
+        x, grad, [16, 1, 3, 3], [stride, stride], [1, 1], [1, 1], 16, channels_last
+    )
+    torch.testing.assert_close(result, native, equal_nan=True)

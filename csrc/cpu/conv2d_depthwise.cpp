@@ -188,7 +188,7 @@ class Slab {
     RowPair<acc> pair{};
     pair.window.find(p_.height, y, y + 1 < end, [&](int64_t row) { return input_.at(0, v, row); });
     pair.first = -p_.width.window.padding;
-    pair.input = {input_.left, input_.left + input_.width, kSize, edge_.last_whole, edge_.elements};
+    pair.input = {0, p_.input.width, kSize, edge_.last_whole, edge_.elements};
     pair.output_pixel = pair.channels = kSize;
     pair.weight = p_.weight + group * taps() * kSize;
     pair.bias = p_.bias ? p_.bias + group * kSize : nullptr;
@@ -201,7 +201,7 @@ class Slab {
   void upsample(int64_t first, int64_t v, int64_t y, acc* output) {
     UpsampleRow<acc> row;
     row.find(p_.height, y, [&](int64_t in) { return input_.at(0, v, in); });
-    row.input = {input_.left, input_.left + input_.width, kSize, edge_.last_whole, edge_.elements};
+    row.input = {0, p_.input.width, kSize, edge_.last_whole, edge_.elements};
     row.padding = p_.width.window.padding;
     row.weight = p_.weight + (first + v) * taps() * kSize;
     row.output = output;

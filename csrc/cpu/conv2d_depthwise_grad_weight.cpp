@@ -1,7 +1,7 @@
 // Gradient of a depthwise convolution's weight on the CPU: one read of input, one of grad_output.
 //
-// Plan: up to two strips of grad_output stay in registers while the window's rows pass, each adding
-// a row of taps to sums in L1. NHWC with the windows of conv2d_depthwise_rows.h straight from the
+// Plan: a strip of grad_output stays in registers while the window's rows pass, each adding a row
+// of taps to sums in the cache. NHWC with the windows of conv2d_depthwise_rows.h straight from the
 // tensors, all else in the working form. Fixed blocks of rows, added in order.
 //
 // Reached, measured as in conv2d_depthwise.cpp: float32 NHWC 86 %, bfloat16 NHWC 55 %, float32 NCHW
@@ -16,45 +16,52 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-constexpr int kStripTaps = 9;               // taps whose sums stay in registers along a row
-constexpr int64_t kStepPixels = 64;         // output pixels between loads of rows
-constexpr int64_t kRowsBytes = 192 * 1024;  // rows in the working form: within L2
-constexpr int64_t kUnits = 16;              // pieces of work, whatever the thread count
-constexpr int64_t kGrainTaps = 1 << 19;     // about 30 us of multiply-adds
-
-constexpr int64_t kSumsBytes = 16 * 1024;  // sums of a slab: within L1
-constexpr int64_t kPixelsPerTap = 8;       // of a block at least, so that sums stay a small part
+constexpr int kGradPixels = 2 * kStripPixels;  // of grad_output in registers
+constexpr int kStripTaps = 9;                  // taps whose sums stay in registers along a row
+constexpr int64_t kStepPixels = 64;            // output pixels between loads of rows
+constexpr int64_t kRowsBytes = 192 * 1024;     // rows in the working form: within L2
+constexpr int64_t kUnits = 16;                 // pieces of work, whatever the thread count
+constexpr int64_t kGrainTaps = 1 << 19;        // about 30 us of multiply-adds
+// Sums of a slab. They need not stay in L1: within 16 KiB, as several slabs, 3x3 of 576 channels
+// took 1.1 times as long.
+constexpr int64_t kSumsBytes = 48 * 1024;
+constexpr int64_t kPixelsPerTap = 8;  // of a block at least, so that sums stay a small part
 
 // One output row against the rows of its window.
 template <typename T>
 struct GradRow {
+  Ahead ahead, ahead_grad;  // of the next row
   WindowRows<T> window;
   Pixels<T> input, grad_output;
   int64_t first;  // input column of output 0's first tap
   const T* grad_output_row;
-  int64_t width, vectors;
+  int64_t vectors;
   acc_t<T>* sums;  // [vector][tap][lane]
 };
 
-// `size` output pixels from o on: grad_output stays in registers, each input pixel is loaded once.
-template <typename T, int kernel, int stride, int size>
+// A strip of output pixels: grad_output stays in registers, each input pixel is loaded once.
+template <typename T, int kernel, int stride, bool border>
 void accumulate_strip(const GradRow<T>& p, const StripInput<T>& input,
                       const StripInput<T>& grad_output, int64_t vector) {
-  constexpr int lanes = kLanes<T>, pixels = (size - 1) * stride + kernel;
-  Vec<T> grad[size];
+  constexpr int lanes = kLanes<T>, pixels = (kGradPixels - 1) * stride + kernel;
+  Vec<T> grad[kGradPixels];
   const T* grad_pixel = *grad_output.rows + grad_output.offset;
 #pragma GCC unroll 16
-  for (int i = 0; i < size; ++i, grad_pixel += grad_output.stride) grad[i] = load(grad_pixel);
+  for (int i = 0; i < kGradPixels; ++i, grad_pixel += grad_output.stride) {
+    if (!border || i < grad_output.end) grad[i] = load(grad_pixel);
+  }
   for (int row = p.window.begin; row < p.window.end; ++row) {
     const T* pixel = input.rows[row] + input.offset;
     Vec<T> sum[kernel] = {};
 #pragma GCC unroll 64
     for (int x = 0; x < pixels; ++x, pixel += input.stride) {
+      if (border && (x < input.begin || x >= input.end)) continue;
       const Vec<T> value = load(pixel);
 #pragma GCC unroll 8
       for (int k = 0; k < kernel; ++k) {
         const int i = (x - k) / stride;
-        if (x >= k && (x - k) % stride == 0 && i < size) sum[k] += value * grad[i];
+        if (x < k || (x - k) % stride != 0 || i >= kGradPixels) continue;
+        if (!border || i < grad_output.end) sum[k] += value * grad[i];
       }
     }
     acc_t<T>* total = p.sums + (vector * kernel + row) * kernel * lanes;
@@ -63,37 +70,36 @@ void accumulate_strip(const GradRow<T>& p, const StripInput<T>& input,
   }
 }
 
-template <typename T, int kernel, int stride, int size>
-void accumulate_strips(const GradRow<T>& p, int64_t o) {
-  constexpr int64_t reach = (size - 1) * stride + kernel;
-  const int64_t column = p.first + o * stride, lanes = kLanes<T>;
-  Patch<T, kernel, reach> patch;
-  Patch<T, 1, size> grad_patch;
-  const bool inside =
-      column >= p.input.begin && column + reach <= p.input.end && o + size <= p.width;
-  const int64_t readable = p.window.readable(p.input) - (column + reach - 1) * p.input.stride;
-  const int64_t readable_grad =
-      p.grad_output.last_whole - p.grad_output_row - (o + size - 1) * p.grad_output.stride;
-  for (int64_t v = 0; v < p.vectors; ++v) {
-    const int64_t channel = v * lanes;
-    StripInput<T> input{p.window.rows, column * p.input.stride + channel, p.input.stride};
-    StripInput<T> grad_output{&p.grad_output_row, o * p.grad_output.stride + channel,
-                              p.grad_output.stride};
-    if (!inside || channel > smaller(readable, readable_grad)) {
-      input = patch.copy(p.input, p.window.rows, p.window.begin, p.window.end, column, channel);
-      grad_output = grad_patch.copy(p.grad_output, &p.grad_output_row, 0, 1, o, channel);
-    }
-    accumulate_strip<T, kernel, stride, size>(p, input, grad_output, v);
-  }
-}
-
 template <typename T, int kernel, int stride>
 void accumulate_row(const GradRow<T>& p) {
-  int64_t o = 0;
-  for (; o + kStripPixels < p.width; o += 2 * kStripPixels) {
-    accumulate_strips<T, kernel, stride, 2 * kStripPixels>(p, o);
+  constexpr int64_t reach = (kGradPixels - 1) * stride + kernel;
+  Patch<T, kernel, reach> patch;
+  Patch<T, 1, kGradPixels> grad_patch;
+  Ahead ahead = p.ahead, ahead_grad = p.ahead_grad;
+  const int64_t readable = p.window.readable(p.input);
+  const int64_t readable_grad = p.grad_output.last_whole - p.grad_output_row;
+  for (int64_t o = 0; o < p.grad_output.end; o += kGradPixels) {
+    const StripInput<T> strip(p.input, p.window.rows, p.first + o * stride, reach);
+    const StripInput<T> grad_strip(p.grad_output, &p.grad_output_row, o, kGradPixels);
+    const auto add = [&](auto border) {
+      for (int64_t v = 0; v < p.vectors; ++v) {
+        StripInput<T> input = strip, grad_output = grad_strip;
+        input.offset += v * kLanes<T>;
+        grad_output.offset += v * kLanes<T>;
+        if (input.last() > readable) {
+          input = patch.copy(p.input, input, p.window.begin, p.window.end);
+        }
+        if (grad_output.last() > readable_grad) {
+          grad_output = grad_patch.copy(p.grad_output, grad_output, 0, 1);
+        }
+        ahead.step();
+        ahead_grad.step();
+        accumulate_strip<T, kernel, stride, border()>(p, input, grad_output, v);
+      }
+    };
+    const bool at_border = strip.at_border(reach) || grad_strip.at_border(kGradPixels);
+    at_border ? add(std::true_type{}) : add(std::false_type{});
   }
-  if (o < p.width) accumulate_strips<T, kernel, stride, kStripPixels>(p, o);
 }
 
 template <typename T>
@@ -197,13 +203,12 @@ class Slab {
 
  private:
   void accumulate_window(int64_t v, int64_t y, const acc* grad_output, acc* sum) {
-    GradRow<acc> row;
+    GradRow<acc> row{};
     row.window.find(p_.height, y, false, [&](int64_t in) { return input_.at(0, v, in); });
-    row.input = {input_.left, input_.left + input_.width, kSize, edge_.last_whole, edge_.elements};
+    row.input = {0, p_.input.width, kSize, edge_.last_whole, edge_.elements};
     row.grad_output = {0, grad_output_.width, kSize, grad_edge_.last_whole, grad_edge_.elements};
     row.first = -p_.width.window.padding;
     row.grad_output_row = grad_output;
-    row.width = grad_output_.width;
     row.vectors = 1;
     row.sums = sum;
     kernel_(row);
@@ -246,6 +251,7 @@ class Slab {
 template <typename scalar_t>
 struct NhwcSlab {
   const GradWeight<scalar_t>& p;
+  const Turns& turns;
   GradRowKernel<scalar_t> kernel;
   const Edge<scalar_t>&edge, &grad_edge;
 
@@ -256,10 +262,15 @@ struct NhwcSlab {
     row.grad_output = {0, p.grad_output.width, p.input.channels(), grad_edge.last_whole,
                        grad_edge.elements};
     row.first = -p.width.window.padding;
-    row.width = p.grad_output.width;
     row.vectors = vectors;
     row.sums = sums;
+    // Whole rows, be the slab a part of them: the other slabs of the block come next.
+    const int64_t steps = divide_up(p.grad_output.width, kGradPixels) * vectors;
     for (int64_t y = begin; y < end; ++y) {
+      const int64_t turn = n * p.grad_output.height + y, next = turns.next(turn);
+      row.ahead = ahead_of_rows(p.input, turns.inputs(turn), turns.inputs(next), steps);
+      row.ahead_grad =
+          ahead_of_rows(p.grad_output, turns.outputs(turn), turns.outputs(next), steps);
       row.window.find(p.height, y, false, [&](int64_t in) { return p.input.at(n, 0, first, in); });
       row.grad_output_row = p.grad_output.at(n, 0, first, y);
       kernel(row);
@@ -337,10 +348,11 @@ void grad_weight(const Conv2dGradWeightParams& params) {
     const Edge<scalar_t> edge(p.input.at(0, 0, 0, 0), p.input.at(s.batch, 0, 0, 0));
     const Edge<scalar_t> grad_edge(p.grad_output.at(0, 0, 0, 0),
                                    p.grad_output.at(s.batch, 0, 0, 0));
+    const Turns turns{p.height, s.batch, 1};
     const int64_t fit = kSumsBytes / (p.taps() * kVecBytes);
     const int64_t slab = divide_up(vectors, divide_up(vectors, fit));
     return sum_blocks(p, s.batch, slab, result,
-                      [&] { return NhwcSlab<scalar_t>{p, kernel, edge, grad_edge}; });
+                      [&] { return NhwcSlab<scalar_t>{p, turns, kernel, edge, grad_edge}; });
   }
   const int64_t step_rows =
       larger(1, smaller(s.out_height, divide_up(kStepPixels, larger(1, s.out_width))));

@@ -36,46 +36,25 @@ UpsampleKernel<T> find_upsample_kernel(const Correlation<scalar_t>& p) {
   return upsample_kernel<T>(p.height.window, p.width.window);
 }
 
-// The batch as turns of `rows` output rows, the last of an image perhaps of fewer. Rows are counted
-// through all images.
+// What the turn after this one needs, fetched with the strips of this one.
+template <typename scalar_t, typename Row>
+void look_ahead(const Correlation<scalar_t>& p, const Turns& turns, int64_t turn, int64_t strip,
+                Row& row) {
+  const int64_t next = turns.next(turn), channels = p.output.channels();
+  const int64_t steps = divide_up(p.output.width, strip) * divide_up(channels, kLanes<scalar_t>);
+  row.ahead = ahead_of_rows(p.input, turns.inputs(turn), turns.inputs(next), steps);
+  row.ahead_output = ahead_of_rows(p.output, turns.outputs(turn), turns.outputs(next), steps);
+}
+
+// The same for the first turn of a range.
 template <typename scalar_t>
-struct Turns {
-  const Correlation<scalar_t>& p;
-  int64_t batch, rows;
-
-  int64_t in_image() const { return divide_up(p.output.height, rows); }
-  int64_t count() const { return batch * in_image(); }
-  int64_t image(int64_t turn) const { return turn / in_image(); }
-  int64_t begin(int64_t turn) const { return turn % in_image() * rows; }
-  int64_t end(int64_t turn) const { return smaller(begin(turn) + rows, p.output.height); }
-
-  // The rows that are read, or written, up to the end of a turn.
-  int64_t inputs(int64_t turn) const {
-    const int64_t last = p.height.last_input(end(turn) - 1) + 1;
-    return image(turn) * p.input.height + smaller(larger(last, 0), p.input.height);
-  }
-  int64_t outputs(int64_t turn) const { return image(turn) * p.output.height + end(turn); }
-
-  // Fetches what the first turn of a range reads.
-  void start(int64_t turn) const {
-    const int64_t first = p.height.first_input(begin(turn));
-    const int64_t row = image(turn) * p.input.height + larger(first, 0);
-    ahead_of_rows(p.input, row, inputs(turn), 1).step();
-  }
-  // What the turn after this one needs, fetched with each of a turn's strips of `strip` pixels.
-  template <typename Row>
-  void look_ahead(int64_t turn, int64_t strip, Row& row) const {
-    const int64_t next = smaller(turn + 1, count() - 1);
-    const int64_t steps =
-        divide_up(p.output.width, strip) * divide_up(p.output.channels(), kLanes<scalar_t>);
-    row.ahead = ahead_of_rows(p.input, inputs(turn), inputs(next), steps);
-    row.ahead_output = ahead_of_rows(p.output, outputs(turn), outputs(next), steps);
-  }
-};
+void fetch_first(const Correlation<scalar_t>& p, const Turns& turns, int64_t turn) {
+  ahead_of_rows(p.input, turns.first_input(turn), turns.inputs(turn), 1).step();
+}
 
 template <typename scalar_t>
 void correlate_nhwc(const Correlation<scalar_t>& p, int64_t batch, RowsKernel<scalar_t> kernel) {
-  const Turns<scalar_t> pairs{p, batch, 2};
+  const Turns pairs{p.height, batch, 2};
   const int64_t taps = p.height.window.size * p.width.window.size;
   const int64_t work = 2 * p.output.width * p.output.channels() * (taps + 8);
   const Edge<scalar_t> edge(p.input.at(0, 0, 0, 0), p.input.at(batch, 0, 0, 0));
@@ -87,14 +66,14 @@ void correlate_nhwc(const Correlation<scalar_t>& p, int64_t batch, RowsKernel<sc
     rows.bias = p.bias;
     rows.output_pixel = rows.channels = p.output.channels();
     rows.output_width = p.output.width;
-    pairs.start(begin);
+    fetch_first(p, pairs, begin);
     for (int64_t pair = begin; pair < end; ++pair) {
       const int64_t n = pairs.image(pair), y = pairs.begin(pair);
       const bool two = pairs.end(pair) - y == 2;
       rows.window.find(p.height, y, two, [&](int64_t row) { return p.input.at(n, 0, 0, row); });
       rows.outputs[0] = p.output.at(n, 0, 0, y);
       rows.outputs[1] = two ? p.output.at(n, 0, 0, y + 1) : nullptr;
-      pairs.look_ahead(pair, kStripPixels, rows);
+      look_ahead(p, pairs, pair, kStripPixels, rows);
       kernel(rows);
     }
   });
@@ -102,7 +81,7 @@ void correlate_nhwc(const Correlation<scalar_t>& p, int64_t batch, RowsKernel<sc
 
 template <typename scalar_t>
 void upsample_nhwc(const Correlation<scalar_t>& p, int64_t batch, UpsampleKernel<scalar_t> kernel) {
-  const Turns<scalar_t> turns{p, batch, 1};
+  const Turns turns{p.height, batch, 1};
   const int64_t taps = p.height.window.size * p.width.window.size;
   const int64_t work = p.output.width * p.output.channels() * (taps / 4 + 8);
   const Edge<scalar_t> edge(p.input.at(0, 0, 0, 0), p.input.at(batch, 0, 0, 0));
@@ -113,12 +92,12 @@ void upsample_nhwc(const Correlation<scalar_t>& p, int64_t batch, UpsampleKernel
     row.weight = p.weight;
     row.output_pixel = row.channels = p.output.channels();
     row.output_width = p.output.width;
-    turns.start(begin);
+    fetch_first(p, turns, begin);
     for (int64_t turn = begin; turn < end; ++turn) {
       const int64_t n = turns.image(turn), y = turns.begin(turn);
       row.find(p.height, y, [&](int64_t in) { return p.input.at(n, 0, 0, in); });
       row.output = p.output.at(n, 0, 0, y);
-      turns.look_ahead(turn, 2 * kStripPixels, row);
+      look_ahead(p, turns, turn, 2 * kStripPixels, row);
       kernel(row);
     }
   });

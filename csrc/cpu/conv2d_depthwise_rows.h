@@ -23,8 +23,7 @@ constexpr bool kHasWindowKernels =
 constexpr int kStripPixels = kVecBytes == 64 ? 7 : 4;
 constexpr int kMaxWindowRows = 9;  // rows under two windows: 7 + stride 2
 
-// The end of readable memory: a register's worth of its last elements, where loading past them is
-// safe, and zeros for the padding. So a border costs a choice of address and no branch.
+// The end of readable memory: its last elements, where a register may be loaded from behind them.
 template <typename T>
 struct Edge {
   const T* last_whole;  // the last address from which a register may be loaded
@@ -43,38 +42,45 @@ struct Pixels {
   int64_t stride;       // elements from one pixel to the next
   const T* last_whole;  // see Edge
   const T* edge;
-
-  // Where to load the register at `pixel` from: its column may not exist, or memory end within it.
-  const T* address(const T* pixel, int64_t column) const {
-    if (column < begin || column >= end) return edge + kLanes<T>;
-    return pixel > last_whole ? edge + (pixel - last_whole) : pixel;
-  }
 };
 
 // The pixels of one channel vector as a strip reads them: `rows[r] + offset` is its first column.
+// Those of the padding are left out: zero times infinity were no zero.
 template <typename T>
 struct StripInput {
   const T* const* rows;
   int64_t offset, stride;
+  int64_t begin, end;  // the columns that exist
+
+  StripInput(const Pixels<T>& pixels, const T* const* rows, int64_t column, int64_t width)
+      : rows(rows),
+        offset(column * pixels.stride),
+        stride(pixels.stride),
+        begin(larger(0, pixels.begin - column)),
+        end(smaller(width, pixels.end - column)) {}
+  StripInput(const T* const* rows, const StripInput& copied)
+      : rows(rows), offset(0), stride(kLanes<T>), begin(copied.begin), end(copied.end) {}
+
+  bool at_border(int64_t width) const { return end - begin < width; }
+  int64_t last() const { return offset + (end - 1) * stride; }
 };
 
-// A copy of them with zeros for the padding, for strips that meet a border or the end of memory.
+// A copy of them, for strips that meet the end of memory.
 template <typename T, int most_rows, int width>
 struct Patch {
   T pixels[most_rows][width * kLanes<T>];
   const T* rows[most_rows];
 
-  StripInput<T> copy(const Pixels<T>& from, const T* const* from_rows, int begin, int end,
-                     int64_t column, int64_t channel) {
+  StripInput<T> copy(const Pixels<T>& from, const StripInput<T>& input, int begin, int end) {
     for (int row = begin; row < end; ++row) {
       rows[row] = pixels[row];
-      const T* pixel = from_rows[row] + column * from.stride + channel;
-      for (int x = 0; x < width; ++x, pixel += from.stride) {
-        std::memcpy(pixels[row] + x * kLanes<T>, from.address(pixel, column + x),
-                    kLanes<T> * sizeof(T));
+      for (int64_t x = input.begin; x < input.end; ++x) {
+        const T* pixel = input.rows[row] + input.offset + x * input.stride;
+        if (pixel > from.last_whole) pixel = from.edge + (pixel - from.last_whole);
+        std::memcpy(pixels[row] + x * kLanes<T>, pixel, kLanes<T> * sizeof(T));
       }
     }
-    return {rows, 0, kLanes<T>};
+    return {rows, input};
   }
 };
 
@@ -120,6 +126,30 @@ class Ahead {
   int64_t bytes_ = 0;
 };
 
+// The batch as turns of `rows` output rows, the last of an image perhaps of fewer.
+struct Turns {
+  const Axis& height;
+  int64_t batch, rows;
+
+  int64_t in_image() const { return divide_up(height.output, rows); }
+  int64_t count() const { return batch * in_image(); }
+  int64_t image(int64_t turn) const { return turn / in_image(); }
+  int64_t begin(int64_t turn) const { return turn % in_image() * rows; }
+  int64_t end(int64_t turn) const { return smaller(begin(turn) + rows, height.output); }
+
+  // Rows, counted through all images: the first that a turn reads, and those that are read, or
+  // written, up to its end.
+  int64_t first_input(int64_t turn) const {
+    return image(turn) * height.input + larger(0, height.first_input(begin(turn)));
+  }
+  int64_t inputs(int64_t turn) const {
+    const int64_t last = height.last_input(end(turn) - 1) + 1;
+    return image(turn) * height.input + smaller(larger(0, last), height.input);
+  }
+  int64_t outputs(int64_t turn) const { return image(turn) * height.output + end(turn); }
+  int64_t next(int64_t turn) const { return smaller(turn + 1, count() - 1); }
+};
+
 // Of rows [begin, end), counted through all images.
 template <typename T>
 Ahead ahead_of_rows(const Image<T>& image, int64_t begin, int64_t end, int64_t steps) {
@@ -153,13 +183,15 @@ inline void store_sum(T* output, Vec<T> sum, int lanes) {
   store_partial(output, sum, lanes);
 }
 
-template <typename T, int kernel, int stride, bool upper, bool lower>
-[[gnu::always_inline]] inline void add_row(const T* input, int64_t pixel_stride,
+template <typename T, int kernel, int stride, bool upper, bool lower, bool border>
+[[gnu::always_inline]] inline void add_row(const StripInput<T>& input, int row,
                                            const acc_t<T>* weight, Vec<T> (&sum)[2][kStripPixels]) {
   constexpr int pixels = (kStripPixels - 1) * stride + kernel;
+  const T* pixel = input.rows[row] + input.offset;
 #pragma GCC unroll 32
-  for (int x = 0; x < pixels; ++x, input += pixel_stride) {
-    const Vec<T> value = load(input);
+  for (int x = 0; x < pixels; ++x, pixel += input.stride) {
+    if (border && (x < input.begin || x >= input.end)) continue;
+    const Vec<T> value = load(pixel);
 #pragma GCC unroll 8
     for (int k = 0; k < kernel; ++k) {
       const int i = (x - k) / stride;
@@ -171,7 +203,7 @@ template <typename T, int kernel, int stride, bool upper, bool lower>
 }
 
 // Output pixels [o, o + kStripPixels) of one channel vector, of which `count` are stored.
-template <typename T, int kernel, int stride>
+template <typename T, int kernel, int stride, bool border>
 void correlate_strip(const RowPair<T>& p, const StripInput<T>& input, int64_t vector, int64_t o,
                      int64_t count) {
   constexpr int size = kLanes<T>;
@@ -186,8 +218,8 @@ void correlate_strip(const RowPair<T>& p, const StripInput<T>& input, int64_t ve
   const auto add_rows = [&](auto upper, auto lower, int limit) {
     const int end = p.window.end < limit ? p.window.end : limit;
     for (; row < end; ++row) {
-      add_row<T, kernel, stride, upper, lower>(input.rows[row] + input.offset, input.stride,
-                                               weight + row * kernel * size, sum);
+      add_row<T, kernel, stride, upper, lower, border>(input, row, weight + row * kernel * size,
+                                                       sum);
     }
   };
   add_rows(std::true_type{}, std::false_type{}, stride);
@@ -216,16 +248,20 @@ void correlate_rows(const RowPair<T>& p) {
     const int64_t start = o <= back ? o : back > 0 ? back : 0;
     const int64_t count = p.output_width < kStripPixels ? p.output_width : kStripPixels;
     const int64_t column = p.first + start * stride;
-    const bool inside = column >= p.input.begin && column + reach <= p.input.end;
-    for (int64_t v = 0; v * size < p.channels; ++v) {
-      StripInput<T> input{p.window.rows, column * p.input.stride + v * size, p.input.stride};
-      if (!inside || (column + reach - 1) * p.input.stride + v * size > readable) {
-        input = patch.copy(p.input, p.window.rows, p.window.begin, p.window.end, column, v * size);
+    const StripInput<T> strip(p.input, p.window.rows, column, reach);
+    const auto add = [&](auto border) {
+      for (int64_t v = 0; v * size < p.channels; ++v) {
+        StripInput<T> input = strip;
+        input.offset += v * size;
+        if (input.last() > readable) {
+          input = patch.copy(p.input, input, p.window.begin, p.window.end);
+        }
+        ahead.step();
+        ahead_output.step();
+        correlate_strip<T, kernel, stride, border()>(p, input, v, start, count);
       }
-      ahead.step();
-      ahead_output.step();
-      correlate_strip<T, kernel, stride>(p, input, v, start, count);
-    }
+    };
+    strip.at_border(reach) ? add(std::true_type{}) : add(std::false_type{});
   }
 }
 

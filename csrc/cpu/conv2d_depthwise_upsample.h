@@ -48,7 +48,7 @@ struct UpsampleStrip {
   static constexpr int columns = before + (pixels - 1 + odd) / 2 + 1;
 };
 
-template <typename T, int kernel, int odd>
+template <typename T, int kernel, int odd, bool border>
 void upsample_strip(const UpsampleRow<T>& p, const StripInput<T>& input, int64_t vector,
                     int64_t x0) {
   using Strip = UpsampleStrip<kernel, odd>;
@@ -60,6 +60,7 @@ void upsample_strip(const UpsampleRow<T>& p, const StripInput<T>& input, int64_t
     const acc_t<T>* weight = p.weight + (channel * kernel + p.taps[i] * size) * kernel;
 #pragma GCC unroll 32
     for (int c = 0; c < Strip::columns; ++c, pixel += input.stride) {
+      if (border && (c < input.begin || c >= input.end)) continue;
       const Vec<T> value = load(pixel);
 #pragma GCC unroll 8
       for (int k = 0; k < kernel; ++k) {
@@ -86,19 +87,20 @@ void upsample_row(const UpsampleRow<T>& p) {
   for (int i = 1; i < p.count; ++i) last_row = p.rows[i] > last_row ? p.rows[i] : last_row;
   for (int64_t x0 = 0; x0 < p.output_width; x0 += Strip::pixels) {
     const int64_t column = (x0 + p.padding - odd) / 2 - Strip::before;
-    const int64_t last = column + Strip::columns - 1;
-    const bool inside = column >= p.input.begin && last < p.input.end;
-    const int64_t readable =
-        p.count ? p.input.last_whole - last_row - last * p.input.stride : INT64_MAX;
-    for (int64_t v = 0; v * lanes < p.channels; ++v) {
-      StripInput<T> input{p.rows, column * p.input.stride + v * lanes, p.input.stride};
-      if (!inside || v * lanes > readable) {
-        input = patch.copy(p.input, p.rows, 0, p.count, column, v * lanes);
+    const StripInput<T> strip(p.input, p.rows, column, Strip::columns);
+    const auto add = [&](auto border) {
+      for (int64_t v = 0; v * lanes < p.channels; ++v) {
+        StripInput<T> input = strip;
+        input.offset += v * lanes;
+        if (p.count > 0 && input.last() > p.input.last_whole - last_row) {
+          input = patch.copy(p.input, input, 0, p.count);
+        }
+        ahead.step();
+        ahead_output.step();
+        upsample_strip<T, kernel, odd, border()>(p, input, v, x0);
       }
-      ahead.step();
-      ahead_output.step();
-      upsample_strip<T, kernel, odd>(p, input, v, x0);
-    }
+    };
+    strip.at_border(Strip::columns) ? add(std::true_type{}) : add(std::false_type{});
   }
 }
 

@@ -18,6 +18,7 @@
 // channels (slower still; both timed under load); a branch instead of an address choice at borders
 // (7x7 1.4x slower).
 #include "core/parallel.h"
+#include "cpu/conv2d_depthwise_nchw.h"
 #include "cpu/conv2d_depthwise_nhwc.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -256,6 +257,24 @@ void correlate(const Correlation<scalar_t>& p, int64_t batch) {
   });
 }
 
+// NCHW with one output channel per group. `reversed`: the taps in descending order.
+template <typename scalar_t>
+void correlate_planes(const void* input, void* output, const void* weight, const void* bias,
+                      const Axis& height, const Axis& width, const Conv2dShape& s, bool reversed) {
+  using acc = acc_t<scalar_t>;
+  const int64_t taps = height.window.size * width.window.size;
+  const auto* from = static_cast<const scalar_t*>(weight);
+  const auto* from_bias = static_cast<const scalar_t*>(bias);
+  Scratch<acc> weights(s.groups * taps), biases(bias ? s.groups : 0);
+  for (int64_t i = 0; i < s.groups * taps; ++i) {
+    weights.get()[i] = to_acc(from[reversed ? i / taps * taps + taps - 1 - i % taps : i]);
+  }
+  for (int64_t c = 0; bias && c < s.groups; ++c) biases.get()[c] = to_acc(from_bias[c]);
+  correlate_nchw(Nchw<scalar_t>{static_cast<const scalar_t*>(input), static_cast<scalar_t*>(output),
+                                height, width, s.batch * s.groups, s.groups, weights.get(),
+                                bias ? biases.get() : nullptr});
+}
+
 template <typename scalar_t>
 void forward(const Conv2dParams& params) {
   using acc = acc_t<scalar_t>;
@@ -268,12 +287,20 @@ void forward(const Conv2dParams& params) {
   if (params.bias) {
     pack_weight(static_cast<const scalar_t*>(params.bias), s.groups, members, 1, bias.get());
   }
+  const Axis height = Axis::forward(s.window_height, s.in_height, s.out_height),
+             width = Axis::forward(s.window_width, s.in_width, s.out_width);
+  if constexpr (kHasWindowKernels<scalar_t>) {
+    if (!s.channels_last && members == 1 && s.in_width >= kLanes<acc>) {
+      return correlate_planes<scalar_t>(params.input, params.output, params.weight, params.bias,
+                                        height, width, s, false);
+    }
+  }
   correlate(Correlation<scalar_t>{{static_cast<const scalar_t*>(params.input), s.channels_last,
                                    s.groups, 1, s.in_height, s.in_width},
                                   {static_cast<scalar_t*>(params.output), s.channels_last, s.groups,
                                    members, s.out_height, s.out_width},
-                                  Axis::forward(s.window_height, s.in_height, s.out_height),
-                                  Axis::forward(s.window_width, s.in_width, s.out_width),
+                                  height,
+                                  width,
                                   weight.get(),
                                   params.bias ? bias.get() : nullptr},
             s.batch);
@@ -293,12 +320,21 @@ void grad_input(const Conv2dGradInputParams& params) {
     return dense ? Axis::forward({w.size, 1, w.extent() - 1 - w.padding, w.dilation}, out, in)
                  : Axis::grad_input(w, in, out);
   };
+  const Axis height = axis(s.window_height, s.in_height, s.out_height),
+             width = axis(s.window_width, s.in_width, s.out_width);
+  if constexpr (kHasWindowKernels<scalar_t>) {
+    if (!s.channels_last && members == 1 && dense && s.in_width >= kLanes<acc> &&
+        smaller(height.window.padding, width.window.padding) >= 0) {
+      return correlate_planes<scalar_t>(params.grad_output, params.grad_input, params.weight,
+                                        nullptr, height, width, s, true);
+    }
+  }
   correlate(Correlation<scalar_t>{{static_cast<const scalar_t*>(params.grad_output),
                                    s.channels_last, s.groups, members, s.out_height, s.out_width},
                                   {static_cast<scalar_t*>(params.grad_input), s.channels_last,
                                    s.groups, 1, s.in_height, s.in_width},
-                                  axis(s.window_height, s.in_height, s.out_height),
-                                  axis(s.window_width, s.in_width, s.out_width),
+                                  height,
+                                  width,
                                   weight.get(),
                                   nullptr},
             s.batch);

@@ -21,7 +21,6 @@ constexpr int kStripTaps = 9;                  // taps whose sums stay in regist
 constexpr int64_t kStepPixels = 64;            // output pixels between loads of rows
 constexpr int64_t kRowsBytes = 192 * 1024;     // rows in the working form: within L2
 constexpr int64_t kUnits = 16;                 // pieces of work, whatever the thread count
-constexpr int64_t kGrainTaps = 1 << 19;        // about 30 us of multiply-adds
 // Sums of a slab. They need not stay in L1: within 16 KiB, as several slabs, 3x3 of 576 channels
 // took 1.1 times as long.
 constexpr int64_t kSumsBytes = 48 * 1024;

@@ -11,8 +11,6 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-constexpr int64_t kGrainTaps = 1 << 19;  // about 30 us of multiply-adds
-
 template <typename scalar_t>
 struct Correlation {
   using acc = acc_t<scalar_t>;

@@ -21,7 +21,8 @@ constexpr bool kHasWindowKernels =
 // spilled, and with the rows prefetched, too, torchops bench conv2d:mb1_g72ic72ih75oc72kh3ph1
 // --layout channels_last --threads 1 --quick went from 1.25 ms to 0.46 on Zen 3.
 constexpr int kStripPixels = kVecBytes == 64 ? 7 : 4;
-constexpr int kMaxWindowRows = 9;  // rows under two windows: 7 + stride 2
+constexpr int64_t kGrainTaps = 1 << 19;  // about 30 us of multiply-adds
+constexpr int kMaxWindowRows = 9;        // rows under two windows: 7 + stride 2
 
 // The end of readable memory: its last elements, where a register may be loaded from behind them.
 template <typename T>

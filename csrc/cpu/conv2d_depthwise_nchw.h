@@ -1,0 +1,300 @@
+// Depthwise convolution in NCHW, one plane after the other: vectors run along rows, each tap is one
+// number for all of them.
+//
+// Some rows of a plane are copied into L1, as the accumulation type, with zero columns for the
+// padding and a row for each phase of the stride, so that a tap is a load at a fixed distance. 3x3,
+// 5x5 and 7x7 hold the sums of 4 rows by 2 vectors in registers: an input vector is loaded once for
+// all rows that it reaches. Other windows, those of conv1d among them, hold 4 vectors of one row.
+// The last vector of a row steps back to be a whole one.
+#pragma once
+
+#include "core/parallel.h"
+#include "cpu/conv2d_depthwise_rows.h"
+#include "cpu/phase_rows.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+namespace {
+
+constexpr int kTileRows = 4, kTileVecs = 2;
+constexpr int kRowVecs = 4;
+constexpr int64_t kPlaneBytes = 24 * 1024;  // rows of a plane: within L1
+
+// Some rows of a plane, each as `step` rows of `pitch` elements (phase_rows.h).
+template <typename acc>
+struct PlaneRows {
+  acc* data;
+  int64_t step, pitch, first;  // the image's row that comes first
+
+  PlaneRows(const Axis& width) : data(nullptr), step(width.step), pitch(0), first(0) {
+    const int64_t reach = larger(width.output, kLanes<acc>) + width.window.extent() / step + 1;
+    const int64_t held = (width.window.padding + width.input) / step + 1;
+    pitch = larger(reach, held) + 2 * kLanes<acc>;
+  }
+  int64_t row_size() const { return step * pitch; }
+  acc* at(int64_t row) const { return data + (row - first) * row_size(); }
+
+  template <typename T>
+  void load_row(const T* from, const Axis& width, int64_t y) const {
+    acc* to = at(y);
+    const int64_t n = width.input, padding = width.window.padding;
+    constexpr int64_t two = 2 * kLanes<T>;
+    if (step > 2 || n < step * kLanes<T>) {
+      return split_phases(from, n, padding, step, to, pitch, acc{});
+    }
+    if (step == 2) {
+      acc* even = to + padding % 2 * pitch + padding / 2;
+      acc* odd = to + (padding + 1) % 2 * pitch + (padding + 1) / 2;
+      for (int64_t x = 0; x + 1 < n; x += two) {
+        const int64_t start = smaller(x, (n - two) / 2 * 2);
+        const Vec<T> a = load(from + start), b = load(from + start + kLanes<T>);
+        store<acc>(even + start / 2, even_lanes(a, b, kLaneNumbers<T>));
+        store<acc>(odd + start / 2, odd_lanes(a, b, kLaneNumbers<T>));
+      }
+      if (n % 2) even[n / 2] = to_acc(from[n - 1]);
+      return;
+    }
+    for (int64_t x = 0; x < n; x += kLanes<T>) {
+      const int64_t start = smaller(x, n - kLanes<T>);
+      store<acc>(to + padding + start, load(from + start));
+    }
+  }
+};
+
+// `count` rows of output below each other.
+template <typename T>
+struct PlaneTile {
+  const acc_t<T>* input;  // under the first tap of the first output; the row may not exist
+  int64_t row_size, pitch;
+  int begin, end;          // rows below `input` that exist
+  const acc_t<T>* weight;  // [tap]
+  acc_t<T> bias;
+  T* output;
+  int64_t count, width;  // rows of output
+  int64_t rest;          // elements from output to the end of what may be written
+  int64_t next;          // from the first vector to the second
+};
+
+// Behind a vector lies what is written later, or nothing that may be written.
+template <typename T>
+[[gnu::always_inline]] inline void store_row_sum(T* output, Vec<T> sum, int64_t width,
+                                                 int64_t rest) {
+  if (rest >= kLanes<T>) return store_sum(output, sum, kLanes<T>);
+  store_partial(output, sum, int(smaller(width, rest)));
+}
+
+// What of a tile may be written.
+template <typename T>
+[[gnu::noinline]] void store_rows(const PlaneTile<T>& t, const Vec<T>* sums, int vecs) {
+  for (int i = 0; i < t.count; ++i) {
+    for (int v = 0; v < vecs; ++v) {
+      const int64_t offset = i * t.width + v * t.next;
+      store_row_sum(t.output + offset, sums[i * vecs + v], t.width, t.rest - offset);
+    }
+  }
+}
+
+template <typename T, int kernel, int stride, int vecs>
+void correlate_tile(const PlaneTile<T>& t) {
+  Vec<T> sum[kTileRows][vecs];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vecs; ++v) sum[i][v] = broadcast<T>(t.bias);
+  }
+  const acc_t<T>* row = t.input;
+#pragma GCC unroll 32
+  for (int r = 0; r < (kTileRows - 1) * stride + kernel; ++r, row += t.row_size) {
+    if (r < t.begin || r >= t.end) continue;
+#pragma GCC unroll 8
+    for (int k = 0; k < kernel; ++k) {
+      Vec<T> value[vecs];
+#pragma GCC unroll 2
+      for (int v = 0; v < vecs; ++v) {
+        value[v] = load(row + k % stride * t.pitch + k / stride + v * t.next);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kTileRows; ++i) {
+        const int tap = r - i * stride;
+        if (tap < 0 || tap >= kernel) continue;
+        const Vec<T> weight = broadcast<T>(t.weight[tap * kernel + k]);
+#pragma GCC unroll 2
+        for (int v = 0; v < vecs; ++v) sum[i][v] += value[v] * weight;
+      }
+    }
+  }
+  const int64_t behind = (kTileRows - 1) * t.width + (vecs - 1) * t.next;
+  if (t.count == kTileRows && behind + kLanes<T> <= t.rest) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 2
+      for (int v = 0; v < vecs; ++v) {
+        store_sum(t.output + i * t.width + v * t.next, sum[i][v], kLanes<T>);
+      }
+    }
+    return;
+  }
+  Vec<T> sums[kTileRows * vecs];  // to have an address costs a register
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows * vecs; ++i) sums[i] = sum[i / vecs][i % vecs];
+  store_rows(t, sums, vecs);
+}
+
+// One row of output, any window. `columns`: where each column of taps lies; the rows of taps, of
+// which [begin, end) exist, lie `row_size` from each other.
+template <typename T, int vecs>
+void correlate_row(const PlaneTile<T>& t, const int64_t* columns, int64_t taps) {
+  constexpr int64_t lanes = kLanes<T>;
+  Vec<T> sum[vecs];
+#pragma GCC unroll 4
+  for (int v = 0; v < vecs; ++v) sum[v] = broadcast<T>(t.bias);
+  for (int64_t r = t.begin; r < t.end; ++r) {
+    const acc_t<T>* row = t.input + r * t.row_size;
+    for (int64_t k = 0; k < taps; ++k) {
+      const Vec<T> weight = broadcast<T>(t.weight[r * taps + k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < vecs; ++v) sum[v] += load(row + columns[k] + v * lanes) * weight;
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < vecs; ++v) {
+    store_row_sum(t.output + v * lanes, sum[v], t.width, t.rest - v * lanes);
+  }
+}
+
+template <typename T>
+struct Nchw {
+  const T* input;
+  T* output;
+  Axis height, width;
+  int64_t planes, channels;
+  const acc_t<T>* weight;  // [channel][tap]
+  const acc_t<T>* bias;    // [channel], or null
+};
+
+template <typename T>
+using TileKernel = void (*)(const PlaneTile<T>&);
+
+template <typename T>
+class PlaneWorker {
+  using acc = acc_t<T>;
+  static constexpr int64_t kSize = kLanes<T>;
+
+ public:
+  PlaneWorker(const Nchw<T>& problem, int64_t unit_rows)
+      : p_(problem),
+        rows_(p_.width),
+        memory_(((unit_rows - 1) * p_.height.step + p_.height.window.extent()) * rows_.row_size()),
+        columns_(p_.width.window.size) {
+    memory_.zero();
+    rows_.data = memory_.get();
+    for (int64_t k = 0; k < p_.width.window.size; ++k) {
+      const int64_t column = k * p_.width.window.dilation;
+      columns_.get()[k] = column % rows_.step * rows_.pitch + column / rows_.step;
+    }
+    dispatch_window(p_.height.window, p_.width.window, [&](auto kernel, auto stride) {
+      one_ = correlate_tile<T, kernel, stride, 1>;
+      two_ = correlate_tile<T, kernel, stride, kTileVecs>;
+    });
+  }
+
+  // Output rows [begin, end) of one plane.
+  void run(int64_t plane, int64_t begin, int64_t end) {
+    const Axis &height = p_.height, &width = p_.width;
+    const T* input = p_.input + plane * height.input * width.input;
+    rows_.first = height.window.start(begin);
+    const int64_t last = smaller(height.last_input(end - 1) + 1, height.input);
+    for (int64_t y = larger(0, rows_.first); y < last; ++y) {
+      rows_.load_row(input + y * width.input, width, y);
+    }
+    PlaneTile<T> tile;
+    tile.row_size = rows_.row_size() * height.window.dilation;
+    tile.pitch = rows_.pitch;
+    tile.weight = p_.weight + plane % p_.channels * height.window.size * width.window.size;
+    tile.bias = p_.bias ? p_.bias[plane % p_.channels] : acc{};
+    tile.width = width.output;
+    const int64_t step = one_ ? kTileRows : 1;
+    // As much again of both tensors, while this is computed.
+    const int64_t tiles = divide_up(end - begin, step) *
+                          divide_up(width.output, (one_ ? kTileVecs : kRowVecs) * kSize);
+    const auto ahead = [&](const T* tensor, int64_t plane_size, int64_t from, int64_t count) {
+      const T* start = tensor + plane * plane_size + from;
+      return Ahead(start, smaller(count, tensor + p_.planes * plane_size - start) + start, tiles);
+    };
+    ahead_ = ahead(p_.input, height.input * width.input, last * width.input,
+                   (end - begin) * height.step * width.input);
+    ahead_output_ = ahead(p_.output, height.output * width.output, end * width.output,
+                          (end - begin) * width.output);
+    for (int64_t y = begin; y < end; y += step) {
+      const int64_t top = height.window.start(y), dilation = height.window.dilation;
+      const int64_t reach = height.window.size + (step - 1) * height.window.stride;
+      tile.begin = int(top < 0 ? divide_up(-top, dilation) : 0);
+      tile.end = int(smaller(divide_up(larger(0, height.input - top), dilation), reach));
+      tile.count = smaller(step, end - y);
+      tile.rest = (end - y) * width.output;
+      const acc* row = rows_.at(top);
+      T* output = p_.output + (plane * height.output + y) * width.output;
+      one_ ? correlate_tiles(tile, row, output) : correlate_vectors(tile, row, output);
+    }
+  }
+
+ private:
+  void correlate_tiles(PlaneTile<T>& tile, const acc* row, T* output) {
+    const int64_t rest = tile.rest, back = larger(0, tile.width - kSize);
+    for (int64_t x = 0; x < tile.width; x += kTileVecs * kSize) {
+      const int64_t first = smaller(x, back), second = smaller(x + kSize, back);
+      tile.next = second - first;
+      tile.input = row + first;
+      tile.output = output + first;
+      tile.rest = rest - first;
+      ahead_.step();
+      ahead_output_.step();
+      tile.next > 0 ? two_(tile) : one_(tile);
+    }
+  }
+
+  void correlate_vectors(PlaneTile<T>& tile, const acc* row, T* output) {
+    const int64_t rest = tile.rest, back = larger(0, tile.width - kSize);
+    for (int64_t x = 0; x < tile.width;) {
+      const bool whole = x + kRowVecs * kSize <= tile.width;
+      const int64_t first = smaller(x, back);
+      tile.input = row + first;
+      tile.output = output + first;
+      tile.rest = rest - first;
+      ahead_.step();
+      ahead_output_.step();
+      whole ? correlate_row<T, kRowVecs>(tile, columns_.get(), p_.width.window.size)
+            : correlate_row<T, 1>(tile, columns_.get(), p_.width.window.size);
+      x += whole ? kRowVecs * kSize : kSize;
+    }
+  }
+
+  const Nchw<T>& p_;
+  PlaneRows<acc> rows_;
+  Scratch<acc> memory_;
+  Scratch<int64_t> columns_;
+  Ahead ahead_, ahead_output_;
+  TileKernel<T> one_ = nullptr, two_ = nullptr;  // null where the window has no tiles
+};
+
+template <typename T>
+void correlate_nchw(const Nchw<T>& p) {
+  const Axis& height = p.height;
+  const int64_t row_bytes = PlaneRows<acc_t<T>>(p.width).row_size() * int64_t{sizeof(acc_t<T>)};
+  const int64_t fit = (kPlaneBytes / row_bytes - height.window.extent()) / height.step;
+  const int64_t most = larger(1, fit / kTileRows) * kTileRows;
+  const int64_t parts = divide_up(height.output, most);
+  const int64_t unit_rows = divide_up(divide_up(height.output, parts), kTileRows) * kTileRows;
+  const int64_t taps = height.window.size * p.width.window.size;
+  const int64_t work = unit_rows * p.width.output * (taps + 8);
+  const int64_t units = divide_up(height.output, unit_rows);
+  parallel_for(p.planes * units, kGrainTaps / work + 1, [&](int64_t begin, int64_t end) {
+    PlaneWorker<T> worker(p, unit_rows);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t y = unit % units * unit_rows;
+      worker.run(unit / units, y, smaller(y + unit_rows, height.output));
+    }
+  });
+}
+
+}  // namespace
+}  // namespace torchops::cpu::TORCHOPS_ISA

@@ -189,7 +189,7 @@ class Slab {
     RowPair<acc> pair{};
     pair.window.find(p_.height, y, y + 1 < end, [&](int64_t row) { return input_.at(0, v, row); });
     pair.first = -p_.width.window.padding;
-    pair.input = {0, p_.input.width, kSize, edge_.last_whole, edge_.elements};
+    pair.input = {input_.left, input_.left + input_.width, kSize, edge_.last_whole, edge_.elements};
     pair.output_pixel = pair.channels = kSize;
     pair.weight = p_.weight + group * taps() * kSize;
     pair.bias = p_.bias ? p_.bias + group * kSize : nullptr;
@@ -202,7 +202,7 @@ class Slab {
   void upsample(int64_t first, int64_t v, int64_t y, acc* output) {
     UpsampleRow<acc> row;
     row.find(p_.height, y, [&](int64_t in) { return input_.at(0, v, in); });
-    row.input = {0, p_.input.width, kSize, edge_.last_whole, edge_.elements};
+    row.input = {input_.left, input_.left + input_.width, kSize, edge_.last_whole, edge_.elements};
     row.padding = p_.width.window.padding;
     row.weight = p_.weight + (first + v) * taps() * kSize;
     row.output = output;
@@ -281,12 +281,6 @@ void forward(const Conv2dParams& params) {
   const Conv2dShape& s = params.shape;
   const int64_t members = s.out_channels / s.groups,
                 taps = s.window_height.size * s.window_width.size;
-  const int64_t lanes = divide_up(s.groups, kLanes<acc>) * kLanes<acc> * members;
-  Scratch<acc> weight(lanes * taps), bias(params.bias ? lanes : 0);
-  pack_weight(static_cast<const scalar_t*>(params.weight), s.groups, members, taps, weight.get());
-  if (params.bias) {
-    pack_weight(static_cast<const scalar_t*>(params.bias), s.groups, members, 1, bias.get());
-  }
   const Axis height = Axis::forward(s.window_height, s.in_height, s.out_height),
              width = Axis::forward(s.window_width, s.in_width, s.out_width);
   if constexpr (kHasWindowKernels<scalar_t>) {
@@ -294,6 +288,12 @@ void forward(const Conv2dParams& params) {
       return correlate_planes<scalar_t>(params.input, params.output, params.weight, params.bias,
                                         height, width, s, false);
     }
+  }
+  const int64_t lanes = divide_up(s.groups, kLanes<acc>) * kLanes<acc> * members;
+  Scratch<acc> weight(lanes * taps), bias(params.bias ? lanes : 0);
+  pack_weight(static_cast<const scalar_t*>(params.weight), s.groups, members, taps, weight.get());
+  if (params.bias) {
+    pack_weight(static_cast<const scalar_t*>(params.bias), s.groups, members, 1, bias.get());
   }
   correlate(Correlation<scalar_t>{{static_cast<const scalar_t*>(params.input), s.channels_last,
                                    s.groups, 1, s.in_height, s.in_width},
@@ -312,10 +312,7 @@ void grad_input(const Conv2dGradInputParams& params) {
   const Conv2dShape& s = params.shape;
   const int64_t members = s.out_channels / s.groups,
                 taps = s.window_height.size * s.window_width.size;
-  Scratch<acc> weight(divide_up(s.groups, kLanes<acc>) * kLanes<acc> * members * taps);
-  pack_weight(static_cast<const scalar_t*>(params.weight), s.groups, members, taps, weight.get());
   const bool dense = s.window_height.stride == 1 && s.window_width.stride == 1;
-  if (dense) reverse_taps(weight.get(), taps, divide_up(s.groups, kLanes<acc>) * members);
   const auto axis = [&](const Window& w, int64_t in, int64_t out) {
     return dense ? Axis::forward({w.size, 1, w.extent() - 1 - w.padding, w.dilation}, out, in)
                  : Axis::grad_input(w, in, out);
@@ -329,6 +326,9 @@ void grad_input(const Conv2dGradInputParams& params) {
                                         nullptr, height, width, s, true);
     }
   }
+  Scratch<acc> weight(divide_up(s.groups, kLanes<acc>) * kLanes<acc> * members * taps);
+  pack_weight(static_cast<const scalar_t*>(params.weight), s.groups, members, taps, weight.get());
+  if (dense) reverse_taps(weight.get(), taps, divide_up(s.groups, kLanes<acc>) * members);
   correlate(Correlation<scalar_t>{{static_cast<const scalar_t*>(params.grad_output),
                                    s.channels_last, s.groups, members, s.out_height, s.out_width},
                                   {static_cast<scalar_t*>(params.grad_input), s.channels_last,

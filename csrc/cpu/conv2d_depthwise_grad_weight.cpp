@@ -2,7 +2,8 @@
 //
 // Plan: a strip of grad_output stays in registers while the window's rows pass, each adding a row
 // of taps to sums in the cache. NHWC with the windows of conv2d_depthwise_rows.h straight from the
-// tensors, all else in the working form. Fixed blocks of rows, added in order.
+// tensors, most of NCHW in conv2d_depthwise_grad_weight_nchw.h, all else in the working form. Fixed
+// blocks of rows, added in order.
 //
 // Reached, measured as in conv2d_depthwise.cpp: float32 NHWC 86 %, bfloat16 NHWC 55 %, float32 NCHW
 // 70 %; 7x7: 3.3 multiply-adds per ns of a measured peak of 7.2.
@@ -10,7 +11,7 @@
 // Did not pay: taps in registers and pixels from memory, a load per multiply-add, over the working
 // form (1.4 to 1.7x slower in NHWC).
 #include "core/parallel.h"
-#include "cpu/conv2d_depthwise.h"
+#include "cpu/conv2d_depthwise_grad_weight_nchw.h"
 #include "cpu/conv2d_depthwise_rows.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -204,7 +205,7 @@ class Slab {
   void accumulate_window(int64_t v, int64_t y, const acc* grad_output, acc* sum) {
     GradRow<acc> row{};
     row.window.find(p_.height, y, false, [&](int64_t in) { return input_.at(0, v, in); });
-    row.input = {0, p_.input.width, kSize, edge_.last_whole, edge_.elements};
+    row.input = {input_.left, input_.left + input_.width, kSize, edge_.last_whole, edge_.elements};
     row.grad_output = {0, grad_output_.width, kSize, grad_edge_.last_whole, grad_edge_.elements};
     row.first = -p_.width.window.padding;
     row.grad_output_row = grad_output;
@@ -343,6 +344,14 @@ void grad_weight(const Conv2dGradWeightParams& params) {
                                Axis::forward(s.window_width, s.in_width, s.out_width)};
   auto* result = static_cast<scalar_t*>(params.grad_weight);
   const auto kernel = grad_row_kernel<scalar_t>(s.window_height, s.window_width);
+  if constexpr (kHasWindowKernels<scalar_t>) {
+    if (!s.channels_last && members == 1 && s.out_width >= kLanes<scalar_t> &&
+        (s.window_width.size <= kMaxColumns || !kernel)) {
+      return grad_weight_nchw(NchwGradWeight<scalar_t>{p.input.data, p.grad_output.data, p.height,
+                                                       p.width, s.batch, s.groups},
+                              result);
+    }
+  }
   if (s.channels_last && members == 1 && kernel) {
     const Edge<scalar_t> edge(p.input.at(0, 0, 0, 0), p.input.at(s.batch, 0, 0, 0));
     const Edge<scalar_t> grad_edge(p.grad_output.at(0, 0, 0, 0),

@@ -9,56 +9,13 @@
 #pragma once
 
 #include "core/parallel.h"
-#include "cpu/conv2d_depthwise_rows.h"
-#include "cpu/phase_rows.h"
+#include "cpu/conv2d_depthwise_planes.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
 constexpr int kTileRows = 4, kTileVecs = 2;
 constexpr int kRowVecs = 4;
-constexpr int64_t kPlaneBytes = 24 * 1024;  // rows of a plane: within L1
-
-// Some rows of a plane, each as `step` rows of `pitch` elements (phase_rows.h).
-template <typename acc>
-struct PlaneRows {
-  acc* data;
-  int64_t step, pitch, first;  // the image's row that comes first
-
-  PlaneRows(const Axis& width) : data(nullptr), step(width.step), pitch(0), first(0) {
-    const int64_t reach = larger(width.output, kLanes<acc>) + width.window.extent() / step + 1;
-    const int64_t held = (width.window.padding + width.input) / step + 1;
-    pitch = larger(reach, held) + 2 * kLanes<acc>;
-  }
-  int64_t row_size() const { return step * pitch; }
-  acc* at(int64_t row) const { return data + (row - first) * row_size(); }
-
-  template <typename T>
-  void load_row(const T* from, const Axis& width, int64_t y) const {
-    acc* to = at(y);
-    const int64_t n = width.input, padding = width.window.padding;
-    constexpr int64_t two = 2 * kLanes<T>;
-    if (step > 2 || n < step * kLanes<T>) {
-      return split_phases(from, n, padding, step, to, pitch, acc{});
-    }
-    if (step == 2) {
-      acc* even = to + padding % 2 * pitch + padding / 2;
-      acc* odd = to + (padding + 1) % 2 * pitch + (padding + 1) / 2;
-      for (int64_t x = 0; x + 1 < n; x += two) {
-        const int64_t start = smaller(x, (n - two) / 2 * 2);
-        const Vec<T> a = load(from + start), b = load(from + start + kLanes<T>);
-        store<acc>(even + start / 2, even_lanes(a, b, kLaneNumbers<T>));
-        store<acc>(odd + start / 2, odd_lanes(a, b, kLaneNumbers<T>));
-      }
-      if (n % 2) even[n / 2] = to_acc(from[n - 1]);
-      return;
-    }
-    for (int64_t x = 0; x < n; x += kLanes<T>) {
-      const int64_t start = smaller(x, n - kLanes<T>);
-      store<acc>(to + padding + start, load(from + start));
-    }
-  }
-};
 
 // `count` rows of output below each other.
 template <typename T>
@@ -187,10 +144,7 @@ class PlaneWorker {
         columns_(p_.width.window.size) {
     memory_.zero();
     rows_.data = memory_.get();
-    for (int64_t k = 0; k < p_.width.window.size; ++k) {
-      const int64_t column = k * p_.width.window.dilation;
-      columns_.get()[k] = column % rows_.step * rows_.pitch + column / rows_.step;
-    }
+    rows_.find_columns(p_.width.window, columns_.get());
     dispatch_window(p_.height.window, p_.width.window, [&](auto kernel, auto stride) {
       one_ = correlate_tile<T, kernel, stride, 1>;
       two_ = correlate_tile<T, kernel, stride, kTileVecs>;
@@ -213,17 +167,14 @@ class PlaneWorker {
     tile.bias = p_.bias ? p_.bias[plane % p_.channels] : acc{};
     tile.width = width.output;
     const int64_t step = one_ ? kTileRows : 1;
-    // As much again of both tensors, while this is computed.
     const int64_t tiles = divide_up(end - begin, step) *
                           divide_up(width.output, (one_ ? kTileVecs : kRowVecs) * kSize);
-    const auto ahead = [&](const T* tensor, int64_t plane_size, int64_t from, int64_t count) {
-      const T* start = tensor + plane * plane_size + from;
-      return Ahead(start, smaller(count, tensor + p_.planes * plane_size - start) + start, tiles);
-    };
-    ahead_ = ahead(p_.input, height.input * width.input, last * width.input,
-                   (end - begin) * height.step * width.input);
-    ahead_output_ = ahead(p_.output, height.output * width.output, end * width.output,
-                          (end - begin) * width.output);
+    const int64_t in = height.input * width.input, out = height.output * width.output;
+    ahead_ =
+        as_much_again(p_.input + plane * in + last * width.input,
+                      (end - begin) * height.step * width.input, p_.input + p_.planes * in, tiles);
+    ahead_output_ = as_much_again(p_.output + plane * out + end * width.output,
+                                  (end - begin) * width.output, p_.output + p_.planes * out, tiles);
     for (int64_t y = begin; y < end; y += step) {
       const int64_t top = height.window.start(y), dilation = height.window.dilation;
       const int64_t reach = height.window.size + (step - 1) * height.window.stride;
@@ -279,11 +230,7 @@ class PlaneWorker {
 template <typename T>
 void correlate_nchw(const Nchw<T>& p) {
   const Axis& height = p.height;
-  const int64_t row_bytes = PlaneRows<acc_t<T>>(p.width).row_size() * int64_t{sizeof(acc_t<T>)};
-  const int64_t fit = (kPlaneBytes / row_bytes - height.window.extent()) / height.step;
-  const int64_t most = larger(1, fit / kTileRows) * kTileRows;
-  const int64_t parts = divide_up(height.output, most);
-  const int64_t unit_rows = divide_up(divide_up(height.output, parts), kTileRows) * kTileRows;
+  const int64_t unit_rows = PlaneRows<acc_t<T>>(p.width).unit_rows(height, kTileRows);
   const int64_t taps = height.window.size * p.width.window.size;
   const int64_t work = unit_rows * p.width.output * (taps + 8);
   const int64_t units = divide_up(height.output, unit_rows);

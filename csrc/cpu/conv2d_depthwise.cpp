@@ -223,10 +223,10 @@ class Slab {
 };
 
 // Channel vectors that go through the working form together: all of them where that fits L2, so
-// that NHWC is read in long runs; one in NCHW, where a vector is that many planes already.
+// that NHWC is read in long runs; few in NCHW, where a vector is that many planes already.
 template <typename scalar_t>
 int64_t slab_vectors(const Correlation<scalar_t>& p, int64_t vectors, int64_t step_rows) {
-  if (!p.input.channels_last) return 1;
+  if (!p.input.channels_last) return smaller(vectors, p.input.vectors_in_run());
   const int64_t bytes =
       Slab<scalar_t>::input_rows(p, 1, step_rows).count() * int64_t{sizeof(acc_t<scalar_t>)};
   const int64_t slabs = divide_up(vectors, larger(1, kRowsBytes / bytes));

@@ -50,6 +50,14 @@ struct Image {
   int64_t groups, members, height, width;
 
   int64_t channels() const { return groups * members; }
+  // Channel vectors of NCHW to work on at a time: small planes, one behind the other, make a run of
+  // memory that the hardware foresees.
+  int64_t vectors_in_run() const {
+    constexpr int64_t kRunBytes = 16 * 1024, kSmallPlane = 64;
+    const int64_t plane = height * width;
+    if (plane > kSmallPlane) return 1;
+    return kRunBytes / (kSize * members * plane * int64_t{sizeof(scalar_t)}) + 1;
+  }
   int lanes(int64_t vector) const { return int(smaller(kSize, groups - vector * kSize)); }
   scalar_t* at(int64_t n, int64_t member, int64_t vector, int64_t y) const {
     const int64_t channel = vector * kSize * members + member;

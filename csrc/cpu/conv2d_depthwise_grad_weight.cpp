@@ -44,7 +44,7 @@ template <typename T, int kernel, int stride, bool border>
 void accumulate_strip(const GradRow<T>& p, const StripInput<T>& input,
                       const StripInput<T>& grad_output, int64_t vector) {
   constexpr int lanes = kLanes<T>, pixels = (kGradPixels - 1) * stride + kernel;
-  Vec<T> grad[kGradPixels];
+  Vec<T> grad[kGradPixels] = {};
   const T* grad_pixel = *grad_output.rows + grad_output.offset;
 #pragma GCC unroll 16
   for (int i = 0; i < kGradPixels; ++i, grad_pixel += grad_output.stride) {
@@ -278,10 +278,10 @@ struct NhwcSlab {
   }
 };
 
-// Of the working form: all vectors at once where their rows fit L2 in NHWC, one at a time in NCHW.
+// Of the working form: all vectors at once where their rows fit L2 in NHWC, few in NCHW.
 template <typename scalar_t>
 int64_t slab_vectors(const GradWeight<scalar_t>& p, int64_t vectors, int64_t step_rows) {
-  if (!p.input.channels_last) return 1;
+  if (!p.input.channels_last) return smaller(vectors, p.input.vectors_in_run());
   const int64_t bytes =
       Slab<scalar_t>::input_rows(p, 1, step_rows).count() * int64_t{sizeof(acc_t<scalar_t>)};
   const int64_t slabs = divide_up(vectors, larger(1, kRowsBytes / bytes));

@@ -1,22 +1,22 @@
 // Depthwise convolution and the gradient of its input on the CPU: one read of the one tensor, one
 // write of the other.
 //
-// Plan: 3x3, 5x5 and 7x7 in NHWC run straight from tensor to tensor (conv2d_depthwise_nhwc.h).
-// NCHW, other windows, several output channels per group, float16 and float64 go through the
-// working form (conv2d_depthwise.h).
+// Plan: 3x3, 5x5 and 7x7 in NHWC run straight from tensor to tensor (conv2d_depthwise_nhwc.h), NCHW
+// plane by plane (conv2d_depthwise_nchw.h), but for rows shorter than a register and the gradient
+// of strides. Those, other windows in NHWC, several output channels per group, float16 and float64
+// go through the working form (conv2d_depthwise.h).
 //
-// Reached, one thread, AVX-512, batch 8, 3x3 of 144 x 56 x 56, as the best time against the best
-// time of a copy of the same bytes (shared machine, separate runs: a rough figure): float32 NHWC
-// 90 %, bfloat16 NHWC 64 %, float32 NCHW 45 %. 7x7 is bound by its multiply-adds: 4.8 per ns of a
-// measured peak of 7.2.
-// AVX2 (Zen 3), float32 NHWC forward, of a copy in the same run (torchops bench PROBLEM --layout
-// channels_last --threads 1 --quick):
-//   conv2d:mb1_g72ic72ih75oc72kh3ph1 63 %      conv2d:mb8_g144ic144ih56oc144kh3ph1 38 %
-//   conv2d:mb8_g576ic576ih14oc576kh3ph1 28 %   conv2d:mb8_g96ic96ih112oc96kh3sh2ph1 34 %
+// Reached on Zen 3, one thread, float32 forward, NCHW / NHWC, of a copy in the same run (torchops
+// bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
+//   conv2d:mb1_g72ic72ih75oc72kh3ph1       52 / 91 %
+//   conv2d:mb8_g144ic144ih56oc144kh3ph1    55 / 58 %
+//   conv2d:mb8_g576ic576ih14oc576kh3ph1    49 / 60 %
+//   conv2d:mb8_g96ic96ih112oc96kh3sh2ph1   59 / 56 %
+// and of the rate of torch.mm: conv2d:mb8_g192ic192ih28oc192kh7ph3 57 / 67 %.
 //
 // Did not pay: NHWC through the working form, by whole rows (about 3x slower) or by slices of
-// channels (slower still; both timed under load); a branch instead of an address choice at borders
-// (7x7 1.4x slower).
+// channels (slower still; both timed under load); NCHW by the planes of conv2d_grouped.h (1.3 to 2x
+// slower than the working form); planes of 7 x 7 by rows (1.3x slower than the working form).
 #include "core/parallel.h"
 #include "cpu/conv2d_depthwise_nchw.h"
 #include "cpu/conv2d_depthwise_nhwc.h"

@@ -3,7 +3,8 @@
 //
 // The sums of a strip of both rows stay in registers. Each input pixel is loaded and unpacked once
 // and multiplied into all the sums that it reaches, so loads and bf16 conversions are a small part
-// of the multiply-adds. At borders a strip reads from a copy that has the padding.
+// of the multiply-adds. At borders a strip leaves out the columns that do not exist: a zero-padded
+// copy of the pixels took up to 1.8 times as long (7x7 of 768 x 7 x 7, Zen 3).
 #pragma once
 
 #include "cpu/conv2d_depthwise.h"

@@ -9,13 +9,14 @@
 // planes first. grad_input is the same product with the weights' channels swapped and the taps
 // reversed, one per phase of the stride. The order of summation depends on nothing but the shapes.
 //
-// Reached on Zen 3, fp32, GFLOP/s, contiguous / channels_last, forward and backward with both
-// gradients; torch.mm did 62 in the same run (torchops bench PROBLEM --layout
-// contiguous,channels_last --threads 1 --quick):
-//   conv2d:mb8_ic128ih28oc128kh3ph1    55 / 63   53 / 56
-//   conv2d:mb8_ic64ih56oc64kh3ph1      76 / 60   52 / 57
-//   conv2d:mb8_ic3ih224oc64kh7sh2ph3   61 / 57   29 / 27
-//   conv2d:mb8_ic512ih7oc512kh3ph1     65 / 56   57 / 48, bound by the weights
+// 3x3 of stride 1 goes another way: conv2d_winograd.h; 1x1, too: conv2d_pointwise.cpp.
+//
+// Reached on Zen 3, fp32, native's time over ours, contiguous / channels_last, forward and backward
+// with both gradients (torchops bench PROBLEM --layout contiguous,channels_last --threads 1
+// --quick); of 95 GFLOP/s that multiply-adds in registers do, the product reaches 60 to 80:
+//   conv2d:mb8_ic3ih224oc64kh7sh2ph3    0.88 / 1.04   1.43 / 1.09
+//   conv2d:mb1_ic72ih33oc200kh3sh2ph1   1.02 / 0.92   0.88 / 1.07
+//   conv2d:mb2_ic32ih75oc48kh5ph2       0.90 / 0.80   0.94 / 1.36, bound by copying 25 taps
 // Tried without gain: fetching the panel's lines for writing.
 #include "ops/conv2d.h"
 
@@ -243,12 +244,17 @@ void correlate_contiguous(const Problem<T>& p) {
   const DepthWalk walk(p);
   const bool in_place =
       kHasTilesInPlace<T> && position_blocks <= 4 && walk.dense() && p.weights.column_stride > 1;
-  if (!in_place) pack_strips(p, weights);
+  // Columns side by side are copied as they are used: packed beforehand they would travel through
+  // L3.
+  const bool across = !walk.dense() && p.weights.column_stride == 1;
+  constexpr int64_t kAcross = kPanelLength<Panel::columns> / kTileRows * kTileRows;
+  if (!in_place && !across) pack_strips(p, weights);
   const int64_t flops = 2 * block_positions * weights.block_channels * (c.depth() + 1);
   parallel_for(
       position_blocks * c.groups * channel_blocks, kGrainFlops / flops + 1,
       [&](int64_t begin, int64_t end) {
         const Scratch<acc_t<T>> panel(depth.size * kStride), tile(weights.block_channels * kStride);
+        const Scratch<acc_t<T>> copy(across ? depth.size * kPanelStride<Panel::columns> : 1);
         Lines<T> lines(c, kPositions);
         for (int64_t item = begin; item < end; ++item) {
           const int64_t channel_block = item % channel_blocks;
@@ -268,6 +274,17 @@ void correlate_contiguous(const Problem<T>& p) {
                                       kStride,
                                       length,
                                       block > 0};
+            if (across) {
+              const T* from = p.weights.data + group * p.weights.group_stride + row;
+              for (int64_t r = 0; r < rows; r += kAcross, from += kAcross) {
+                const int64_t height = smaller(kAcross, rows - r);
+                copy_weights(p, from, k, length, height, copy.get());
+                t.a = copy.get();
+                t.c = tile.get() + r * kStride;
+                multiply<acc_t<T>, Panel::columns>(t, height, positions);
+              }
+              continue;
+            }
             if constexpr (kHasTilesInPlace<T>) {
               if (in_place) {
                 t.a_stride = p.weights.column_stride;
@@ -349,8 +366,17 @@ void conv2d(const Conv2dParams& p) {
 void conv2d_grad_input(const Conv2dGradInputParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Conv2dShape& s = p.shape;
-    Weights<T> weights = forward_weights<T>(s, p.weight);
+    Conv2dShape s = p.shape;
+    const auto* weight = static_cast<const T*>(p.weight);
+    const int64_t taps = s.window_height.size * s.window_width.size;
+    const bool reorder = !s.weight_channels_last && taps > 1;
+    const Scratch<T> by_taps(reorder ? s.out_channels * (s.in_channels / s.groups) * taps : 0);
+    if (reorder) {
+      weights_by_taps(s, weight, by_taps.get());
+      weight = by_taps.get();
+      s.weight_channels_last = true;
+    }
+    Weights<T> weights = forward_weights<T>(s, weight);
     std::swap(weights.column_stride, weights.channel_stride);
     const Source<T> source(s, p.grad_output, s.out_channels, s.out_height * s.out_width,
                            s.in_channels);

@@ -59,12 +59,13 @@ template <typename T>
 void multiply_by_shares(const Product<T>& p) {
   using Acc = acc_t<T>;
   const ProductPlan<T> plan(p);
-  const Parts &rows = plan.rows, &columns = plan.columns;
+  const Parts& rows = plan.rows;
+  const RunParts& columns = plan.columns;
   const int64_t blocks = rows.count * columns.count;
   const int64_t shares =
-      blocks ? product_least(product_blocks(kUnits, blocks), plan.depth_blocks) : 0;
+      blocks ? product_least(product_blocks(kUnits, blocks), plan.depth.count) : 0;
   if (shares <= 1) return multiply_matrices(p);
-  const int64_t width = columns.size, size = rows.size * width;
+  const int64_t width = p.c.columns.size, size = rows.size * width;
   const Scratch<Acc> sums(shares * size);
   const int64_t flops = 2 * rows.part * columns.part * p.b.rows.size / shares;
   parallel_for(shares * blocks, kProductGrain / flops + 1, [&](int64_t begin, int64_t end) {
@@ -74,9 +75,9 @@ void multiply_by_shares(const Product<T>& p) {
       const int64_t row = rows.begin(block / columns.count);
       const int64_t column = columns.begin(block % columns.count);
       unit.run(row, rows.begin(block / columns.count + 1) - row, column,
-               columns.begin(block % columns.count + 1) - column,
-               plan.depth_blocks * share / shares, plan.depth_blocks * (share + 1) / shares, false,
-               true, sums.get() + share * size + row * width + column, width);
+               columns.begin(block % columns.count + 1) - column, plan.depth.count * share / shares,
+               plan.depth.count * (share + 1) / shares, false, true,
+               sums.get() + share * size + row * width + column, width);
     }
   });
   parallel_for(size, 65'536 / shares, [&](int64_t begin, int64_t end) {

@@ -124,6 +124,17 @@ void pack_weights(const Problem<T>& p, int64_t group, int64_t column, int64_t co
   }
 }
 
+// Columns that lie side by side, `from` the first, as a panel of columns.
+template <typename T>
+void copy_weights(const Problem<T>& p, const T* from, int64_t begin, int64_t length,
+                  int64_t columns, acc_t<T>* to) {
+  if (length == 0) return;
+  DepthWalk walk(p);
+  walk.skip(begin);
+  for (int64_t k = 0; k < length; ++k, walk.next(), to += kPanelStride<Panel::columns>)
+    copy_in(to, from + walk.offset, columns, 8 * p.weights.channel_stride);
+}
+
 // How much of the depth to pack at a time, of all columns: where the weights of one column do not
 // lie side by side, columns share cache lines and pages.
 template <typename T>
@@ -140,6 +151,27 @@ Weights<T> forward_weights(const Conv2dShape& s, const void* weight) {
   const auto* data = static_cast<const T*>(weight);
   if (s.weight_channels_last) return {data, group, column, 1, width * channels, channels};
   return {data, group, column, taps, width, 1};
+}
+
+// A contiguous weight in the channels_last format, [out channel][tap][in channel]: packing it for
+// the gradient of the input, whose columns are input channels, would gather it element by element.
+template <typename T>
+void weights_by_taps(const Conv2dShape& s, const T* from, T* to) {
+  const int64_t taps = s.window_height.size * s.window_width.size;
+  const int64_t channels = s.in_channels / s.groups;
+  parallel_for(s.out_channels, kGrainCopies / (taps * channels + 1) + 1,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t row = begin * channels; row < end * channels; row += channels) {
+                   for_each_vec<T>(channels, [&](int64_t channel, int lanes) {
+                     load_planes(from + (row + channel) * taps, taps, lanes, taps,
+                                 [&](int64_t tap, const Vec<T>* block, int size) {
+                                   for (int i = 0; i < size; ++i)
+                                     store_partial(to + row * taps + (tap + i) * channels + channel,
+                                                   block[i], lanes);
+                                 });
+                   });
+                 }
+               });
 }
 
 // Columns are kept in panels of kTileColumns: [panel][depth][column], the last panel of a group

@@ -66,32 +66,37 @@ struct Parts {
   int64_t begin(int64_t i) const { return product_least(i * part, size); }
 };
 
-// How a product is cut up. Depth is cut within images where these are large enough for it: A can be
-// read in place then.
+// Parts of an axis, within runs where these are at least `shortest`: what lies in one run is read,
+// or written, in place.
+struct RunParts {
+  int64_t run;
+  Parts parts;  // of one run
+  int64_t count, part;
+  RunParts(const Extent& e, int64_t longest, int64_t unit, int64_t shortest)
+      : run(e.run < shortest ? e.size : e.run),
+        parts(run, longest, unit),
+        count(run ? e.size / run * parts.count : 0),
+        part(parts.part) {}
+  int64_t begin(int64_t i) const { return i / parts.count * run + parts.begin(i % parts.count); }
+};
+
+// How a product is cut up.
 template <typename T>
 struct ProductPlan {
   using Acc = acc_t<T>;
   static constexpr int64_t kDepth = kPanelLength<Panel::rows>;
   static constexpr int64_t kRows = kPanelLength<Panel::columns> / kTileRows * kTileRows;
   static constexpr int64_t kWidth = kTileColumns<Acc>, kColumns = 8 * kWidth;
-  static constexpr int64_t kShortestRun = kDepth / 2;
 
   const Product<T>& p;
-  Parts rows, columns;
-  int64_t run;
-  Parts depth;  // of one run
-  int64_t depth_blocks;
+  Parts rows;
+  RunParts columns, depth;
 
   explicit ProductPlan(const Product<T>& p)
       : p(p),
         rows(p.c.rows.size, kRows),
-        columns(p.c.columns.size, kColumns, kWidth),
-        run(p.b.rows.run < kShortestRun ? p.b.rows.size : p.b.rows.run),
-        depth(run, kDepth),
-        depth_blocks(run ? p.b.rows.size / run * depth.count : 0) {}
-  int64_t depth_begin(int64_t block) const {
-    return block / depth.count * run + depth.begin(block % depth.count);
-  }
+        columns(p.c.columns, kColumns, kWidth, kColumns / 2),
+        depth(p.b.rows, kDepth, 1, kDepth / 2) {}
 };
 
 // B's panels: panel j / kWidth holds [depth][kWidth], and a cache line more, so that panels do not
@@ -191,7 +196,7 @@ class ProductUnit {
   void run(int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t begin, int64_t end,
            bool accumulate, bool exact, Acc* c, int64_t stride) {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t k = plan_.depth_begin(block), depth = plan_.depth_begin(block + 1) - k;
+      const int64_t k = plan_.depth.begin(block), depth = plan_.depth.begin(block + 1) - k;
       if (k != packed_k_ || column != packed_column_) {
         pack_b(p_.b, k, depth, column, columns, b_.get());
         packed_k_ = k;
@@ -221,7 +226,7 @@ class ProductUnit {
   static constexpr bool kInPlace = std::is_same_v<T, Acc> && kTileRows <= 6;
 
   bool along() const { return p_.a.columns.stride == 1; }
-  bool copies_a() const { return !along() || !kInPlace || plan_.run > p_.a.columns.run; }
+  bool copies_a() const { return !along() || !kInPlace || plan_.depth.run > p_.a.columns.run; }
 
   template <Panel panel>
   void multiply_panels(TileArguments<Acc> t, int64_t rows, int64_t columns) const {
@@ -274,9 +279,10 @@ template <typename T>
 void multiply_matrices(const Product<T>& p) {
   using Acc = acc_t<T>;
   const ProductPlan<T> plan(p);
-  const Parts &rows = plan.rows, &columns = plan.columns;
+  const Parts& rows = plan.rows;
+  const RunParts& columns = plan.columns;
   constexpr int64_t kStride = ProductPlan<T>::kColumns + 64 / sizeof(Acc);
-  const bool fill = p.row_bias || p.column_bias || plan.depth_blocks == 0;
+  const bool fill = p.row_bias || p.column_bias || plan.depth.count == 0;
   const int64_t flops = 2 * rows.part * columns.part * (p.b.rows.size + 1);
   parallel_for(
       rows.count * columns.count, kProductGrain / flops + 1, [&](int64_t begin, int64_t end) {
@@ -289,7 +295,7 @@ void multiply_matrices(const Product<T>& p) {
           const int64_t column = columns.begin(j), width = columns.begin(j + 1) - column;
           const auto run = [&](Acc* c, int64_t stride, bool exact) {
             if (fill) fill_bias(p, row, height, column, width, c, stride);
-            unit.run(row, height, column, width, 0, plan.depth_blocks, fill, exact, c, stride);
+            unit.run(row, height, column, width, 0, plan.depth.count, fill, exact, c, stride);
           };
           if constexpr (std::is_same_v<T, Acc>) {
             if (p.c.columns.in_one_run(column, column + width)) {

@@ -54,15 +54,6 @@ def test_nonsense_keeps_native_error_text(native_calls):
         TF.max_pool2d(torch.zeros(()), 2)
 
 
-def test_a_convolution_that_is_trained_is_no_debt():
-    input, weight = torch.zeros(1, 4, 5, 5), torch.zeros(4, 4, 3, 3)
-    assert _tuning.prefers_native("conv2d", input, weight)
-    weight.requires_grad_()
-    assert not _tuning.prefers_native("conv2d", input, weight)
-    with torch.no_grad():
-        assert _tuning.prefers_native("conv2d", input, weight)
-
-
 def test_every_committed_debt_is_about_a_kernel():
     for debt in _tuning.DEBTS:
         assert _drop_in.OPERATORS[debt.operator].own

@@ -34,16 +34,6 @@ def _dense(input: Any, weight: Any) -> bool:
     return weight.shape[1] == input.shape[-3]
 
 
-def _float32(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
-    return input.dtype is torch.float32
-
-
-def _dense_float32_inference(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
-    # The backward makes up for the forward: 1.12 times as fast as native's in the same runs.
-    trained = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-    return input.dtype is torch.float32 and _dense(input, weight) and not trained
-
-
 def _bfloat16(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
     return input.dtype is torch.bfloat16 and _not_depthwise(input, weight)
 
@@ -52,13 +42,6 @@ def _not_depthwise(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
     return weight.shape[1] > 1 or _dense(input, weight)
 
 
-# torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick, geometric means over
-#   conv2d: mb8_ic128ih28oc128kh3ph1 mb8_ic64ih56oc64kh3ph1 mb8_ic512ih7oc512kh3ph1
-#     mb8_ic3ih224oc64kh7sh2ph3 mb1_ic200ih19oc72kh3ph1 mb1_ic72ih33oc200kh3sh2ph1
-#     mb2_ic32ih75oc48kh5ph2, forward
-#   conv1x1: mb8_ic1024ih14oc256 mb8_ic256ih56oc64 mb8_ic2048ih7oc512 mb8_ic72ih19oc200
-#     mb1_ic200ih33oc72 mb1_ic1280ih7oc320, forward and backward
-_ZEN3 = "Zen 3, one thread: network layers and odd shapes"
 _XEON = "Xeon with AVX-512 and AMX, one thread, N=8"
 
 # Whether native multiplies bfloat16 in hardware of its own (AMX tiles, vdpbf16ps), which no kernel
@@ -73,8 +56,6 @@ _NATIVE_BFLOAT16 = torch.cpu._is_avx512_supported() or not torch.cpu._is_avx2_su
 _TENSOR_CORES = "calculated, H100"
 
 DEBTS: tuple[Debt, ...] = (
-    Debt("conv2d", "cpu", "one group, float32, no gradient", _dense_float32_inference, 1.08, _ZEN3),
-    Debt("conv1x1", "cpu", "float32", _float32, 1.09, _ZEN3),
     Debt("conv2d", "cuda", "all but depthwise", _not_depthwise, 15.0, _TENSOR_CORES),
     Debt("conv1x1", "cuda", "all", _not_depthwise, 15.0, _TENSOR_CORES),
 )

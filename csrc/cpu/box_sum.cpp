@@ -1,60 +1,23 @@
 // Sums over boxes of pixels: the forward and the backward of every averaging pool.
 //
-// Separable: the rows of a box are added into one row of fp32 column sums (whole registers,
-// whatever the window), then columns are added. channels_last adds registers of channels;
-// contiguous reads taps from phase rows (strides 1 and 2), several planes side by side where the
-// map is small. The order of additions depends on the problem only, never on the threads.
+// channels_last has its own kernel (box_sum_channels_last.cpp). Contiguous is separable: the rows
+// of a box are added into one row of fp32 column sums (whole registers, whatever the window), then
+// columns are added: taps come from phase rows (strides 1 and 2), several planes side by side where
+// the map is small. The order of additions depends on the problem only, never on the threads.
 //
 // Reached on Zen 3, fp32, GB/s forward / backward of a copy's 10.5, contiguous then channels_last
 // (torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
 //   avg_pool2d:mb8_ic64ih112kh3sh2ph1   6.0 / 4.7   6.5 / 4.7
 //   avg_pool2d:mb8_ic256ih56kh2sh2      6.1 / 6.0   8.9 / 6.5
-#include "cpu/box_sum.h"
-
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "core/transpose.h"
+#include "cpu/box_rows.h"
 #include "cpu/phase_rows.h"
+#include "cpu/register_groups.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
-
-constexpr int64_t kBoxGrain = 16384;     // source elements per range: about 10 us
-constexpr int64_t kColumnBudget = 6144;  // column sums that stay in the L1 cache with their sources
-
-// ---- building blocks ----------------------------------------------------------------------
-
-// sink(i, sum over r of source[r * step + i] * weights[r], lanes) for i in [0, n).
-template <bool kWeighted, int kCount, typename T, typename Sink>
-inline void add_up(const T* source, int64_t step, int64_t count, const acc_t<T>* weights, int64_t n,
-                   const Sink& sink) {
-  if constexpr (kCount > 0) count = kCount;
-  const auto sum = [&](int64_t i, int lanes) {
-    Vec<T> total = {};
-    for (int64_t r = 0; r < count; ++r) {
-      const Vec<T> v = load_partial(source + r * step + i, lanes);
-      if constexpr (kWeighted)
-        total += v * broadcast<T>(weights[r]);
-      else
-        total = r ? total + v : v;
-    }
-    sink(i, total, lanes);
-  };
-  int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) sum(i, kLanes<T>);
-  if (i < n) sum(i, static_cast<int>(n - i));
-}
-
-template <bool kWeighted, typename T, typename Sink>
-inline void add_up(const T* source, int64_t step, int64_t count, const acc_t<T>* weights, int64_t n,
-                   const Sink& sink) {
-  switch (count) {
-    case 1: return add_up<kWeighted, 1>(source, step, count, weights, n, sink);
-    case 2: return add_up<kWeighted, 2>(source, step, count, weights, n, sink);
-    case 3: return add_up<kWeighted, 3>(source, step, count, weights, n, sink);
-    default: return add_up<kWeighted, 0>(source, step, count, weights, n, sink);
-  }
-}
 
 // Sum of n consecutive elements: four registers, then their lanes in order.
 template <typename T>
@@ -75,105 +38,6 @@ inline acc_t<T> add_all(const T* p, int64_t n) {
   }
   return lanes[0];
 }
-
-// ---- channels_last ------------------------------------------------------------------------
-
-template <bool kBackward, typename T>
-void box_rows_channels_last(const BoxSum<T>& p, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
-  const int64_t C = p.channels, source_row = p.source_width * C, target_row = p.target_width * C;
-  int64_t widest = 1;
-  for (int64_t t = 0; t < p.target_width; ++t) {
-    if (p.columns[t].size() > widest) widest = p.columns[t].size();
-  }
-  // A tile: some targets of a row and some channels, such that its column sums stay in cache.
-  const int64_t fit = kColumnBudget / widest / 64 * 64;
-  const int64_t block = C <= fit ? C : (fit > 64 ? fit : 64);
-  Scratch<A> sums((kColumnBudget / block + widest + 1) * block + kLanes<T>);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t n = unit / p.target_height, t = unit % p.target_height;
-    const Span rows = p.rows[t];
-    T* target = p.target + unit * target_row;
-    if (kBackward && unit > begin && t > 0 && rows.begin == p.rows[t - 1].begin &&
-        rows.end == p.rows[t - 1].end) {
-      std::memcpy(target, target - target_row, target_row * sizeof(T));
-      continue;
-    }
-    const T* source = p.source + (n * p.source_height + rows.begin) * source_row;
-    const A* row_weights = kBackward ? p.row_scale + rows.begin : nullptr;
-    for (int64_t c = 0; c < C; c += block) {
-      const int64_t channels = C - c < block ? C - c : block;
-      for (int64_t first = 0, last; first < p.target_width; first = last) {
-        const int64_t x0 = p.columns[first].begin;
-        last = first + 1;
-        while (last < p.target_width && (p.columns[last].end - x0) * channels <= kColumnBudget)
-          ++last;
-        const int64_t x1 = p.columns[last - 1].end > x0 ? p.columns[last - 1].end : x0;
-        const auto keep = [&](A* to) {
-          return [=](int64_t i, Vec<T> v, int) { store<A>(to + i, v); };
-        };
-        if (channels == C) {
-          add_up<kBackward>(source + x0 * C, source_row, rows.size(), row_weights, (x1 - x0) * C,
-                            keep(sums.get()));
-        } else {
-          for (int64_t x = x0; x < x1; ++x) {
-            add_up<kBackward>(source + x * C + c, source_row, rows.size(), row_weights, channels,
-                              keep(sums.get() + (x - x0) * channels));
-          }
-        }
-        for (int64_t u = first; u < last; ++u) {
-          const Span columns = p.columns[u];
-          const A* from = sums.get() + (columns.begin - x0) * channels;
-          T* to = target + u * C + c;
-          if constexpr (kBackward) {
-            add_up<true>(from, channels, columns.size(), p.column_scale + columns.begin, channels,
-                         [&](int64_t i, Vec<T> v, int lanes) { store_partial(to + i, v, lanes); });
-          } else {
-            const Vec<T> divisor = broadcast<T>(p.row_scale[t] * p.column_scale[u]);
-            add_up<false>(
-                from, channels, columns.size(), nullptr, channels,
-                [&](int64_t i, Vec<T> v, int lanes) { store_partial(to + i, v / divisor, lanes); });
-          }
-        }
-      }
-    }
-  }
-}
-
-// One window over the whole image: each row's pixels are added in registers, rows in cache.
-template <typename T>
-void mean_images(const BoxSum<T>& p, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
-  constexpr int64_t L = kLanes<T>;
-  const int64_t C = p.channels, W = p.source_width, H = p.source_height;
-  const Vec<T> divisor = broadcast<T>(p.row_scale[0] * p.column_scale[0]);
-  Scratch<A> sums(C + L);
-  for (int64_t n = begin; n < end; ++n) {
-    for (int64_t r = 0; r < H; ++r) {
-      const T* row = p.source + (n * H + r) * W * C;
-      const auto add = [&](int64_t c, auto registers, int lanes) {
-        Vec<T> sum[registers] = {};
-        for (int64_t x = 0; x < W; ++x) {
-          for (int k = 0; k < registers; ++k)
-            sum[k] += load_partial(row + x * C + c + k * L, lanes);
-        }
-        for (int k = 0; k < registers; ++k) {
-          A* kept = sums.get() + c + k * L;
-          if (r > 0) sum[k] += load<A>(kept);
-          store<A>(kept, sum[k]);
-          if (r + 1 == H) store_partial(p.target + n * C + c + k * L, sum[k] / divisor, lanes);
-        }
-      };
-      int64_t c = 0;
-      for (; c + 4 * L <= C; c += 4 * L)
-        add(c, std::integral_constant<int, 4>{}, std::integral_constant<int, L>{});
-      for (; c < C; c += L)
-        add(c, std::integral_constant<int, 1>{}, static_cast<int>(C - c < L ? C - c : L));
-    }
-  }
-}
-
-// ---- contiguous ---------------------------------------------------------------------------
 
 // Where planes lie in the working rows of some of them side by side.
 template <bool kBackward, typename T>
@@ -350,6 +214,9 @@ void mean_planes(const BoxSum<T>& p, int64_t begin, int64_t end) {
   const Mask<T> seen = first_lanes<T>(static_cast<int>(L - rest));
   for (int64_t first = begin; first < end; first += L) {
     const int lanes = static_cast<int>(end - first < L ? end - first : L);
+    // The next ones: hardware finds the end of each stream too late where planes are small.
+    constexpr int64_t kMost = 16384 / sizeof(T);
+    if (L * size <= kMost) prefetch<false>(p.source + (first + L) * size, L * size);
     const T* planes[L];
     for (int l = 0; l < L; ++l) planes[l] = p.source + (first + (l < lanes ? l : 0)) * size;
     Vec<T> block[L] = {};
@@ -383,49 +250,27 @@ void fill_planes(const BoxSum<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// ---- entry --------------------------------------------------------------------------------
-
-// Whether the first and the last box take in every source position.
-inline bool covers_all(const Span* boxes, int64_t targets, int64_t positions) {
-  return boxes[0].size() == positions && boxes[targets - 1].size() == positions;
-}
-
 }  // namespace
 
 template <bool kBackward, typename T>
 void box_sum(const BoxSum<T>& p) {
   if (p.batch * p.channels * p.target_height * p.target_width == 0) return;
+  if (p.channels_last) return box_sum_channels_last<kBackward>(p);
   const int64_t planes = p.batch * p.channels;
   const int64_t input_plane =
       kBackward ? p.target_height * p.target_width : p.source_height * p.source_width;
-  const int64_t windows =
-      kBackward ? p.source_height * p.source_width : p.target_height * p.target_width;
-  const auto grain = [](int64_t elements) { return kBoxGrain / (elements + 1) + 1; };
-  const bool whole = windows == 1 && covers_all(p.rows, p.target_height, p.source_height) &&
-                     covers_all(p.columns, p.target_width, p.source_width);
-  if (!kBackward && p.channels_last && whole) {
-    if constexpr (!kBackward) {
-      parallel_for(p.batch, grain(input_plane * p.channels),
-                   [&](int64_t begin, int64_t end) { mean_images(p, begin, end); });
-    }
-  } else if (p.channels_last) {
-    parallel_for(
-        p.batch * p.target_height, grain(input_plane * p.channels / p.target_height),
-        [&](int64_t begin, int64_t end) { box_rows_channels_last<kBackward>(p, begin, end); });
-  } else if (whole) {
-    parallel_for(planes, grain(input_plane), [&](int64_t begin, int64_t end) {
+  if (takes_all<kBackward>(p)) {
+    return parallel_for(planes, box_grain(input_plane), [&](int64_t begin, int64_t end) {
       if constexpr (kBackward)
         fill_planes(p, begin, end);
       else
         mean_planes(p, begin, end);
     });
-  } else {
-    const int64_t in_bundle = BundleShape<kBackward, T>(p).planes;
-    parallel_for((planes + in_bundle - 1) / in_bundle * p.target_height,
-                 grain(in_bundle * input_plane / p.target_height), [&](int64_t begin, int64_t end) {
-                   box_rows_contiguous<kBackward>(p, begin, end);
-                 });
   }
+  const int64_t in_bundle = BundleShape<kBackward, T>(p).planes;
+  parallel_for((planes + in_bundle - 1) / in_bundle * p.target_height,
+               box_grain(in_bundle * input_plane / p.target_height),
+               [&](int64_t begin, int64_t end) { box_rows_contiguous<kBackward>(p, begin, end); });
 }
 
 template void box_sum<false>(const BoxSum<double>&);

@@ -29,7 +29,8 @@ struct Source {
 };
 
 template <typename B, typename O, typename T>
-void gather_pixel(const Source<B, O>* sources, int64_t count, int64_t channels, T* grad_input) {
+void gather_pixel(const Source<B, O>* sources, int64_t count, int64_t channels, T* grad_input,
+                  bool stream) {
   for_each_group<B>(channels, [&](int64_t c, auto registers, int lanes) {
     constexpr int64_t L = kLanes<B>;
     Vec<B> sum[registers] = {};
@@ -42,7 +43,7 @@ void gather_pixel(const Source<B, O>* sources, int64_t count, int64_t channels, 
         sum[u] += bit_cast<Vec<B>>(bit_cast<Mask<B>>(g) & won);
       }
     }
-    for (int u = 0; u < registers; ++u) store_partial(grad_input + c + u * L, sum[u], lanes);
+    store_channels<registers>(grad_input + c, sum, lanes, stream);
   });
 }
 
@@ -82,6 +83,7 @@ void gather_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, const Cove
   using A = acc_t<T>;
   const int64_t C = p.channels, H = p.height.length, W = p.width.length, OW = p.width.outputs;
   const bool separable = above.most() * left.most() > kMostGathered;
+  const bool stream = streams_channels(grad_input, p.batch * p.in_plane(), C, blocks.size);
   const int64_t pitch = blocks.size + kLanes<T>;
   Scratch<Source<T, O>> rows(above.most() + 1), sources(above.most() * left.most() + 1);
   Scratch<Source<A, lane_t<T>>> summed(left.most() + 1);
@@ -118,11 +120,12 @@ void gather_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, const Cove
         }
       }
       if (separable)
-        gather_pixel(summed.get(), k, block.channels, to);
+        gather_pixel(summed.get(), k, block.channels, to, stream);
       else
-        gather_pixel(sources.get(), k, block.channels, to);
+        gather_pixel(sources.get(), k, block.channels, to, stream);
     }
   }
+  if (stream) finish_streams();
 }
 
 // ---- scatter ----------------------------------------------------------------------------------

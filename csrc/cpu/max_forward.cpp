@@ -23,14 +23,23 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
+template <int registers, bool kOffsets, typename B, typename O>
+inline void store_best(B* output, [[maybe_unused]] O* offsets, const Best<B, kOffsets>* best,
+                       int lanes, bool stream) {
+  Vec<B> values[registers];
+  for (int u = 0; u < registers; ++u) values[u] = best[u].value;
+  store_channels<registers>(output, values, lanes, stream);
+  if constexpr (kOffsets) store_group<B, registers>(offsets, best, lanes);
+}
+
 // ---- windows as they are ------------------------------------------------------------------------
 
 // One pixel of the output from `rows` x `columns` taps, the first of which is `window` and has the
 // offset `at`. kTaps fixes rows and columns where it is not 0.
 template <bool kOffsets, int kTaps, typename B, typename O>
 void max_pixel(const B* window, int64_t row_step, int64_t column_step, int64_t rows,
-               int64_t columns, int64_t at, int64_t pitch, int64_t channels, B* output,
-               O* offsets) {
+               int64_t columns, int64_t at, int64_t pitch, int64_t channels, B* output, O* offsets,
+               bool stream) {
   if constexpr (kTaps > 0) rows = columns = pitch = kTaps;
   for_each_group<B>(channels, [&](int64_t c, auto registers, int lanes) {
     constexpr int64_t L = kLanes<B>;
@@ -50,27 +59,25 @@ void max_pixel(const B* window, int64_t row_step, int64_t column_step, int64_t r
       row += row_step;
       row_at += same_in_all<B>(pitch);
     }
-    for (int u = 0; u < registers; ++u) store_partial(output + c + u * L, best[u].value, lanes);
-    if constexpr (kOffsets) store_group<B, registers>(offsets + c, best, lanes);
+    store_best<registers>(output + c, offsets + c, best, lanes, stream);
   });
 }
 
 template <bool kOffsets, typename B, typename O>
-void max_row(const MaxWindows& p, int64_t oh, const B* window, int64_t row_step, int64_t pixel,
-             int64_t channels, B* output, int64_t output_pixel, O* offsets, int64_t offset_pixel) {
+void max_row(const MaxWindows& p, int64_t oh, const B* window, int64_t channels, B* output,
+             O* offsets, bool stream) {
   const Span rows = p.height.inside[oh];
-  const int64_t taps = p.width.taps;
+  const int64_t taps = p.width.taps, C = p.channels;
   for (int64_t ow = 0; ow < p.width.outputs; ++ow) {
     const Span columns = p.width.inside[ow];
-    B* to = output + ow * output_pixel;
-    O* offsets_to = kOffsets ? offsets + ow * offset_pixel : nullptr;
-    const B* first = window + p.width.position(ow, columns.begin) * pixel;
+    O* offsets_to = kOffsets ? offsets + ow * C : nullptr;
+    const B* first = window + p.width.position(ow, columns.begin) * C;
     const bool whole = columns.size() == taps && rows.size() == taps && p.height.taps == taps;
     const auto run = whole && taps == 2   ? max_pixel<kOffsets, 2, B, O>
                      : whole && taps == 3 ? max_pixel<kOffsets, 3, B, O>
                                           : max_pixel<kOffsets, 0, B, O>;
-    run(first, row_step, p.width.dilation * pixel, rows.size(), columns.size(),
-        rows.begin * taps + columns.begin, taps, channels, to, offsets_to);
+    run(first, p.width.length * C, C, rows.size(), columns.size(),
+        rows.begin * taps + columns.begin, taps, channels, output + ow * C, offsets_to, stream);
   }
 }
 
@@ -131,15 +138,14 @@ class RowWinners {
   }
   // The winners of the windows of output row oh among the winners of their rows.
   template <typename O>
-  void combine(int64_t oh, int64_t channels, B* output, int64_t output_pixel, O* offsets,
-               int64_t offset_pixel) const {
+  void combine(int64_t oh, int64_t channels, B* output, O* offsets, bool stream) const {
     constexpr int64_t L = kLanes<B>;
     const Span rows = p_.height.inside[oh];
     for (int64_t r = rows.begin; r < rows.end; ++r)
       tap_.get()[r] = p_.height.position(oh, r) % slots_ * size_;
     for (int64_t ow = 0; ow < p_.width.outputs; ++ow) {
-      B* to = output + ow * output_pixel;
-      O* offsets_to = kOffsets ? offsets + ow * offset_pixel : nullptr;
+      B* to = output + ow * p_.channels;
+      O* offsets_to = kOffsets ? offsets + ow * p_.channels : nullptr;
       if (rows.size() == 0 || p_.width.inside[ow].size() == 0) {
         max_of_nothing<kOffsets>(channels, to, offsets_to);
         continue;
@@ -151,8 +157,7 @@ class RowWinners {
         for (int64_t r = rows.begin + 1; r < rows.end; ++r) {
           for (int u = 0; u < registers; ++u) best[u].see(candidate(r, pixel + u * L));
         }
-        for (int u = 0; u < registers; ++u) store_partial(to + c + u * L, best[u].value, lanes);
-        if constexpr (kOffsets) store_group<B, registers>(offsets_to + c, best, lanes);
+        store_best<registers>(to + c, offsets_to + c, best, lanes, stream);
       });
     }
   }
@@ -200,6 +205,7 @@ template <bool kOffsets, typename T, typename O>
 void forward_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, bool separable,
                   const T* input, T* output, O* offsets, int64_t begin, int64_t end) {
   const int64_t C = p.channels, H = p.height.length, W = p.width.length, OH = p.height.outputs;
+  const bool stream = streams_channels(output, p.batch * p.out_plane(), C, blocks.size);
   RowWinners<kOffsets, T> ring(p, separable ? blocks.size : 0);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t oh = unit % OH;
@@ -214,12 +220,12 @@ void forward_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, bool sepa
     if (separable) {
       for (int64_t r = inside.begin; r < inside.end; ++r)
         ring.find(p.height.position(oh, r), row(r), block.channels);
-      ring.combine(oh, block.channels, output + at, C, offsets_to, C);
+      ring.combine(oh, block.channels, output + at, offsets_to, stream);
     } else {
-      max_row<kOffsets>(p, oh, row(inside.begin), W * C, C, block.channels, output + at, C,
-                        offsets_to, C);
+      max_row<kOffsets>(p, oh, row(inside.begin), block.channels, output + at, offsets_to, stream);
     }
   }
+  if (stream) finish_streams();
 }
 
 template <bool kOffsets, typename T, typename O>

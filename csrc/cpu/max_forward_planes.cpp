@@ -127,7 +127,7 @@ class Pool {
 
   void run(int64_t begin, int64_t end) {
     const int64_t OH = p_.height.outputs;
-    const int64_t last = span({(end - 1) / OH, (end - 1) % OH}).end;
+    const int64_t last = ((end - 1) / OH + 1) * p_.height.length;  // of the planes
     Row row{begin / OH, begin % OH};
     int64_t filled = span(row).begin, found = filled;
     for (int64_t i = begin; i < end; ++i, row = next(row)) {
@@ -225,18 +225,32 @@ bool takes_all(const MaxAxis& axis) {
   return axis.outputs == 1 && axis.start[0] == 0 && axis.taps == axis.length && axis.dilation == 1;
 }
 
-// The winner among lanes that saw different elements: the last NaN, else the first maximum.
-template <typename T, int count>
-int winning_lane(const acc_t<T> (&values)[count], const lane_t<T> (&offsets)[count]) {
-  int at = 0;
-  for (int l = 1; l < count; ++l) {
-    const bool later = offsets[l] > offsets[at];
-    if (values[l] != values[l])
-      at = values[at] != values[at] && !later ? at : l;
-    else
-      at = values[l] > values[at] || (values[l] == values[at] && !later) ? l : at;
+// The offset that wins among lanes that saw different elements: of the last NaN, else of the first
+// maximum.
+template <typename T>
+int64_t winning_offset(const Best<T, true>& best) {
+  constexpr int L = kLanes<T>;
+  const Mask<T> nan = best.value != best.value;
+  acc_t<T> most[L];
+  lane_t<T> nans[L], firsts[L];
+  std::memcpy(most, &best.value, sizeof(most));
+  const Mask<T> last_nan = nan ? best.offset : same_in_all<T>(-1);
+  std::memcpy(nans, &last_nan, sizeof(nans));
+  for (int width = L / 2; width > 0; width /= 2) {
+    for (int l = 0; l < width; ++l) {
+      most[l] = most[l] > most[l + width] ? most[l] : most[l + width];
+      nans[l] = nans[l] > nans[l + width] ? nans[l] : nans[l + width];
+    }
   }
-  return at;
+  if (nans[0] >= 0) return nans[0];
+  const Mask<T> first =
+      best.value == broadcast<T>(most[0]) ? best.offset : same_in_all<T>(INT32_MAX);
+  std::memcpy(firsts, &first, sizeof(firsts));
+  for (int width = L / 2; width > 0; width /= 2) {
+    for (int l = 0; l < width; ++l)
+      firsts[l] = firsts[l] < firsts[l + width] ? firsts[l] : firsts[l + width];
+  }
+  return firsts[0];
 }
 
 template <typename T, typename O>
@@ -244,11 +258,13 @@ void max_of_planes(const MaxWindows& p, const T* input, T* output, O* offsets, i
                    int64_t end) {
   constexpr int64_t L = kLanes<T>;
   const int64_t size = p.in_plane(), all = p.planes() * size;
+  constexpr int64_t kAhead = 2048 / sizeof(T);  // small planes: hardware does not see far enough
   const Vec<T> nothing = broadcast<T>(-acc_t<T>(INFINITY));
   Mask<T> lane;
   for (int l = 0; l < L; ++l) lane[l] = l;
   for (int64_t plane = begin; plane < end; ++plane) {
     const T* from = input + plane * size;
+    prefetch<false>(from + kAhead, size < kAhead ? size : 0);
     const auto load_some = [&](int64_t i) {
       return load_filled(from + i, size - i, all - plane * size - i, nothing);
     };
@@ -260,15 +276,15 @@ void max_of_planes(const MaxWindows& p, const T* input, T* output, O* offsets, i
       best[1].see({load_some(i + L), at + same_in_all<T>(L)});
       at += same_in_all<T>(2 * L);
     }
-    acc_t<T> values[2 * L];
-    lane_t<T> lanes[2 * L];
-    for (int u = 0; u < 2; ++u) {
-      store<acc_t<T>>(values + u * L, best[u].value);
-      std::memcpy(lanes + u * L, &best[u].offset, sizeof(best[u].offset));
-    }
-    const int winner = winning_lane<T>(values, lanes);
-    output[plane] = from_acc<T>(values[winner]);
-    if (offsets) offsets[plane] = static_cast<O>(lanes[winner]);
+    // Of two equal ones, the first; of two NaNs, the last.
+    const Best<T, true> a = best[0], b = best[1];
+    const Mask<T> later = b.offset > a.offset;
+    const Mask<T> take = (b.value > a.value) | ((b.value == a.value) & ~later) |
+                         ((b.value != b.value) & ((a.value == a.value) | later));
+    const Best<T, true> both{take ? b.value : a.value, take ? b.offset : a.offset};
+    const int64_t winner = winning_offset(both);
+    output[plane] = from[winner];
+    if (offsets) offsets[plane] = static_cast<O>(winner);
   }
 }
 

@@ -7,7 +7,7 @@
 
 #include "core/scratch.h"
 #include "core/span.h"
-#include "core/vec.h"
+#include "cpu/register_groups.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 
@@ -77,13 +77,6 @@ constexpr int64_t kMaxGrain = 16384;  // window taps per range: about 10 us
 
 inline int64_t max_grain(int64_t taps) { return kMaxGrain / (taps + 1) + 1; }
 
-// Elements that will soon be read, or written; they need not exist.
-template <bool kWrite, typename T>
-inline void prefetch(const T* p, int64_t count) {
-  const char* from = reinterpret_cast<const char*>(p);
-  for (int64_t i = 0; i < count * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(from + i, kWrite);
-}
-
 // Rows that a kernel runs ahead with one step before it takes the next: a load that straddles two
 // stores waits until both are in the cache.
 inline int64_t rows_ahead(int64_t stores_in_row) {
@@ -104,39 +97,6 @@ inline void with_offsets(const MaxWindows& p, const F& f) {
 }
 
 // ---- registers of candidates ----------------------------------------------------------------
-
-constexpr int kGroup = 4;  // registers at a time: chains of dependent steps overlap
-
-// f(c, registers, lanes) over [0, count): groups of kGroup full registers, then single ones.
-// The last steps back to be full, or is the only one and has fewer lanes.
-template <typename T, typename F>
-inline void for_each_group(int64_t count, const F& f) {
-  constexpr int64_t L = kLanes<T>;
-  int64_t c = 0;
-  for (; c + kGroup * L <= count; c += kGroup * L) {
-    f(c, std::integral_constant<int, kGroup>{}, std::integral_constant<int, L>{});
-  }
-  for (; c < count; c += L) {
-    if (count - c < L && count > L) c = count - L;
-    f(c, std::integral_constant<int, 1>{}, int(count - c < L ? count - c : L));
-  }
-}
-
-// f(i, registers) over [0, count), up to kGroup registers beyond its end.
-template <typename T, typename F>
-inline void for_each_few(int64_t count, const F& f) {
-  constexpr int64_t L = kLanes<T>;
-  int64_t i = 0;
-  for (; i + (kGroup / 2) * L < count; i += kGroup * L) f(i, std::integral_constant<int, kGroup>{});
-  for (; i < count; i += L) f(i, std::integral_constant<int, 1>{});
-}
-
-// f(0), ..., f(count - 1) without a loop: GCC 12 keeps arrays that loops go through in memory.
-template <int count, typename F>
-[[gnu::always_inline]] inline void repeat(const F& f) {
-  if constexpr (count > 1) repeat<count - 1>(f);
-  f(count - 1);
-}
 
 // An element of Mask<T>.
 template <typename T>

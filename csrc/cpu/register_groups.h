@@ -1,0 +1,75 @@
+// A few registers at a time: chains of dependent steps overlap, and what comes before and after
+// them is shared.
+#pragma once
+
+#include "cpu/register_pairs.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+namespace {
+
+constexpr int kGroup = 4;
+
+// f(c, registers, lanes) over [0, count): groups of kGroup full registers, then single ones.
+// The last steps back to be full, or is the only one and has fewer lanes.
+template <typename T, typename F>
+inline void for_each_group(int64_t count, const F& f) {
+  constexpr int64_t L = kLanes<T>;
+  int64_t c = 0;
+  for (; c + kGroup * L <= count; c += kGroup * L) {
+    f(c, std::integral_constant<int, kGroup>{}, std::integral_constant<int, L>{});
+  }
+  for (; c < count; c += L) {
+    if (count - c < L && count > L) c = count - L;
+    f(c, std::integral_constant<int, 1>{}, int(count - c < L ? count - c : L));
+  }
+}
+
+// f(i, registers) over [0, count), up to kGroup registers beyond its end.
+template <typename T, typename F>
+inline void for_each_few(int64_t count, const F& f) {
+  constexpr int64_t L = kLanes<T>;
+  int64_t i = 0;
+  for (; i + (kGroup / 2) * L < count; i += kGroup * L) f(i, std::integral_constant<int, kGroup>{});
+  for (; i < count; i += L) f(i, std::integral_constant<int, 1>{});
+}
+
+// f(0), ..., f(count - 1) without a loop: GCC 12 keeps arrays that loops go through in memory.
+template <int count, typename F>
+[[gnu::always_inline]] inline void repeat(const F& f) {
+  if constexpr (count > 1) repeat<count - 1>(f);
+  f(count - 1);
+}
+
+// Elements that will soon be read, or written; they need not exist.
+template <bool kWrite, typename T>
+inline void prefetch(const T* p, int64_t count) {
+  const char* from = reinterpret_cast<const char*>(p);
+  for (int64_t i = 0; i < count * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(from + i, kWrite);
+}
+
+// Whether `pixels` pixels, written in blocks of channels, go past the cache. Half types go there in
+// pairs of registers only.
+template <typename T>
+inline bool streams_channels(const T* output, int64_t pixels, int64_t channels, int64_t block) {
+  const bool pairs = (block < channels ? block : channels) % (kGroup * kLanes<T>) == 0;
+  return pixels * channels * int64_t{sizeof(T)} >= kStreamBytes && (pairs || sizeof(T) > 2) &&
+         can_stream<T>(output, channels, kVecBytes);
+}
+
+// Registers of a pixel's channels, the last of which has `lanes`; see streams_channels.
+template <int registers, typename T>
+inline void store_channels(T* p, const Vec<T>* v, int lanes, bool stream) {
+  if constexpr (registers % 2 == 0) {
+    for (int u = 0; u < registers; u += 2) {
+      const Vec<T> pair[2] = {v[u], v[u + 1]};
+      store_two(p + u * kLanes<T>, pair, stream);
+    }
+  } else if (stream && sizeof(T) > 2) {
+    stream_register(p, v[0]);
+  } else {
+    store_partial(p, v[0], lanes);
+  }
+}
+
+}  // namespace
+}  // namespace torchops::cpu::TORCHOPS_ISA

@@ -1,5 +1,6 @@
 """`torchops demo` end to end on a few images, its parts, and what it says when it cannot run."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -65,15 +66,38 @@ def test_demo_end_to_end(tmp_path, capsys):
 def test_both_trainings_agree(network):
     with torchops.backend("own"):
         comparison = small_comparison(network)
-    # Measured: 4e-6 with torchops, up to 5e-4 with torch's own kernels, whose error is most of the
-    # difference. 5e-5 leaves room for ReLUs whose input is zero but for rounding.
-    assert comparison.converted.gradient_error < 5e-5
     together = comparison.native.gradient_error + comparison.converted.gradient_error
     assert 0 < comparison.gradient_difference < 1.01 * together
     assert comparison.converted.losses == pytest.approx(comparison.native.losses, rel=1e-3)
     assert len(comparison.native.losses) == 3
     assert comparison.native.seconds > 0 and comparison.converted.seconds > 0
     assert abs(comparison.native.accuracy - comparison.converted.accuracy) < 0.05
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_are_exact_but_for_rounding(seed):
+    """Of a network without ReLUs: where the input of one is zero but for rounding, it passes the
+    gradient on or not, which decides the error of torch's kernels as of these, 2e-6 to 4e-3.
+    """
+    torch.manual_seed(seed)
+    model = smooth(NETWORKS["small_resnet"].build())
+    native = training.Training(model, 1)
+    with torchops.backend("own"):
+        converted = training.Training(torchops.convert(copy.deepcopy(model)), 1)
+        training.compare_gradients(
+            native, converted, *next(training.batches(data.load().train, 1, seed))
+        )
+    # Measured: 3e-7 to 6e-7 with torchops, 2e-6 to 5e-6 with torch's own kernels.
+    assert converted.gradient_error < 2e-6
+
+
+def smooth(model):
+    for name, layer in model.named_children():
+        if isinstance(layer, torch.nn.ReLU):
+            setattr(model, name, torch.nn.Softplus())
+        else:
+            smooth(layer)
+    return model
 
 
 def test_same_seed_same_run():

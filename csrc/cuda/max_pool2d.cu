@@ -17,6 +17,14 @@ namespace {
 // Outputs of a column that one thread computes.
 template <int N, int K> constexpr int kStrip = N > 1 && K < 5 ? 2 : 4;
 
+// The largest window whose rows are all read at once: larger ones would spill. sm_80 compares bf16
+// in fp32, which takes more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kUnrolled = 2;
+#else
+constexpr int kUnrolled = 3;
+#endif
+
 template <typename T, int N, bool kOffsets, typename Axis>
 __global__ void __launch_bounds__(kPoolThreads, Axis::taps < 5 ? 3 : 2)
     max_pool2d_strip_kernel(MaxWindows<Axis> p, Places places, const T* input, T* output,
@@ -36,7 +44,7 @@ __global__ void __launch_bounds__(kPoolThreads, Axis::taps < 5 ? 3 : 2)
       const int first_row = top + s * S < 0 ? static_cast<int>(-top - s * S) : 0;
       best[s].start(first_row * K + first_column);
     }
-#pragma unroll(K < 5 ? rows : 1)  // all at once, 5x5 would spill
+#pragma unroll(K <= kUnrolled ? rows : 1)
     for (int r = 0; r < rows; ++r, window += row_step) {
       // All loads of a row go out before the first is needed: hence no branch around any of them.
       const bool row_inside = is_below(top + r, p.height.length);

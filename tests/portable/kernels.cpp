@@ -280,6 +280,7 @@ void test_all(const char* dtype) {
                                 kernels::conv2d_pointwise_grad_weight};
     test_conv2d<T>(dense, last, 6, 10, 1, {3, 1, 1, 1});
     test_conv2d<T>(dense, last, 6, 10, 2, {3, 2, 1, 1});
+    test_conv2d<T>(dense, last, 19, 21, 1, {3, 1, 1, 1});  // enough channels for Winograd
     test_conv2d<T>(depthwise, last, 19, 19, 19, {3, 1, 1, 1});
     test_conv2d<T>(depthwise, last, 5, 10, 5, {5, 2, 2, 1});
     test_conv2d<T>(pointwise, last, 19, 23, 1, {1, 1, 0, 1});

@@ -1,7 +1,7 @@
-// AVX-512 on a machine without it: found in place of the compiler's <immintrin.h>, which it includes
-// as if for AVX2, and then gives csrc the macros of AVX-512 and the intrinsics of it that csrc uses,
-// in plain C++. What the intrinsics do is Intel's word; what is tested is the kernels around them:
-// 16 lanes, their register tiles, their tails.
+// AVX-512 on a machine without it: found in place of the compiler's <immintrin.h>, which it
+// includes as if for AVX2, and then gives csrc the macros of AVX-512 and the intrinsics of it that
+// csrc uses, in plain C++. What the intrinsics do is Intel's word; what is tested is the kernels
+// around them: 16 lanes, their register tiles, their tails.
 #pragma once
 
 #include_next <immintrin.h>

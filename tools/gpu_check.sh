@@ -48,7 +48,7 @@ if wanted sanitize; then
       "$bin/torchops" verify --device cuda
   done
 fi
-# Dense and grouped convolutions are left out: backend("auto") gives them to native for now.
+# Dense and grouped convolutions are left out: backend("auto") gives them to native.
 if wanted bench; then
   ops="batch_norm pooling depthwise --device cuda --quick"
   # shellcheck disable=SC2086  # several words

@@ -41,6 +41,21 @@ inline void store_group(O* p, const Best<T, true>* best, int lanes) {
     store_offsets<T>(p + u * kLanes<T>, best[u].offset, u + 1 < registers ? kLanes<T> : lanes);
 }
 
+// f(kept, input, output, offsets) with their types; `kept` says whether there are offsets.
+template <typename F>
+inline void with_tensors(const MaxWindows& p, const void* input, void* output, void* offsets,
+                         const F& f) {
+  dispatch_dtype(p.dtype, [&](auto scalar) {
+    using T = typename decltype(scalar)::type;
+    const T* from = static_cast<const T*>(input);
+    T* to = static_cast<T*>(output);
+    if (!offsets) return f(std::false_type{}, from, to, static_cast<uint8_t*>(nullptr));
+    with_offsets(p, [&](auto offset) {
+      f(std::true_type{}, from, to, static_cast<typename decltype(offset)::type*>(offsets));
+    });
+  });
+}
+
 // A dilated window may step over a small input: native's answer is the value that it starts from.
 template <bool kOffsets, typename T, typename O>
 void max_of_nothing(int64_t n, T* output, O* offsets) {

@@ -9,10 +9,10 @@
 //
 // Times of native over ours on Zen 3, fp32, contiguous / channels_last (torchops bench PROBLEM
 // --layout contiguous,channels_last --threads 1 --quick):
-//   max_pool2d:mb8_ic64ih112kh3sh2ph1      12.0 / 1.8
-//   max_pool2d:mb8_ic256ih56kh2sh2         10.0 / 1.1
-//   max_pool2d:mb8_ic200ih33kh3sh1ph1      16.5 / 1.8
-//   max_pool2d:mb8_ic256ih28kh5sh1ph2      30.4 / 3.2
+//   max_pool2d:mb8_ic64ih112kh3sh2ph1      14.8 / 1.5
+//   max_pool2d:mb8_ic256ih56kh2sh2         10.1 / 1.03
+//   max_pool2d:mb8_ic200ih33kh3sh1ph1      16.0 / 1.8
+//   max_pool2d:mb8_ic256ih28kh5sh1ph2      32.7 / 3.2
 // The most is 8.2 GB/s of a copy's 11.3, the second, contiguous.
 // Slower: converting half types into rows of fp32 first; wide windows one pixel at a time, in the
 // order of memory, or the whole window in registers.
@@ -243,16 +243,8 @@ void forward(const MaxWindows& p, const T* input, T* output, O* offsets) {
 
 void max_forward(const MaxWindows& p, const void* input, void* output, void* offsets) {
   if (!p.channels_last) return max_forward_planes(p, input, output, offsets);
-  dispatch_dtype(p.dtype, [&](auto scalar) {
-    using T = typename decltype(scalar)::type;
-    const T* from = static_cast<const T*>(input);
-    T* to = static_cast<T*>(output);
-    if (!offsets) return forward<false>(p, from, to, static_cast<uint8_t*>(nullptr));
-    with_offsets(p, [&](auto offset) {
-      using O = typename decltype(offset)::type;
-      forward<true>(p, from, to, static_cast<O*>(offsets));
-    });
-  });
+  with_tensors(p, input, output, offsets,
+               [&](auto kept, auto... tensors) { forward<kept>(p, tensors...); });
 }
 
 }  // namespace torchops::cpu::TORCHOPS_ISA

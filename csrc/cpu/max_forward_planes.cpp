@@ -305,16 +305,8 @@ void forward(const MaxWindows& p, const T* input, T* output, O* offsets) {
 }  // namespace
 
 void max_forward_planes(const MaxWindows& p, const void* input, void* output, void* offsets) {
-  dispatch_dtype(p.dtype, [&](auto scalar) {
-    using T = typename decltype(scalar)::type;
-    const T* from = static_cast<const T*>(input);
-    T* to = static_cast<T*>(output);
-    if (!offsets) return forward<false>(p, from, to, static_cast<uint8_t*>(nullptr));
-    with_offsets(p, [&](auto offset) {
-      using O = typename decltype(offset)::type;
-      forward<true>(p, from, to, static_cast<O*>(offsets));
-    });
-  });
+  with_tensors(p, input, output, offsets,
+               [&](auto kept, auto... tensors) { forward<kept>(p, tensors...); });
 }
 
 }  // namespace torchops::cpu::TORCHOPS_ISA

@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
     avg_pool2d_patch_kernel(AvgWindows<Axis> p, Places places, const T* grad_output,
                             T* grad_input) {
   using A = acc_t<T>;
-  constexpr int K = Axis::taps, windows = Axis::kWindows, patch = Axis::kPatch;
+  constexpr int windows = Axis::kWindows, patch = Axis::kPatch;
   for (int64_t i = global_thread(); i < places.count; i += grid_threads()) {
     const Place at = places.at(i);
     const int64_t oh = p.height.first_window(at.row), ow = p.width.first_window(at.column);
@@ -97,14 +97,10 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
 #pragma unroll
       for (int x = 0; x < windows; ++x) {
         const A weight = 1 / (divisor * A(p.width.divisor(ow + x)));
-#pragma unroll
-        for (int pixel = 0; pixel < patch * patch; ++pixel) {
-          const int r = pixel / patch, c = pixel % patch;
-          const int row = Axis::tap(r, y), column = Axis::tap(c, x);
-          if (row < 0 || row >= K || column < 0 || column >= K) continue;
+        for_each_pixel<Axis>(y, x, [&](int r, int c, int) {
 #pragma unroll
           for (int lane = 0; lane < N; ++lane) sum[r][c][lane] += to_acc(grad[x][lane]) * weight;
-        }
+        });
       }
     }
     store_patch<T, N>(p.height, p.width, p.channels, at, sum, grad_input);

@@ -43,6 +43,21 @@ template <int kSize, int kStride> class FixedAxis {
   int64_t padding_;
 };
 
+// f(r, c, tap) for the pixels of a patch on which window (y, x) of those over it has a tap.
+template <typename Axis, typename F>
+__device__ inline void for_each_pixel(int y, int x, const F& f) {
+#pragma unroll
+  for (int r = 0; r < Axis::kPatch; ++r) {
+    const int row = Axis::tap(r, y);
+    if (row < 0 || row >= Axis::taps) continue;
+#pragma unroll
+    for (int c = 0; c < Axis::kPatch; ++c) {
+      const int column = Axis::tap(c, x);
+      if (column >= 0 && column < Axis::taps) f(r, c, row * Axis::taps + column);
+    }
+  }
+}
+
 // Writes a patch of grad_input, as far as it lies inside.
 template <typename T, int N, typename Axis>
 __device__ inline void store_patch(const Axis& height, const Axis& width, int64_t channels,

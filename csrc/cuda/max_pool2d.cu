@@ -102,16 +102,12 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
       }
 #pragma unroll
       for (int x = 0; x < windows; ++x) {
-#pragma unroll
-        for (int pixel = 0; pixel < patch * patch; ++pixel) {
-          const int r = pixel / patch, c = pixel % patch;
-          const int row = Axis::tap(r, y), column = Axis::tap(c, x);
-          if (row < 0 || row >= K || column < 0 || column >= K) continue;
+        for_each_pixel<Axis>(y, x, [&](int r, int c, int tap) {
 #pragma unroll
           for (int lane = 0; lane < N; ++lane) {
-            if (winner[x][lane] == row * K + column) sum[r][c][lane] += to_acc(grad[x][lane]);
+            if (winner[x][lane] == tap) sum[r][c][lane] += to_acc(grad[x][lane]);
           }
-        }
+        });
       }
     }
     store_patch<T, N>(p.height, p.width, p.channels, at, sum, grad_input);

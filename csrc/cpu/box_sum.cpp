@@ -5,10 +5,10 @@
 // columns are added: taps come from phase rows (strides 1 and 2), several planes side by side where
 // the map is small. The order of additions depends on the problem only, never on the threads.
 //
-// Reached on Zen 3, fp32, GB/s forward / backward of a copy's 10.5, contiguous then channels_last
+// Reached on Zen 3, fp32, GB/s forward / backward of a copy's 12.6, contiguous then channels_last
 // (torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
-//   avg_pool2d:mb8_ic64ih112kh3sh2ph1   6.0 / 4.7   6.5 / 4.7
-//   avg_pool2d:mb8_ic256ih56kh2sh2      6.1 / 6.0   8.9 / 6.5
+//   avg_pool2d:mb8_ic64ih112kh3sh2ph1   6.8 / 7.8   11.0 / 8.6
+//   avg_pool2d:mb8_ic256ih56kh2sh2      8.4 / 7.7   12.4 / 8.7
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "core/transpose.h"

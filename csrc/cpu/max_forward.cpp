@@ -13,7 +13,7 @@
 //   max_pool2d:mb8_ic256ih56kh2sh2         10.1 / 1.03
 //   max_pool2d:mb8_ic200ih33kh3sh1ph1      16.0 / 1.8
 //   max_pool2d:mb8_ic256ih28kh5sh1ph2      32.7 / 3.2
-// The most is 8.2 GB/s of a copy's 11.3, the second, contiguous.
+// The second, channels_last, moves 7.8 GB/s where a copy moves 12.6.
 // Slower: converting half types into rows of fp32 first; wide windows one pixel at a time, in the
 // order of memory, or the whole window in registers.
 #include "core/parallel.h"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fused_convolutions
 import torchops
 from support import CASES, FORMATS, as_function
 
@@ -83,4 +84,8 @@ def raw_calls():
             for sample in case.gradcheck_samples:
                 for memory_format in FORMATS.values():
                     _exercise(case, sample, case.tensors(sample, torch.float32, memory_format))
+        for call in fused_convolutions.SMALL:
+            for memory_format in FORMATS.values():
+                arguments, options = call.arguments(torch.float32, memory_format)
+                torchops.functional.conv2d_bn_act(*arguments, **options)
     return list(recorder.calls.values())

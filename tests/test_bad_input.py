@@ -69,7 +69,7 @@ def test_raw_operator_refuses_a_wrong_dtype(operator):
 
 
 # Arguments that decide the output's size: a larger window or more channels is another problem.
-FREE = {("conv2d", 1), ("conv2d_grad_input", 1)}
+FREE = {("conv2d", 1), ("conv2d_bn_act", 1), ("conv2d_grad_input", 1)}
 
 
 # The output is as large as these say, so another size is another call.

@@ -247,6 +247,6 @@ def test_the_report_names_what_was_done(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.INFO, logger="torchops"):
         torchops.convert(nn.Sequential(Own(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()))
     assert caplog.messages == [
-        "converted 1 layers (1 BatchNorm2d); fused 1 activations; "
+        "converted 1 layers (1 BatchNorm2d); fused 1 pairs of layers; "
         "left 1 layers of other classes (1 Own)"
     ]

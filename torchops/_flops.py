@@ -12,7 +12,7 @@ def _transposed(shape: Any) -> list[int]:
     return [shape[1], shape[0], *shape[2:]]
 
 
-@register_flop_formula(torch.ops.torchops.conv2d)
+@register_flop_formula([torch.ops.torchops.conv2d, torch.ops.torchops.conv2d_bn_act])
 def _conv2d(input: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     return conv_flop_count(input, weight, out_shape)
 

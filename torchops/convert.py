@@ -43,9 +43,10 @@ def convert(model: nn.Module, *, fuse: bool = True) -> nn.Module:
     Args:
         model: any module, a single layer included.
         fuse: also fold `batch_norm -> activation` and `batch_norm -> add -> activation` into one
-            pass: neighbours in nn.Sequential, and in blocks whose forward torch.fx can trace and
-            that read nothing but their submodules. A batch-norm or activation with hooks gets
-            its own call, and so does one that is exchanged after the conversion.
+            pass, and in evaluation without gradients the convolution before, too: neighbours in
+            nn.Sequential, and in blocks whose forward torch.fx can trace and that read nothing
+            but their submodules. A layer with hooks gets its own call, and so does one that is
+            exchanged after the conversion.
 
     Returns:
         `model` itself. What was converted, fused and left is logged to the logger "torchops"
@@ -71,7 +72,7 @@ def convert(model: nn.Module, *, fuse: bool = True) -> nn.Module:
     for site in fused:
         _logger.debug("fused %s", site)
     _logger.info(
-        "converted %d layers%s; fused %d activations; left %d layers of other classes%s",
+        "converted %d layers%s; fused %d pairs of layers; left %d layers of other classes%s",
         converted.total(), _breakdown(converted), len(fused), left.total(), _breakdown(left),
     )  # fmt: skip
     return model

@@ -1,8 +1,9 @@
-"""Folding activations into the batch-norm before them, in a way that can be undone.
+"""Folding activations into the batch-norm before them, in a way that can be undone; in evaluation
+also the batch-norm into the convolution before it.
 
 The layers stay as they are. What changes is the forward of the module that calls them, through a
-subclass of that module's own class: it calls batch-norm and activation as one. It looks at both on
-each call, so that what somebody hooks, exchanges or patches later counts as it would in torch.
+subclass of that module's own class: it calls two or three layers as one. It looks at them on each
+call, so that what somebody hooks, exchanges or patches later counts as it would in torch.
 nn.Sequential is here; blocks with a forward of their own are rewritten by fuse_traced.py, timm's
 BatchNormAct2d by fuse_timm.py.
 """
@@ -14,16 +15,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 import torchops.nn as tnn
 from torchops._script import stand_in
 from torchops.nn.batch_norm import normalize
+from torchops.nn.conv2d_bn_act import CONVOLUTIONS, convolve_normalize, in_one_call, watched
 from torchops.ops._activation import ACTIVATIONS
+from torchops.ops._conv2d_rules import output_size
 
 BATCH_NORMS = (tnn.BatchNorm1d, tnn.BatchNorm2d, tnn.BatchNorm3d)
 
-_NAMES = {
+_NAMES: dict[type, str] = {
     nn.ReLU: "relu",
     nn.ReLU6: "relu6",
     nn.SiLU: "silu",
@@ -32,7 +34,7 @@ _NAMES = {
 }
 
 
-def activation_name(module: nn.Module) -> str | None:
+def activation_name(module: nn.Module | None) -> str | None:
     """The `activation=` of batch_norm that computes what this module computes, or None."""
     if type(module) is nn.LeakyReLU:
         return "leaky_relu" if module.negative_slope == 0.01 else None
@@ -41,19 +43,7 @@ def activation_name(module: nn.Module) -> str | None:
     return _NAMES.get(type(module))
 
 
-def watched(module: nn.Module) -> bool:
-    """Whether somebody follows this module's calls: it must then get a call of its own."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or _has_any_global_hook()
-    )
-
-
-def folded(batch_norm: Any, activation: nn.Module | str) -> str | None:
+def folded(batch_norm: Any, activation: nn.Module | str | None) -> str | None:
     """The activation that one call can compute with the batch-norm; None where each needs its own.
 
     `activation` is a module, or the name of the function that the forward calls.
@@ -63,7 +53,7 @@ def folded(batch_norm: Any, activation: nn.Module | str) -> str | None:
     name = activation if isinstance(activation, str) else activation_name(activation)
     if name is None or watched(batch_norm):
         return None
-    return name if isinstance(activation, str) or not watched(activation) else None
+    return name if isinstance(activation, str) or not watched(activation) else None  # type: ignore[arg-type]
 
 
 def batch_norm_act(
@@ -80,13 +70,39 @@ def batch_norm_act(
     return act(output)
 
 
-def _alike(residual: Any, input: Tensor) -> bool:
+def conv_batch_norm_act(
+    conv: Any, batch_norm: Any, activation: Any, input: Tensor, residual: Any = None
+) -> Tensor:
+    """activation(batch_norm(conv(input)) + residual), in one pass where the modules allow it.
+
+    Without `activation`, and then without residual: batch_norm(conv(input)).
+    """
+    if in_one_call(conv, batch_norm, input):
+        name = batch_norm.activation if activation is None else folded(batch_norm, activation)
+        fits = residual is None or _is_output(residual, conv, input)
+        if fits and (activation is None or name is not None):
+            return convolve_normalize(conv, batch_norm, input, name, residual)
+    output = conv(input)
+    if activation is None:
+        return batch_norm(output)
+    return batch_norm_act(batch_norm, activation, output, residual)
+
+
+def _alike(residual: Any, output: Tensor) -> bool:
     """Neither broadcast nor promoted."""
-    return (
-        isinstance(residual, Tensor)
-        and residual.shape == input.shape
-        and residual.dtype is input.dtype
-    )
+    return _has(residual, output.shape, output.dtype)
+
+
+def _is_output(residual: Any, conv: Any, input: Tensor) -> bool:
+    """The same, before there is an output."""
+    if isinstance(conv.padding, str):
+        return False
+    size = output_size(input.shape, conv.weight.shape, conv.stride, conv.padding, conv.dilation)
+    return _has(residual, size, input.dtype)
+
+
+def _has(residual: Any, shape: Any, dtype: Any) -> bool:
+    return isinstance(residual, Tensor) and residual.shape == shape and residual.dtype is dtype
 
 
 # ---- classes that stand for others -------------------------------------------------------------
@@ -143,17 +159,20 @@ class FoldingSequential(Twin):
     def forward(self: Any, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor):  # torch.fx records the layers as they are
             return super().forward(input)  # type: ignore[misc]
-        layers = iter([*self._modules.values(), None])
-        layer = next(layers)
-        while layer is not None:
-            following = next(layers)
-            name = None if following is None else folded(layer, following)
-            if name is not None:
+        layers = [*self._modules.values(), None, None]
+        while len(layers) > 2:
+            layer, following, last = layers[:3]
+            if in_one_call(layer, following, input):
+                name = folded(following, last)
+                input = convolve_normalize(layer, following, input, name or following.activation)
+                done = 2 if name is None else 3
+            elif (name := folded(layer, following)) is not None:
                 input = normalize(layer, input, name)
-                following = next(layers)
+                done = 2
             else:
                 input = layer(input)
-            layer = following
+                done = 1
+            del layers[:done]
         return input
 
 
@@ -186,10 +205,13 @@ def _sequentials(model: nn.Module) -> Iterator[tuple[str, nn.Sequential]]:
 
 
 def _pairs(sequential: nn.Sequential) -> list[str]:
-    """A line for each batch-norm with an activation after it."""
+    """A line for each batch-norm with an activation after it or a convolution before it."""
     children = list(sequential._modules.items())
-    return [
-        f"{key} ({name} into {type(batch_norm).__name__})"
-        for (_, batch_norm), (key, activation) in zip(children, children[1:], strict=False)
-        if activation is not None and (name := folded(batch_norm, activation)) is not None
-    ]
+    lines = []
+    for (_, layer), (key, following) in zip(children, children[1:], strict=False):
+        name = folded(layer, following)
+        if name is not None:
+            lines.append(f"{key} ({name} into {type(layer).__name__})")
+        elif type(layer) in CONVOLUTIONS and type(following) is tnn.BatchNorm2d:
+            lines.append(f"{key} (BatchNorm2d into {type(layer).__name__}, in evaluation)")
+    return lines

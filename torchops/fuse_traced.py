@@ -2,11 +2,12 @@
 
     out = self.bn2(self.conv2(out)); out += identity; return self.relu(out)
 
-torch.fx records what forward calls, batch-norm, add and activation become one call, and the block
-gets a subclass with the rewritten forward. Recording bakes in whatever Python decided while it ran,
-so only a forward that can decide nothing is touched: one that reads nothing of its block but
-submodules, draws no random numbers, asks for no mode and stores nothing (`is_pure`). What it may
-decide by are the kinds of its arguments and which submodules are None: the subclass asks for these.
+torch.fx records what forward calls, convolution, batch-norm, add and activation become one call,
+and the block gets a subclass with the rewritten forward. Recording bakes in whatever Python decided
+while it ran, so only a forward that can decide nothing is touched: one that reads nothing of its
+block but submodules, draws no random numbers, asks for no mode and stores nothing (`is_pure`). What
+it may decide by are the kinds of its arguments and which submodules are None: the subclass asks for
+these.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchops.fuse import BATCH_NORMS, Twin, activation_name, batch_norm_act, folded, restore
+from torchops.fuse import (
+    BATCH_NORMS,
+    Twin,
+    activation_name,
+    batch_norm_act,
+    conv_batch_norm_act,
+    folded,
+    restore,
+)
+from torchops.nn.conv2d_bn_act import CONVOLUTIONS
 
 _FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
@@ -144,32 +154,72 @@ def _record(block: nn.Module) -> torch.fx.Graph | None:
 
 
 def _fold(block: nn.Module, graph: torch.fx.Graph, node: torch.fx.Node) -> str | None:
-    """Rewrites `bn [-> add] -> activation` from here on; a line about it, or None."""
-    if len(node.args) != 1 or node.kwargs or len(node.users) != 1:
+    """Rewrites `[conv ->] bn [[-> add] -> activation]` around a batch-norm; a line about it, or
+    None."""
+    known = type(block.get_submodule(str(node.target))) in BATCH_NORMS
+    if not known or len(node.args) != 1 or node.kwargs:
         return None
+    steps, activation, residual = _ending(block, node)
+    conv = _convolution_before(block, node, steps[-1])
+    if conv is not None:
+        steps = [conv, *steps]
+    if len(steps) == 1:
+        return None
+    with graph.inserting_before(steps[-1]):
+        layers = [
+            graph.create_node("get_attr", step.target) for step in steps[: steps.index(node) + 1]
+        ]
+        act: Any = activation
+        if isinstance(activation, nn.Module):
+            act = graph.create_node("get_attr", steps[-1].target)
+        call = batch_norm_act if conv is None else conv_batch_norm_act
+        rest = () if residual is None else (residual,)
+        fused = graph.call_function(call, (*layers, act, steps[0].args[0], *rest))
+    steps[-1].replace_all_uses_with(fused)
+    for old in reversed(steps):
+        graph.erase_node(old)
+    name = activation_name(activation) if isinstance(activation, nn.Module) else activation
+    others = [str(conv.target)] if conv is not None else []
+    return f"{node.target} ({', '.join([*others, name] if name else others)})"
+
+
+def _ending(block: nn.Module, node: torch.fx.Node) -> tuple[list[torch.fx.Node], Any, Any]:
+    """The nodes from a batch-norm to its activation, that activation, and what is added between;
+    of a batch-norm that has its own call to make, itself alone."""
+    alone = [node], None, None
+    if len(node.users) != 1:
+        return alone
     (last,) = node.users
-    arguments, steps = [node.args[0]], [node]
+    steps, residual = [node, last], None
     if _activation_of(block, last) is None:
         residual = _residual_of(last, node)
         if residual is None or len(last.users) != 1 or _mutates_between(block, node, last):
-            return None
-        arguments.append(residual)
-        steps.append(last)
+            return alone
         (last,) = last.users
+        steps.append(last)
     activation = _activation_of(block, last)
-    name = activation and folded(block.get_submodule(str(node.target)), activation)
-    if name is None:
+    if activation is None or folded(block.get_submodule(str(node.target)), activation) is None:
+        return alone
+    return steps, activation, residual
+
+
+def _convolution_before(
+    block: nn.Module, node: torch.fx.Node, last: torch.fx.Node
+) -> torch.fx.Node | None:
+    """The call of a convolution that nobody but this batch-norm sees the result of, if it may as
+    well be made at `last`: nobody between gets its input, too, and so might change that."""
+    conv = node.args[0]
+    if not isinstance(conv, torch.fx.Node) or conv.op != "call_module" or len(conv.users) != 1:
         return None
-    with graph.inserting_before(steps[-1]):
-        batch_norm = graph.create_node("get_attr", node.target)
-        act: Any = activation
-        if isinstance(activation, nn.Module):
-            act = graph.create_node("get_attr", last.target)
-        fused = graph.call_function(batch_norm_act, (batch_norm, act, *arguments))
-    last.replace_all_uses_with(fused)
-    for old in (last, *reversed(steps)):
-        graph.erase_node(old)
-    return f"{node.target} ({name})"
+    known = type(block.get_submodule(str(conv.target))) in CONVOLUTIONS
+    if not known or len(conv.args) != 1 or conv.kwargs:
+        return None
+    between = conv.next
+    while between is not last:
+        if conv.args[0] in between.all_input_nodes:
+            return None
+        between = between.next
+    return conv
 
 
 def _activation_of(block: nn.Module, node: torch.fx.Node) -> nn.Module | str | None:

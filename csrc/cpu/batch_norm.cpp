@@ -43,13 +43,6 @@ inline Moments moments_around(double center, double sum, double sum_squares, dou
   return {count, finite(center) ? center + offset : center, max_zero(sum_squares - sum * offset)};
 }
 
-template <typename T>
-void set_affine(const Affine<T>& affine, int64_t slot, const BatchNormParams& p, int64_t c,
-                double mean, double var) {
-  affine.set(slot, mean, 1 / ::sqrt(var + p.eps), channel_value(p.weight, c, 1),
-             channel_value(p.bias, c, 0));
-}
-
 // The second pass, over a run of memory.
 template <bool kPerLane, typename T>
 void apply_run(const BatchNormParams& p, const Affine<T>& affine, int64_t c, int64_t offset,

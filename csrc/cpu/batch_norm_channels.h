@@ -77,6 +77,13 @@ struct Affine {
   }
 };
 
+template <typename T>
+inline void set_affine(const Affine<T>& affine, int64_t slot, const BatchNormParams& p, int64_t c,
+                       double mean, double var) {
+  affine.set(slot, mean, 1 / ::sqrt(var + p.eps), channel_value(p.weight, c, 1),
+             channel_value(p.bias, c, 0));
+}
+
 // A number per channel, over memory that holds channels c, c + 1, ... (kPerLane; the array ends
 // with a whole step) or channel c throughout.
 template <bool kPerLane, typename T>

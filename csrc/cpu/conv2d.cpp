@@ -93,8 +93,9 @@ void correlate_channels_last(const Problem<T>& p) {
                            rows, smaller(weights.kWidth, columns - j));
                      }
                    }
-                   store_pixels(p, segments, count, group * c.columns + first_column, columns,
-                                tile.get(), kBlockColumns);
+                   const int64_t channel = group * c.columns + first_column;
+                   store_pixels(p, segments, count, channel, columns, tile.get(), kBlockColumns);
+                   if (p.epilogue) p.epilogue->finish(row, row + rows, channel, columns);
                  }
                });
 }
@@ -208,8 +209,12 @@ void correlate_rows(const Problem<T>& p) {
                  depth.length(d), d > 0, vectors, offsets.get()},
                 rows, count * kLanes<T>);
           }
-          store_planes(p, source_rows.segments(), source_rows.count(), group * c.columns + row,
-                       rows, tile.get(), kStride);
+          const int64_t channel = group * c.columns + row;
+          store_planes(p, source_rows.segments(), source_rows.count(), channel, rows, tile.get(),
+                       kStride);
+          if (p.epilogue) {
+            p.epilogue->finish(positions.begin(block), positions.end(block), channel, rows);
+          }
         }
       });
 }
@@ -296,8 +301,9 @@ void correlate_contiguous(const Problem<T>& p) {
             }
             multiply<acc_t<T>, Panel::strips>(t, rows, positions);
           }
-          store_planes(p, lines.segments(), lines.count(), group * c.columns + row, rows,
-                       tile.get(), kStride);
+          const int64_t channel = group * c.columns + row;
+          store_planes(p, lines.segments(), lines.count(), channel, rows, tile.get(), kStride);
+          if (p.epilogue) p.epilogue->finish(first, first + positions, channel, rows);
         }
       });
 }
@@ -357,9 +363,10 @@ void conv2d(const Conv2dParams& p) {
     using T = typename decltype(tag)::type;
     const Conv2dShape& s = p.shape;
     const Source<T> source(s, p.input, s.in_channels, s.in_height * s.in_width, s.out_channels);
+    const Epilogue epilogue(p);
     correlate<T>({forward_correlation(s), forward_weights<T>(s, p.weight), source.data,
                   static_cast<const T*>(p.bias), static_cast<T*>(p.output), source.channels_last,
-                  source.pixels});
+                  source.pixels, epilogue.get()});
   });
 }
 

@@ -145,6 +145,12 @@ class Slab {
         }
       }
       p_.output.store_rows(n, first, y, y_end, output_);
+      if (p_.epilogue) {
+        const int64_t row = n * p_.output.height, width = p_.output.width;
+        const int64_t groups = smaller(vectors * kSize, p_.output.groups - first * kSize);
+        p_.epilogue->finish((row + y) * width, (row + y_end) * width,
+                            first * kSize * p_.output.members, groups * p_.output.members);
+      }
     }
   }
 
@@ -260,7 +266,8 @@ void correlate(const Correlation<scalar_t>& p, int64_t batch) {
 // NCHW with one output channel per group. `reversed`: the taps in descending order.
 template <typename scalar_t>
 void correlate_planes(const void* input, void* output, const void* weight, const void* bias,
-                      const Axis& height, const Axis& width, const Conv2dShape& s, bool reversed) {
+                      const Axis& height, const Axis& width, const Conv2dShape& s, bool reversed,
+                      const Epilogue* epilogue) {
   using acc = acc_t<scalar_t>;
   const int64_t taps = height.window.size * width.window.size;
   const auto* from = static_cast<const scalar_t*>(weight);
@@ -272,7 +279,7 @@ void correlate_planes(const void* input, void* output, const void* weight, const
   for (int64_t c = 0; bias && c < s.groups; ++c) biases.get()[c] = to_acc(from_bias[c]);
   correlate_nchw(Nchw<scalar_t>{static_cast<const scalar_t*>(input), static_cast<scalar_t*>(output),
                                 height, width, s.batch * s.groups, s.groups, weights.get(),
-                                bias ? biases.get() : nullptr});
+                                bias ? biases.get() : nullptr, epilogue});
 }
 
 template <typename scalar_t>
@@ -283,10 +290,11 @@ void forward(const Conv2dParams& params) {
                 taps = s.window_height.size * s.window_width.size;
   const Axis height = Axis::forward(s.window_height, s.in_height, s.out_height),
              width = Axis::forward(s.window_width, s.in_width, s.out_width);
+  const Epilogue epilogue(params);
   if constexpr (kHasWindowKernels<scalar_t>) {
     if (!s.channels_last && members == 1 && s.in_width >= kLanes<acc>) {
       return correlate_planes<scalar_t>(params.input, params.output, params.weight, params.bias,
-                                        height, width, s, false);
+                                        height, width, s, false, epilogue.get());
     }
   }
   const int64_t lanes = divide_up(s.groups, kLanes<acc>) * kLanes<acc> * members;
@@ -302,7 +310,8 @@ void forward(const Conv2dParams& params) {
                                   height,
                                   width,
                                   weight.get(),
-                                  params.bias ? bias.get() : nullptr},
+                                  params.bias ? bias.get() : nullptr,
+                                  epilogue.get()},
             s.batch);
 }
 
@@ -323,7 +332,7 @@ void grad_input(const Conv2dGradInputParams& params) {
     if (!s.channels_last && members == 1 && dense && s.in_width >= kLanes<acc> &&
         smaller(height.window.padding, width.window.padding) >= 0) {
       return correlate_planes<scalar_t>(params.grad_output, params.grad_input, params.weight,
-                                        nullptr, height, width, s, true);
+                                        nullptr, height, width, s, true, nullptr);
     }
   }
   Scratch<acc> weight(divide_up(s.groups, kLanes<acc>) * kLanes<acc> * members * taps);

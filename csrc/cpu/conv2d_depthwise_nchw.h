@@ -10,6 +10,7 @@
 
 #include "core/parallel.h"
 #include "cpu/conv2d_depthwise_planes.h"
+#include "cpu/conv2d_epilogue.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -126,6 +127,7 @@ struct Nchw {
   int64_t planes, channels;
   const acc_t<T>* weight;  // [channel][tap]
   const acc_t<T>* bias;    // [channel], or null
+  const Epilogue* epilogue = nullptr;
 };
 
 template <typename T>
@@ -238,7 +240,12 @@ void correlate_nchw(const Nchw<T>& p) {
     PlaneWorker<T> worker(p, unit_rows);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t y = unit % units * unit_rows;
-      worker.run(unit / units, y, smaller(y + unit_rows, height.output));
+      const int64_t plane = unit / units, end = smaller(y + unit_rows, height.output);
+      worker.run(plane, y, end);
+      if (p.epilogue) {
+        const int64_t row = plane / p.channels * height.output, width = p.width.output;
+        p.epilogue->finish((row + y) * width, (row + end) * width, plane % p.channels, 1);
+      }
     }
   });
 }

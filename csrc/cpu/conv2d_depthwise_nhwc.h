@@ -7,6 +7,7 @@
 #include "core/parallel.h"
 #include "cpu/conv2d_depthwise_rows.h"
 #include "cpu/conv2d_depthwise_upsample.h"
+#include "cpu/conv2d_epilogue.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -19,6 +20,7 @@ struct Correlation {
   Axis height, width;
   const acc* weight;  // [vector][member][tap][lane]
   const acc* bias;    // [vector][member][lane], or null
+  const Epilogue* epilogue = nullptr;
 };
 
 // The kernels of pixels of type T that fit the problem, or null.
@@ -73,6 +75,10 @@ void correlate_nhwc(const Correlation<scalar_t>& p, int64_t batch, RowsKernel<sc
       rows.outputs[1] = two ? p.output.at(n, 0, 0, y + 1) : nullptr;
       look_ahead(p, pairs, pair, kStripPixels, rows);
       kernel(rows);
+      if (p.epilogue) {
+        const int64_t width = p.output.width, row = n * p.output.height + y;
+        p.epilogue->finish(row * width, (row + 1 + two) * width, 0, p.output.channels());
+      }
     }
   });
 }

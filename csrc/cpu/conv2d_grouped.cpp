@@ -14,6 +14,7 @@
 // Made no difference: 16 channels a unit in channels_last instead of 32.
 #include "cpu/conv2d_grouped.h"
 #include "core/parallel.h"
+#include "cpu/conv2d_epilogue.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -94,6 +95,7 @@ struct Problem {
   const scalar_t* weight;
   int64_t group_stride, row_stride, channel_stride, tap_columns;  // of weight
   const scalar_t* bias;                                           // or null
+  const Epilogue* epilogue = nullptr;
 
   Taps taps(int64_t phase) const {
     const int64_t width = grid.output_width.step;
@@ -262,7 +264,12 @@ void correlate(const Problem<scalar_t>& p) {
         correlate_group(p, plan, first + g, from.at(g * p.input_width, 0, 0, 0),
                         to.at(g * p.output_width, 0, 0, 0), to, grid.positions(rows));
       }
-      p.output.store_rows(n, first * p.output_width, groups * p.output_width, y, rows, to);
+      const int64_t channel = first * p.output_width, channels = groups * p.output_width;
+      p.output.store_rows(n, channel, channels, y, rows, to);
+      if (p.epilogue) {
+        const int64_t row = n * grid.rows + y;
+        p.epilogue->finish(row * grid.columns, (row + rows) * grid.columns, channel, channels);
+      }
     }
   });
 }
@@ -272,6 +279,7 @@ void forward(const Conv2dParams& params) {
   const Conv2dShape& s = params.shape;
   const int64_t inputs = s.in_channels / s.groups, outputs = s.out_channels / s.groups;
   const int64_t taps = s.window_height.size * s.window_width.size;
+  const Epilogue epilogue(params);
   correlate(Problem<scalar_t>{{Axis::forward(s.window_height, s.in_height, s.out_height),
                                Axis::forward(s.window_width, s.in_width, s.out_width)},
                               s.batch,
@@ -287,7 +295,8 @@ void forward(const Conv2dParams& params) {
                               inputs * taps,
                               taps,
                               s.window_width.size,
-                              static_cast<const scalar_t*>(params.bias)});
+                              static_cast<const scalar_t*>(params.bias),
+                              epilogue.get()});
 }
 
 template <typename scalar_t>

@@ -45,11 +45,12 @@ Matrix<T> weight_matrix(const Conv2dShape& s, T* data) {
 // out = weight x in, written as the format of the images wants it.
 template <typename T>
 void multiply_images(const Conv2dShape& s, const Matrix<const T>& weight, const Matrix<const T>& in,
-                     const T* bias, const Matrix<T>& out) {
+                     const T* bias, const Matrix<T>& out, const Epilogue* epilogue) {
   if (s.channels_last) {
-    multiply_matrices<T>({transposed(in), transposed(weight), transposed(out), nullptr, bias});
+    multiply_matrices<T>(
+        {transposed(in), transposed(weight), transposed(out), nullptr, bias, epilogue, true});
   } else {
-    multiply_matrices<T>({weight, in, out, bias, nullptr});
+    multiply_matrices<T>({weight, in, out, bias, nullptr, epilogue, false});
   }
 }
 
@@ -98,10 +99,11 @@ void conv2d_pointwise(const Conv2dParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Conv2dShape& s = p.shape;
+    const Epilogue epilogue(p);
     multiply_images<T>(s, weight_matrix(s, static_cast<const T*>(p.weight)),
                        images(s, static_cast<const T*>(p.input), s.in_channels),
                        static_cast<const T*>(p.bias),
-                       images(s, static_cast<T*>(p.output), s.out_channels));
+                       images(s, static_cast<T*>(p.output), s.out_channels), epilogue.get());
   });
 }
 
@@ -112,7 +114,7 @@ void conv2d_pointwise_grad_input(const Conv2dGradInputParams& p) {
     const Conv2dShape& s = p.shape;
     multiply_images<T>(s, transposed(weight_matrix(s, static_cast<const T*>(p.weight))),
                        images(s, static_cast<const T*>(p.grad_output), s.out_channels), nullptr,
-                       images(s, static_cast<T*>(p.grad_input), s.in_channels));
+                       images(s, static_cast<T*>(p.grad_input), s.in_channels), nullptr);
   });
 }
 

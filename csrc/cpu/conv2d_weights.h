@@ -7,6 +7,7 @@
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "core/transpose.h"
+#include "cpu/conv2d_epilogue.h"
 #include "cpu/conv2d_gather.h"
 #include "cpu/gemm.h"
 
@@ -42,6 +43,7 @@ struct Problem {
   T* out;
   bool channels_last;
   bool pixels;  // the output is channels_last, though the source is not
+  const Epilogue* epilogue = nullptr;
 };
 
 // Walks the depth index of a weight, the first digit the fastest.

@@ -282,6 +282,10 @@ class Winograd {
         }
       }
     }
+    for (int64_t r = 0; p_.epilogue && r < rows; ++r) {
+      const int64_t pixel = (run.image * height + y + r) * width + x;
+      p_.epilogue->finish(pixel, pixel + pixels, first, columns);
+    }
     return check;
   }
 

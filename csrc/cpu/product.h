@@ -14,6 +14,7 @@
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "core/transpose.h"
+#include "cpu/conv2d_epilogue.h"
 #include "cpu/gemm.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -49,6 +50,18 @@ struct Product {
   Matrix<const T> a, b;
   Matrix<T> c;
   const T *row_bias = nullptr, *column_bias = nullptr;
+  const Epilogue* epilogue = nullptr;  // of an output of pixels x channels, or channels x pixels
+  bool pixels_are_rows = false;
+
+  // For a block of C that is complete.
+  void finish(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+    if (!epilogue) return;
+    if (pixels_are_rows) {
+      epilogue->finish(row, row + rows, column, columns);
+    } else {
+      epilogue->finish(column, column + columns, row, rows);
+    }
+  }
 };
 
 constexpr int64_t product_blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -300,11 +313,13 @@ void multiply_matrices(const Product<T>& p) {
           if constexpr (std::is_same_v<T, Acc>) {
             if (p.c.columns.in_one_run(column, column + width)) {
               run(p.c.data + p.c.rows.at(row) + p.c.columns.at(column), p.c.rows.stride, true);
+              p.finish(row, height, column, width);
               continue;
             }
           }
           run(tile.get(), kStride, false);
           write_block(p.c, row, height, column, width, tile.get(), kStride);
+          p.finish(row, height, column, width);
         }
       });
 }

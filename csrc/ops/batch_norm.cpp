@@ -2,134 +2,51 @@
 #include "ops/batch_norm.h"
 
 #include "core/device.h"
-#include "core/tensor.h"
+#include "ops/batch_norm_arguments.h"
 
 namespace torchops {
 namespace {
 
-constexpr const char* kName = "batch_norm";
-
 // Bits of batch_norm_backward's output_mask.
 enum Gradient : int64_t { kInput = 1, kWeight = 2, kBias = 4, kResidual = 8 };
-
-BatchNormShape make_shape(const Tensor& input, MemoryFormat format) {
-  const int64_t rank = input.dim();
-  TORCHOPS_CHECK(rank >= 2 && rank <= 4,
-                 "batch_norm: expected an input of 2 to 4 dimensions, but got ", rank);
-  const int64_t pixels = (rank > 2 ? input.size(2) : 1) * (rank > 3 ? input.size(3) : 1);
-  // One pixel per image makes both layouts the same, and channels side by side are the faster one.
-  const bool channels_last = format == MemoryFormat::channels_last || pixels == 1;
-  return {dtype_of(input, kName), channels_last, input.size(0), input.size(1), pixels};
-}
-
-void check_like_input(const char* what, const Tensor& tensor, const Tensor& input) {
-  TORCHOPS_CHECK(same_device(tensor, input), "batch_norm: expected ", what,
-                 " on the same device as input");
-  TORCHOPS_CHECK(same_dtype(tensor, input), "batch_norm: expected ", what,
-                 " to have the same dtype as input");
-  TORCHOPS_CHECK(sizes_of(tensor) == sizes_of(input), "batch_norm: expected ", what,
-                 " of the same sizes as input, ", to_string(sizes_of(input)), ", but got ",
-                 to_string(sizes_of(tensor)));
-}
-
-void check_channels(const char* what, const Tensor& tensor, const Tensor& input) {
-  TORCHOPS_CHECK(same_device(tensor, input), "batch_norm: expected ", what,
-                 " on the same device as input");
-  TORCHOPS_CHECK(tensor.dim() == 1 && tensor.size(0) == input.size(1), what, " should contain ",
-                 input.size(1), " elements not ", tensor.numel());
-}
-
-// A tensor kept alive together with the view of it that kernels take.
-struct Parameter {
-  OptionalTensor tensor;
-  ChannelVector vector{};
-
-  Parameter(const char* what, const OptionalTensor& given, const Tensor& input) {
-    if (!given) return;
-    check_channels(what, *given, input);
-    tensor = contiguous(*given, MemoryFormat::contiguous);
-    vector = {tensor->const_data_ptr(), dtype_of(*tensor, kName)};
-  }
-};
-
-// As native: parameters have the input's dtype, or float32 beside a half-precision input.
-void check_parameter_dtype(const char* what, const Parameter& parameter, DType input) {
-  if (!parameter.vector.data) return;
-  const DType dtype = parameter.vector.dtype;
-  const bool mixed = dtype == DType::f32 && (input == DType::bf16 || input == DType::f16);
-  TORCHOPS_CHECK(dtype == input || mixed, "batch_norm: expected ", what,
-                 " of the input's dtype, or of float32 where the input is bfloat16 or float16");
-}
-
-Activation make_activation(int64_t activation) {
-  TORCHOPS_CHECK(activation >= 0 && activation < kActivations,
-                 "batch_norm: activation should be in [0, ", kActivations, "), but got ",
-                 activation);
-  return static_cast<Activation>(activation);
-}
-
-// Arguments of a forward call, checked and dense, in the format of the output.
-struct Forward {
-  MemoryFormat format;
-  Tensor input, output;
-  OptionalTensor residual;
-  Parameter weight, bias;
-  BatchNormParams params{};
-
-  Forward(const Tensor& given, const OptionalTensor& given_weight, const OptionalTensor& given_bias,
-          const OptionalTensor& given_residual, double eps, int64_t activation)
-      : format(given.is_contiguous() ? MemoryFormat::contiguous : suggest_memory_format(given)),
-        weight("weight", given_weight, given),
-        bias("bias", given_bias, given) {
-    params.shape = make_shape(given, format);
-    params.activation = make_activation(activation);
-    params.eps = eps;
-    check_parameter_dtype("weight", weight, params.shape.dtype);
-    check_parameter_dtype("bias", bias, params.shape.dtype);
-    params.weight = weight.vector;
-    params.bias = bias.vector;
-    input = contiguous(given, format);
-    params.input = input.const_data_ptr();
-    if (given_residual) {
-      check_like_input("residual", *given_residual, given);
-      residual = contiguous(*given_residual, format);
-      params.residual = residual->const_data_ptr();
-    }
-    output = empty(sizes_of(given), format, given);
-    params.output = output.mutable_data_ptr();
-  }
-};
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm(Tensor input, OptionalTensor weight,
                                               OptionalTensor bias, OptionalTensor residual,
                                               double eps, int64_t activation) {
-  Forward forward(input, weight, bias, residual, eps, activation);
+  BatchNormArguments arguments(input, weight, bias, residual, eps, activation);
+  BatchNormParams& params = arguments.params;
+  const Tensor dense = contiguous(input, arguments.format);
+  Tensor output = empty(sizes_of(input), arguments.format, input);
   Tensor mean = empty({input.size(1)}, MemoryFormat::contiguous, input, Storage::float64);
   Tensor var = empty({input.size(1)}, MemoryFormat::contiguous, input, Storage::float64);
   if (input.numel() == 0) {
     torch::stable::zero_(mean);
     torch::stable::zero_(var);
   } else {
-    forward.params.mean = static_cast<double*>(mean.mutable_data_ptr());
-    forward.params.var = static_cast<double*>(var.mutable_data_ptr());
-    launch(input, forward.params, cpu::batch_norm, cuda::batch_norm);
+    params.input = dense.const_data_ptr();
+    params.output = output.mutable_data_ptr();
+    params.mean = static_cast<double*>(mean.mutable_data_ptr());
+    params.var = static_cast<double*>(var.mutable_data_ptr());
+    launch(input, params, cpu::batch_norm, cuda::batch_norm);
   }
-  return {forward.output, mean, var};
+  return {output, mean, var};
 }
 
 Tensor batch_norm_apply(Tensor input, Tensor mean, Tensor var, OptionalTensor weight,
                         OptionalTensor bias, OptionalTensor residual, double eps,
                         int64_t activation) {
-  Forward forward(input, weight, bias, residual, eps, activation);
-  const Parameter given_mean("running_mean", mean, input), given_var("running_var", var, input);
-  const DType dtype = forward.params.shape.dtype;
-  check_parameter_dtype("running_mean", given_mean, dtype);
-  check_parameter_dtype("running_var", given_var, dtype);
+  const BatchNormApplyArguments arguments(input, mean, var, weight, bias, residual, eps,
+                                          activation);
+  const MemoryFormat format = arguments.norm.format;
+  const Tensor dense = contiguous(input, format);
+  Tensor output = empty(sizes_of(input), format, input);
   if (input.numel() != 0) {
-    const BatchNormApplyParams params{forward.params, given_mean.vector, given_var.vector};
+    BatchNormApplyParams params = arguments.params();
+    params.norm.input = dense.const_data_ptr();
+    params.norm.output = output.mutable_data_ptr();
     launch(input, params, cpu::batch_norm_apply, cuda::batch_norm_apply);
   }
-  return forward.output;
+  return output;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
@@ -189,8 +106,9 @@ void batch_norm_update(OptionalTensor running_mean, OptionalTensor running_var, 
   p.momentum = momentum;
   TORCHOPS_CHECK(mean.dim() == 1 && var.dim() == 1 && var.numel() == p.channels,
                  "batch_norm_update: expected mean and var of one dimension and the same size");
-  TORCHOPS_CHECK(dtype_of(mean, kName) == DType::f64 && dtype_of(var, kName) == DType::f64,
-                 "batch_norm_update: expected mean and var of dtype float64");
+  TORCHOPS_CHECK(
+      dtype_of(mean, kBatchNorm) == DType::f64 && dtype_of(var, kBatchNorm) == DType::f64,
+      "batch_norm_update: expected mean and var of dtype float64");
   const auto running = [&](const char* what, OptionalTensor& tensor, void*& data, int64_t& stride) {
     if (!tensor) return;
     TORCHOPS_CHECK(same_device(*tensor, mean), "batch_norm_update: expected ", what,
@@ -199,7 +117,7 @@ void batch_norm_update(OptionalTensor running_mean, OptionalTensor running_var, 
                    p.channels, " elements not ", tensor->numel());
     data = tensor->mutable_data_ptr();
     stride = tensor->stride(0);
-    p.dtype = dtype_of(*tensor, kName);
+    p.dtype = dtype_of(*tensor, kBatchNorm);
   };
   running("running_mean", running_mean, p.running_mean, p.mean_stride);
   running("running_var", running_var, p.running_var, p.var_stride);

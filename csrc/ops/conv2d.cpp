@@ -2,16 +2,10 @@
 #include "ops/conv2d.h"
 
 #include "core/device.h"
-#include "core/tensor.h"
+#include "ops/conv2d_forward.h"
 
 namespace torchops {
 namespace {
-
-// The strides of conv2d's arguments, checked as far as they can be without tensors.
-struct Arguments {
-  IntList stride, padding, dilation;
-  int64_t groups;
-};
 
 void check_tensor(const char* name, const Tensor& tensor, const Tensor& like) {
   TORCHOPS_CHECK(tensor.dim() == like.dim() && (tensor.dim() == 4 || tensor.dim() == 3),
@@ -42,7 +36,7 @@ IntList like_rank(const Tensor& tensor, IntList image) {
 
 // Everything that the sizes of input and weight must fulfil; fills in the shape of the output.
 Conv2dShape make_shape(const Tensor& like, const IntList& input, const IntList& weight,
-                       const Arguments& a, MemoryFormat format) {
+                       const Conv2dArguments& a, MemoryFormat format) {
   TORCHOPS_CHECK(input.size() == 4 && weight.size() == 4,
                  "conv2d: expected 4-D input and weight, but got sizes ", to_string(input), " and ",
                  to_string(weight));
@@ -118,43 +112,30 @@ bool is_grouped(const Conv2dShape& s) {
          s.out_channels <= s.groups * kWidest;
 }
 
-Tensor conv2d(Tensor input, Tensor weight, OptionalTensor bias, IntList stride, IntList padding,
-              IntList dilation, int64_t groups) {
+// The shape of a forward convolution, everything checked.
+Conv2dParams forward_params(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                            const Conv2dArguments& arguments) {
   check_tensor("input", input, input);
   check_tensor("weight", weight, input);
-  const MemoryFormat format = output_format(input, weight);
   Conv2dParams p{};
-  p.shape = make_shape(input, as_image(sizes_of(input)), as_image(sizes_of(weight)),
-                       {stride, padding, dilation, groups}, format);
-  const Conv2dShape& s = p.shape;
+  p.shape = make_shape(input, as_image(sizes_of(input)), as_image(sizes_of(weight)), arguments,
+                       output_format(input, weight));
   if (bias) {
-    TORCHOPS_CHECK(bias->dim() == 1 && bias->size(0) == s.out_channels,
-                   "conv2d: expected bias of size [", s.out_channels, "], but got ",
+    TORCHOPS_CHECK(bias->dim() == 1 && bias->size(0) == p.shape.out_channels,
+                   "conv2d: expected bias of size [", p.shape.out_channels, "], but got ",
                    to_string(sizes_of(*bias)));
     TORCHOPS_CHECK(same_dtype(*bias, input) && same_device(*bias, input),
                    "conv2d: bias has another dtype or device than input");
-    bias = contiguous(*bias, MemoryFormat::contiguous);
   }
-  const Tensor dense = contiguous(input, format);
-  const MemoryFormat layout = weight_format(input, s);
-  p.shape.weight_channels_last = layout == MemoryFormat::channels_last;
-  const Tensor dense_weight = contiguous(weight, layout);
-  Tensor output =
-      empty(like_rank(input, {s.batch, s.out_channels, s.out_height, s.out_width}), format, input);
-  p.input = dense.const_data_ptr();
-  p.weight = dense_weight.const_data_ptr();
-  p.bias = data_or_null<void>(bias);
-  p.output = output.mutable_data_ptr();
-  if (is_pointwise(s)) {
-    launch(input, p, cpu::conv2d_pointwise, cuda::conv2d_pointwise);
-  } else if (is_depthwise(s)) {
-    launch(input, p, cpu::conv2d_depthwise, cuda::conv2d_depthwise);
-  } else if (is_grouped(s)) {
-    launch(input, p, cpu::conv2d_grouped, cuda::conv2d_grouped);
-  } else {
-    launch(input, p, cpu::conv2d, cuda::conv2d);
-  }
-  return output;
+  p.shape.weight_channels_last = weight_format(input, p.shape) == MemoryFormat::channels_last;
+  return p;
+}
+
+Tensor conv2d(Tensor input, Tensor weight, OptionalTensor bias, IntList stride, IntList padding,
+              IntList dilation, int64_t groups) {
+  const Conv2dForward forward(input, weight, bias, {stride, padding, dilation, groups});
+  forward.run();
+  return forward.output;
 }
 
 Tensor conv2d_grad_input(Tensor grad_output, Tensor weight, IntList input_size, IntList stride,
@@ -225,6 +206,34 @@ Tensor conv2d_grad_weight(Tensor input, Tensor grad_output, IntList weight_size,
 }
 
 }  // namespace
+
+Conv2dForward::Conv2dForward(const Tensor& given_input, const Tensor& given_weight,
+                             const OptionalTensor& given_bias, const Conv2dArguments& arguments)
+    : params(forward_params(given_input, given_weight, given_bias, arguments)),
+      input(contiguous(given_input, format_of(params.shape.channels_last))),
+      weight(contiguous(given_weight, format_of(params.shape.weight_channels_last))),
+      bias(given_bias),
+      output(empty(like_rank(given_input, {params.shape.batch, params.shape.out_channels,
+                                           params.shape.out_height, params.shape.out_width}),
+                   format_of(params.shape.channels_last), given_input)) {
+  if (bias) bias = contiguous(*bias, MemoryFormat::contiguous);
+  params.input = input.const_data_ptr();
+  params.weight = weight.const_data_ptr();
+  params.bias = data_or_null<void>(bias);
+  params.output = output.mutable_data_ptr();
+}
+
+void Conv2dForward::run() const {
+  if (is_pointwise(params.shape)) {
+    launch(input, params, cpu::conv2d_pointwise, cuda::conv2d_pointwise);
+  } else if (is_depthwise(params.shape)) {
+    launch(input, params, cpu::conv2d_depthwise, cuda::conv2d_depthwise);
+  } else if (is_grouped(params.shape)) {
+    launch(input, params, cpu::conv2d_grouped, cuda::conv2d_grouped);
+  } else {
+    launch(input, params, cpu::conv2d, cuda::conv2d);
+  }
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchops, m) {
   m.def(

@@ -6,6 +6,7 @@
 #include "core/dtype.h"
 #include "core/isa.h"
 #include "core/window.h"
+#include "ops/batch_norm.h"
 
 namespace torchops {
 
@@ -27,6 +28,9 @@ struct Conv2dParams {
   const void* bias;  // [out_channels], or null
   void* output;      // [batch, out_channels, out_height, out_width]
   Conv2dShape shape;
+  // What the output goes through at the end, in place; null for none, and on CUDA. Of `norm.norm`
+  // input, output and shape are not looked at; a residual lies like output.
+  const BatchNormApplyParams* norm = nullptr;
 };
 
 struct Conv2dGradInputParams {

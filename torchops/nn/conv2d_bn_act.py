@@ -6,9 +6,56 @@ from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from torchops.nn.batch_norm import BatchNorm2d
-from torchops.nn.conv2d import Conv2d
+from torchops.nn.conv2d import Conv1x1, Conv2d
+from torchops.ops.conv2d_bn_act import conv2d_bn_act
+
+CONVOLUTIONS = (Conv2d, Conv1x1)
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether somebody follows this module's calls: it must then get a call of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
+def in_one_call(conv: Any, batch_norm: Any, input: Any) -> bool:
+    """Whether `convolve_normalize` does what these two layers, of whatever kind, would do."""
+    return (
+        type(conv) in CONVOLUTIONS
+        and type(batch_norm) is BatchNorm2d
+        and not batch_norm.training
+        and batch_norm.running_mean is not None
+        and conv.padding_mode == "zeros"
+        and isinstance(input, Tensor)
+        and input.dim() == 4
+        and not watched(conv)
+        and not watched(batch_norm)
+    )
+
+
+def convolve_normalize(
+    conv: Any,
+    batch_norm: Any,
+    input: Tensor,
+    activation: str | None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation(batch_norm(conv(input)) + residual) in evaluation."""
+    return conv2d_bn_act(
+        input, conv.weight, batch_norm.weight, batch_norm.bias,
+        batch_norm.running_mean, batch_norm.running_var,
+        bias=conv.bias, stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
+        groups=conv.groups, eps=batch_norm.eps, activation=activation, residual=residual,
+    )  # fmt: skip
 
 
 class ConvBNAct(nn.Module):
@@ -46,4 +93,6 @@ class ConvBNAct(nn.Module):
         self.bn = BatchNorm2d(out_channels, activation=activation, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if in_one_call(self.conv, self.bn, input):
+            return convolve_normalize(self.conv, self.bn, input, self.bn.activation, residual)
         return self.bn(self.conv(input), residual)

@@ -114,30 +114,30 @@ def _check(input, running_mean, running_var, weight, training, momentum) -> None
     """What the operators cannot see; the text, where a user meets it, is native's (see drop_in)."""
     if momentum is None:
         raise TypeError("batch_norm(): momentum must be a float, not None")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if running_mean is not None:
-        dtype = running_mean.dtype
-        if weight is not None and weight.dtype is not dtype:
-            raise RuntimeError("weight and running_mean must have the same dtype")
-        if running_mean.requires_grad or running_var.requires_grad:
-            raise RuntimeError("running_mean and running_var cannot have requires_grad True")
-        if (
-            training
-            and dtype is not input.dtype
-            and (dtype is not torch.float32 or input.dtype is torch.float64)
-        ):
-            raise RuntimeError("running_mean must have the dtype of input, or float32")
+    if running_mean is not None or running_var is not None:
+        check_statistics(running_mean, running_var, weight)
     elif not training:
         raise RuntimeError("running_mean must be defined in evaluation mode")
-    if (
-        training
-        and input.numel() == input.shape[1]
-        and all(size == 1 for size in (input.shape[0], *input.shape[2:]))
+    if not training:
+        return
+    dtype = input.dtype if running_mean is None else running_mean.dtype
+    if dtype is not input.dtype and (dtype is not torch.float32 or input.dtype is torch.float64):
+        raise RuntimeError("running_mean must have the dtype of input, or float32")
+    if input.numel() == input.shape[1] and all(
+        size == 1 for size in (input.shape[0], *input.shape[2:])
     ):
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {input.shape}"
         )
+
+
+def check_statistics(running_mean, running_var, weight) -> None:
+    if running_mean is None or running_var is None:
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if weight is not None and weight.dtype is not running_mean.dtype:
+        raise RuntimeError("weight and running_mean must have the same dtype")
+    if running_mean.requires_grad or running_var.requires_grad:
+        raise RuntimeError("running_mean and running_var cannot have requires_grad True")
 
 
 def check_residual(input: Tensor, residual: Tensor) -> None:

@@ -1,14 +1,25 @@
-"""conv2d_bn_act: a convolution, then batch_norm with its activation and residual."""
+"""conv2d_bn_act: a convolution, then batch_norm with its activation and residual.
+
+In evaluation, where no derivative is asked for, both are one operator: the outputs are normalised
+while they are in the cache. Otherwise they are two, each with its own derivatives.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
 
+from torchops import _backend, _tuning
+from torchops.ops import _batch_norm_rules, _conv2d_rules
+from torchops.ops._activation import activation_number
+from torchops.ops._autograd import differentiable, kernel, register
 from torchops.ops._drop_in import drop_in
-from torchops.ops.batch_norm import batch_norm, native_batch_norm
+from torchops.ops._shape import pair
+from torchops.ops.batch_norm import batch_norm, check_statistics, native_batch_norm
 from torchops.ops.conv2d import conv2d
 
 
@@ -74,10 +85,68 @@ def conv2d_bn_act(
     Raises:
         What conv2d and batch_norm raise.
 
-    Complexity: conv2d's, then batch_norm's on the convolution's output.
+    Complexity: conv2d's, then batch_norm's on the convolution's output. In evaluation without
+    gradients, on a CPU, conv2d's alone: the output is written once, and the residual read once.
     """
-    output = conv2d.__wrapped__(input, weight, bias, stride, padding, dilation, groups)
-    return batch_norm.__wrapped__(
+    window = (stride, padding, dilation, groups)
+    tensors = (running_mean, running_var, bn_weight, bn_bias, residual)
+    if not training and eps > 0.0 and _one_pass(input, weight, bias, *window, *tensors):
+        number = activation_number(activation)
+        check_statistics(running_mean, running_var, bn_weight)
+        return _forward(
+            input, weight, bias, pair(stride), pair(padding), pair(dilation), groups, *tensors, eps,
+            number,
+        )  # fmt: skip
+    output = conv2d(input, weight, bias, *window)
+    return batch_norm(
         output, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps,
         activation=activation, residual=residual,
     )  # fmt: skip
+
+
+def _one_pass(input, weight, bias, stride, padding, dilation, groups, *tensors) -> bool:
+    """Whether the fused operator, which has no derivative, computes what is asked for."""
+    if input.dim() != 4 or isinstance(padding, str) or isinstance(groups, bool):
+        return False
+    if torch.is_autocast_enabled(input.device.type) or differentiable(
+        input, weight, bias, *tensors
+    ):
+        return False
+    window = (stride, padding, dilation, groups)
+    return _backend.mode == "own" or not _tuning.prefers_native(
+        "conv2d", input, weight, bias, *window
+    )
+
+
+def _composition(
+    input, weight, bias, stride, padding, dilation, groups, mean, var, bn_weight, bn_bias, residual,
+    eps, activation,
+):  # fmt: skip
+    """The fused operator's derivatives and vmap rule are those of its two halves."""
+    output = torch.ops.torchops.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return torch.ops.torchops.batch_norm_apply(
+        output, mean, var, bn_weight, bn_bias, residual, eps, activation
+    )
+
+
+def _autograd(*args):
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    if forward_ad._current_level >= 0 or (
+        is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    ):
+        return _composition(*args)
+    return _forward(*args)
+
+
+def _fake(input, weight, bias, stride, padding, dilation, groups, *rest):
+    output = _conv2d_rules.fake_conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return _batch_norm_rules.fake_apply(output, *rest)
+
+
+def _vmap(info, in_dims, *args):
+    output, out_dim = _conv2d_rules.vmap_conv2d(info, in_dims[:7], *args[:7])
+    return _batch_norm_rules.vmap_apply(info, (out_dim, *in_dims[7:]), output, *args[7:])
+
+
+_forward = kernel("conv2d_bn_act")
+register("conv2d_bn_act", fake=_fake, vmap=_vmap, autograd=_autograd)

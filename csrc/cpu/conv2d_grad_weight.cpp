@@ -13,6 +13,7 @@
 #include "core/transpose.h"
 #include "cpu/conv2d_gather.h"
 #include "cpu/conv2d_lines.h"
+#include "cpu/conv2d_winograd_grad_weight.h"
 #include "cpu/gemm.h"
 #include "ops/conv2d.h"
 
@@ -216,11 +217,56 @@ void combine(const Plan<T>& plan, const acc_t<T>* sums) {
   });
 }
 
+// Fills the shares' sums by Winograd's algorithm. False: they are not all finite, and may be wrong.
+template <typename T>
+bool sum_winograd(Plan<T>& plan) {
+  using Winograd = WinogradGradWeight<T>;
+  const Correlation& c = plan.c;
+  const bool channels_last = plan.p.shape.channels_last;
+  const int64_t row_blocks = blocks(c.channels, Winograd::kRows);
+  const int64_t column_blocks = blocks(c.columns, Winograd::kColumns);
+  const int64_t row_size = blocks(c.channels, row_blocks);
+  const int64_t column_size =
+      blocks(blocks(c.columns, column_blocks), kTileColumns<float>) * kTileColumns<float>;
+  const int64_t tiles = Tiles(c).count, units = row_blocks * column_blocks;
+  plan.shares = smaller(blocks(kUnits, units), blocks(tiles, 4 * 48));
+  const Scratch<float> sums(plan.shares * plan.share_size() + kLanes<T>);
+  bool finite = true;
+  parallel_for(plan.shares * units, 1, [&](int64_t begin, int64_t end) {
+    Winograd work(c, static_cast<const T*>(plan.p.input), static_cast<const T*>(plan.p.grad_output),
+                  channels_last);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t share = item / units, unit = item % units;
+      const int64_t row = unit / column_blocks * row_size;
+      const int64_t column = unit % column_blocks * column_size;
+      if (row >= c.channels || column >= c.columns) continue;
+      const int64_t rows = smaller(row_size, c.channels - row);
+      const int64_t columns = smaller(column_size, c.columns - column);
+      work.sum(tiles * share / plan.shares, tiles * (share + 1) / plan.shares, row, rows, column,
+               columns);
+      float* to = sums.get() + share * plan.share_size() + column;
+      const bool all = work.write(
+          rows, columns, [&](int64_t channel, int64_t tap, int64_t j, VecF32 values, int lanes) {
+            const int64_t index =
+                channels_last ? tap * c.channels + row + channel : (row + channel) * 9 + tap;
+            store_partial(to + index * c.columns + j, values, lanes);
+          });
+      if (!all) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+    }
+  });
+  if (finite) combine(plan, sums.get());
+  return finite;
+}
+
 }  // namespace
 
 void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
+    if constexpr (std::is_same_v<acc_t<T>, float>) {
+      Plan<T> plan(p);
+      if (winograd_grad_weight_pays(plan.c) && sum_winograd(plan)) return;
+    }
     const Plan<T> plan(p);
     if (plan.share_size() == 0) return;
     const Scratch<acc_t<T>> sums(plan.shares > 1 ? plan.shares * plan.share_size() + kLanes<T>

@@ -6,8 +6,7 @@
 // Plan: weights are transformed once per call. A unit of work is a block of tiles x a block of
 // output channels: for 64 input channels at a time it transforms the 4x4 windows of its tiles into
 // 16 panels in L2, multiplies each by its weights, and at last transforms the sums back into
-// outputs. Vectors run over channels; contiguous images are transposed on their way, eight channels
-// of a few rows at a time.
+// outputs.
 //
 // Reached on Zen 3, fp32, native's time over ours, contiguous / channels_last, forward:
 //   conv2d:mb8_ic128ih28oc128kh3ph1   1.93 / 1.66
@@ -23,24 +22,18 @@
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "core/transpose.h"
-#include "cpu/conv2d_gather.h"
 #include "cpu/conv2d_weights.h"
+#include "cpu/conv2d_winograd_tiles.h"
 #include "cpu/gemm.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-constexpr int kPoints = 16;  // of a transformed window
 constexpr int64_t kTiles = kTileRows * (kTileRows > 6 ? 3 : 6);
 constexpr int64_t kWinogradDepth = 64, kWinogradColumns = 128;
 
 inline bool winograd_pays(const Correlation& c) {
-  const auto fits = [](const Axis& a) {
-    return a.taps == 3 && a.step == 1 && a.tap_offset == 1 && a.out_step == 1;
-  };
-  const int64_t tiles = c.batch * blocks(c.height.count, 2) * blocks(c.width.count, 2);
-  return c.groups == 1 && fits(c.height) && fits(c.width) && c.channels >= 16 && c.columns >= 16 &&
-         tiles >= 32;
+  return is_winograd_window(c) && c.channels >= 16 && c.columns >= 16 && Tiles(c).count >= 32;
 }
 
 // Transformed weights: [block of channels][point][panel][channel][kTileColumns].
@@ -109,17 +102,6 @@ void transform_weights(const Problem<T>& p, const WinogradWeights<T>& to) {
   });
 }
 
-// B d of four inputs, for B = (1 0 -1 0), (0 1 1 0), (0 -1 1 0), (0 1 0 -1).
-inline void transform_window(VecF32 a, VecF32 b, VecF32 c, VecF32 d, VecF32* out) {
-  out[0] = a - c;
-  out[1] = b + c;
-  out[2] = c - b;
-  out[3] = b - d;
-}
-
-// Consecutive tiles in one row of tiles of one image.
-struct TileRun { int64_t start, length, image, y, x; };
-
 // Work space of one thread.
 template <typename T>
 class Winograd {
@@ -133,21 +115,27 @@ class Winograd {
  public:
   explicit Winograd(const Problem<T>& p)
       : p_(p),
-        rows_(blocks(p.c.height.count, 2)),
-        columns_(blocks(p.c.width.count, 2)),
+        tiles_(p.c),
+        source_({p.source, p.channels_last, p.c.channels, p.c.height.source_length,
+                 p.c.width.source_length},
+                kTiles),
         inputs_(kPoints * kInputPoint),
         sums_(kPoints * kSumPoint),
-        patch_(4 * kPatch) {}
+        patch_(2 * kPatch) {}
 
   // Computes outputs of the tiles [begin, end) in the columns [first, first + columns). False: they
   // are not all finite.
   bool run(const WinogradWeights<T>& weights, int64_t begin, int64_t end, int64_t first,
            int64_t columns) {
-    place(begin, end);
+    count_ = tiles_.place(begin, end, runs_);
     for (int64_t block = 0; block < weights.channels.count; ++block) {
       const int64_t channel = weights.channels.begin(block);
       const int64_t depth = weights.channels.length(block);
-      for (int64_t s = 0; s < count_; ++s) transform_inputs(runs_[s], channel, depth);
+      for (int64_t s = 0; s < count_; ++s) {
+        const TileRun& run = runs_[s];
+        source_.run(run, 2 * run.y + p_.c.height.offset, 2 * run.x + p_.c.width.offset, channel,
+                    depth, inputs_.get() + run.start * kRowStride, kRowStride, kInputPoint);
+      }
       for (int64_t point = 0; point < kPoints; ++point) {
         for (int64_t j = 0; j < columns; j += weights.kWidth) {
           multiply<float, Panel::rows>(
@@ -167,80 +155,6 @@ class Winograd {
   }
 
  private:
-  void place(int64_t begin, int64_t end) {
-    count_ = 0;
-    for (int64_t tile = begin; tile < end;) {
-      const int64_t x = tile % columns_, row = tile / columns_;
-      const int64_t length = smaller(columns_ - x, end - tile);
-      runs_[count_++] = {tile - begin, length, row / rows_, row % rows_, x};
-      tile += length;
-    }
-  }
-
-  void transform_inputs(const TileRun& run, int64_t channel, int64_t depth) {
-    const Correlation& c = p_.c;
-    const int64_t height = c.height.source_length, width = c.width.source_length;
-    const int64_t y = 2 * run.y + c.height.offset, x = 2 * run.x + c.width.offset;
-    // Of the columns of the run's windows, those inside the image.
-    const Inside valid = inside(x, 1, 2 * run.length + 2, width);
-    for (int64_t j = 0; j < depth; j += kLanes<float>) {
-      const int lanes = static_cast<int>(smaller(kLanes<float>, depth - j));
-      float* to = inputs_.get() + run.start * kRowStride + j;
-      if (p_.channels_last) {
-        const T* rows[4];
-        for (int r = 0; r < 4; ++r) {
-          const int64_t pixel = (run.image * height + y + r) * width + x;
-          rows[r] =
-              y + r >= 0 && y + r < height ? p_.source + pixel * c.channels + channel + j : nullptr;
-        }
-        transform_run(rows, c.channels, lanes, valid, run.length, to);
-        continue;
-      }
-      const float* rows[4];
-      for (int r = 0; r < 4; ++r) {
-        rows[r] = nullptr;
-        if (y + r < 0 || y + r >= height) continue;
-        float* row = patch_.get() + r * kPatch;
-        const int64_t plane = run.image * c.channels + channel + j;
-        load_planes(p_.source + (plane * height + y + r) * width + x + valid.first, height * width,
-                    lanes, valid.last - valid.first, row + valid.first * kLanes<float>);
-        rows[r] = row;
-      }
-      transform_run(rows, kLanes<float>, kLanes<float>, valid, run.length, to);
-    }
-  }
-
-  // One vector of channels: rows[r] + column * stride, or zero where there is no row.
-  template <typename E>
-  void transform_run(const E* const* rows, int64_t stride, int lanes, Inside valid, int64_t tiles,
-                     float* to) const {
-    VecF32 window[4][4];  // by column
-    const auto next = [&](int64_t column, VecF32* out) {
-      VecF32 values[4] = {};
-      if (column >= valid.first && column < valid.last) {
-        for (int r = 0; r < 4; ++r) {
-          if (rows[r]) values[r] = load_partial(rows[r] + column * stride, lanes);
-        }
-      }
-      transform_window(values[0], values[1], values[2], values[3], out);
-    };
-    next(0, window[2]);
-    next(1, window[3]);
-    for (int64_t tile = 0; tile < tiles; ++tile, to += kRowStride) {
-      for (int r = 0; r < 4; ++r) {
-        window[0][r] = window[2][r];
-        window[1][r] = window[3][r];
-      }
-      next(2 * tile + 2, window[2]);
-      next(2 * tile + 3, window[3]);
-      for (int r = 0; r < 4; ++r) {
-        VecF32 out[4];
-        transform_window(window[0][r], window[1][r], window[2][r], window[3][r], out);
-        for (int w = 0; w < 4; ++w) store(to + (4 * r + w) * kInputPoint, out[w]);
-      }
-    }
-  }
-
   // Returns zeros, or NaNs where an output is not finite.
   VecF32 write_outputs(const TileRun& run, int64_t first, int64_t columns) {
     const Correlation& c = p_.c;
@@ -290,7 +204,8 @@ class Winograd {
   }
 
   const Problem<T>& p_;
-  int64_t rows_, columns_;  // of tiles
+  Tiles tiles_;
+  TileTransform<T, 4> source_;
   const Scratch<float> inputs_, sums_, patch_;
   TileRun runs_[kTiles];
   int64_t count_ = 0;

@@ -4,6 +4,8 @@
 // pixel, of several pixels at a time where the unit has all channels and these are few.
 #include "cpu/conv2d_epilogue.h"
 
+#include <cstdlib>
+
 #include "cpu/batch_norm_channels.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -52,8 +54,8 @@ void apply_in_place(const BatchNormParams& p, void* data, const Affine<T>& affin
 }
 
 template <typename T>
-Affine<T> affine_in(const Scratch<double>& numbers, int64_t length) {
-  auto* first = reinterpret_cast<acc_t<T>*>(numbers.get());
+Affine<T> affine_in(void* numbers, int64_t length) {
+  auto* first = static_cast<acc_t<T>*>(numbers);
   return {first, first + length, first + 2 * length};
 }
 
@@ -68,9 +70,10 @@ Epilogue::Epilogue(const Conv2dParams& p)
     : p_(p),
       repeat_(repetitions(p)),
       // Steps are loaded whole.
-      length_(p.norm ? repeat_ * p.shape.out_channels + kStep<float> : 0),
-      numbers_(3 * length_) {
+      length_(repeat_ * p.shape.out_channels + kStep<float>) {
   if (!p.norm) return;
+  numbers_ = std::malloc(3 * length_ * sizeof(double));
+  if (numbers_ == nullptr) std::abort();  // kernels are compiled without exceptions
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Affine<T> affine = affine_in<T>(numbers_, length_);
@@ -81,6 +84,8 @@ Epilogue::Epilogue(const Conv2dParams& p)
     }
   });
 }
+
+Epilogue::~Epilogue() { std::free(numbers_); }
 
 void Epilogue::finish(int64_t begin, int64_t end, int64_t channel, int64_t count) const {
   dispatch_dtype(p_.shape.dtype, [&](auto tag) {

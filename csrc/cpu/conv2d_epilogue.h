@@ -6,7 +6,6 @@
 // one after the other.
 #pragma once
 
-#include "core/scratch.h"
 #include "ops/conv2d.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -14,6 +13,9 @@ namespace torchops::cpu::TORCHOPS_ISA {
 class Epilogue {
  public:
   explicit Epilogue(const Conv2dParams& p);
+  ~Epilogue();
+  Epilogue(const Epilogue&) = delete;
+  Epilogue& operator=(const Epilogue&) = delete;
 
   // Null where the convolution is all.
   const Epilogue* get() const { return p_.norm ? this : nullptr; }
@@ -29,9 +31,10 @@ class Epilogue {
   void finish_planes(int64_t begin, int64_t end, int64_t channel, int64_t count) const;
 
   const Conv2dParams& p_;
-  int64_t repeat_;           // pixels that `numbers_` are repeated for
-  int64_t length_;           // of each of the three rows of `numbers_`
-  Scratch<double> numbers_;  // mean, scale and shift of batch_norm's Affine, of any acc_t
+  int64_t repeat_;  // pixels that the numbers are repeated for
+  int64_t length_;  // of each of the three rows of numbers
+  // Mean, scale and shift of batch_norm's Affine, in acc_t. (Scratch has no external linkage.)
+  void* numbers_ = nullptr;
 };
 
 }  // namespace torchops::cpu::TORCHOPS_ISA

@@ -117,10 +117,17 @@ void test_conv2d(const ConvKernels& kernel, bool last, int64_t in_channels, int6
                           output.height, output.width, groups, window,      window};
   kernel.forward(
       {input.data.data(), weight.data.data(), bias.data.data(), output.data.data(), shape});
+  Image<T> normalized = output;
+  BatchNormApplyParams norm{};  // a mean and a weight that are the bias, a variance of 1
+  norm.mean = norm.norm.weight = {bias.data.data(), kDType<T>};
+  norm.norm.activation = Activation::relu;
+  kernel.forward({input.data.data(), weight.data.data(), bias.data.data(), normalized.data.data(),
+                  shape, &norm});
   kernel.grad_input({grad_output.data.data(), weight.data.data(), grad_input.data.data(), shape});
   kernel.grad_weight({input.data.data(), grad_output.data.data(), grad_weight.data.data(), shape});
 
-  Values forward(output.data.size()), to_input(input.data.size()), to_weight(weight.data.size());
+  Values forward(output.data.size()), ending(output.data.size()), to_input(input.data.size()),
+      to_weight(weight.data.size());
   const int64_t group_in = in_channels / groups, group_out = out_channels / groups;
   for_each_element(output, [&](int64_t n, int64_t o, int64_t h, int64_t w) {
     double sum = bias.get(0, o, 0, 0);
@@ -139,10 +146,13 @@ void test_conv2d(const ConvKernels& kernel, bool last, int64_t in_channels, int6
       }
     }
     forward[output.at(n, o, h, w)] = sum;
+    const double mean = bias.get(0, o, 0, 0);
+    ending[output.at(n, o, h, w)] = std::max(0.0, (sum - mean) * mean);
   });
   std::printf("%s, %ld -> %ld channels, %ld groups\n", kernel.name, long(in_channels),
               long(out_channels), long(groups));
   check("  output", output, forward);
+  check("  with batch-norm", normalized, ending);
   check("  grad_input", grad_input, to_input);
   check("  grad_weight", grad_weight, to_weight);
 }

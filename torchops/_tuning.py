@@ -66,6 +66,11 @@ if _NATIVE_BFLOAT16:
     )
 
 
+def indebted(operator: str) -> bool:
+    """Whether the table has any family of this operator."""
+    return any(debt.operator == operator for debt in DEBTS)
+
+
 def prefers_native(operator: str, *args: Any, **kwargs: Any) -> bool:
     """Whether the table hands this call to native. Asked in mode "auto" only."""
     input = args[0] if args else kwargs["input"]

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch.nn as nn
 from torch import Tensor
 
-from torchops.ops.avg_pool2d import avg_pool1d, avg_pool2d, avg_pool3d
+from torchops.ops._drop_in import REFUSALS, trains
+from torchops.ops.avg_pool2d import (
+    avg_pool1d,
+    avg_pool2d,
+    avg_pool3d,
+    avg_pool_numbers,
+    train_avg_pool2d,
+)
 
 
 class AvgPool1d(nn.AvgPool1d):
@@ -22,6 +29,14 @@ class AvgPool2d(nn.AvgPool2d):
     __doc__ = nn.AvgPool2d.__doc__
 
     def forward(self, input: Tensor) -> Tensor:
+        if trains("avg_pool2d", input):
+            try:
+                return train_avg_pool2d(input, avg_pool_numbers(
+                    self.kernel_size, self.stride, self.padding, self.ceil_mode,
+                    self.count_include_pad, self.divisor_override,
+                ))  # fmt: skip
+            except REFUSALS:
+                pass  # avg_pool2d has native's words for it
         return avg_pool2d(
             input, self.kernel_size, self.stride, self.padding, self.ceil_mode,
             self.count_include_pad, self.divisor_override,

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchops import _backend, _cuda, _tuning
+from torchops.ops._autograd import transforms_active
 
-_tracing_state = torch._C._get_tracing_state
+_is_tracing = torch._C._is_tracing
+REFUSALS = (RuntimeError, TypeError, ValueError, IndexError)
 
 KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
@@ -45,6 +47,26 @@ def uncovered(input: Tensor) -> str | None:
     if input.layout is not torch.strided or input.is_nested:
         return "a nested tensor" if input.is_nested else str(input.layout)
     return None
+
+
+def trains(operator: str, input: Any) -> bool:
+    """Whether a layer may go straight to the Function that backward alone needs, 3 us sooner.
+
+    So goes its commonest call: on a plain CPU tensor, in eager, with nobody listening in. What is
+    refused there goes to the operator's function all the same, which has native's words for it.
+    """
+    return (
+        type(input) is Tensor
+        and not is_dynamo_compiling()
+        and is_grad_enabled()
+        and input.requires_grad
+        and input.is_cpu
+        and (_backend.mode == "own" or (_backend.mode == "auto" and not _tuning.indebted(operator)))
+        and not transforms_active()
+        and forward_ad._current_level < 0
+        and not _is_tracing()
+        and not has_torch_function_unary(input)  # a mode
+    )
 
 
 def refuse_forward_mode() -> None:
@@ -87,12 +109,12 @@ def drop_in(native: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
                 refuse_forward_mode()
                 return own(*args, **kwargs)
             try:
-                if _tracing_state() is not None:
+                if _is_tracing():
                     # torch.jit.trace can save operators, which have derivatives, but no Functions.
                     with torch.no_grad():
                         return own(*args, **kwargs)
                 return own(*args, **kwargs)
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            except REFUSALS as error:
                 return settle(name, native, args, kwargs, error)
 
         return call

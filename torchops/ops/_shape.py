@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import are_strides_like_channels_last_or_false
 from torch._prims_common import suggest_memory_format as _suggest_memory_format
 
 
@@ -57,10 +58,13 @@ def adaptive_size_1d(output_size: Any) -> tuple[Any, ...]:
 
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether torch's own operators give channels_last to what they compute from `tensor`."""
-    strides = tensor.stride()
+    return strides_are_channels_last(tensor.shape, tensor.stride())
+
+
+def strides_are_channels_last(size: Any, strides: Any) -> bool:
     if len(strides) != 4 or strides[1] > strides[3]:
         return False  # beyond doubt, and 4 us sooner
-    return suggest_memory_format(tensor) is torch.channels_last
+    return are_strides_like_channels_last_or_false(size, strides)
 
 
 def suggest_memory_format(tensor: Tensor) -> torch.memory_format:
@@ -70,18 +74,15 @@ def suggest_memory_format(tensor: Tensor) -> torch.memory_format:
     return _suggest_memory_format(tensor)
 
 
-def pool_numbers(kernel_size: Any, stride: Any, padding: Any, dilation: Any, *more: Any) -> tuple:
-    """A pool's arguments as its operators take them: one list, see csrc/core/tensor.h."""
-    if type(kernel_size) is type(stride) is type(padding) is type(dilation) is int:
-        window = (kernel_size, kernel_size, stride, stride, padding, padding, dilation, dilation)
-        return window + more  # the usual case, 1 us sooner
+def window_numbers(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> tuple[Any, ...]:
+    """A pool's window as its operators take it: the start of one list, see csrc/core/tensor.h."""
     kernel_size = pair(kernel_size)
     stride = kernel_size if stride is None or stride == [] or stride == () else pair(stride)
-    return kernel_size + stride + pair(padding) + pair(dilation) + more
+    return kernel_size + stride + pair(padding) + pair(dilation)
 
 
 def pooled_shape(input_size: Any, pool: Any) -> tuple[Any, ...]:
-    """Sizes of a pool's output, `pool` being its pool_numbers."""
+    """Sizes of a pool's output, `pool` being the list that its operators take."""
     size = []
     for axis in (0, 1):
         kernel, stride, padding, dilation = pool[axis:8:2]

@@ -20,7 +20,6 @@ from torchops.ops._max_rules import backward_only, register_max
 from torchops.ops._shape import adaptive_size, adaptive_size_1d, suggest_memory_format
 
 _adaptive_max_pool2d = kernel("adaptive_max_pool2d")
-_with_offsets = kernel("adaptive_max_pool2d_with_offsets")
 _indices = kernel("adaptive_max_pool2d_indices")
 
 
@@ -48,7 +47,7 @@ def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = 
         output, offsets = AdaptiveMaxPool2dFunction.call(input, size)
         return output, _indices(offsets, input.shape)
     if only_backward(input):
-        return _apply_backward_only(input, size)
+        return train_adaptive_max_pool2d(input, size)
     if differentiable(input):
         return AdaptiveMaxPool2dFunction.apply(input, size)[0]
     return _adaptive_max_pool2d(input, size)
@@ -74,7 +73,7 @@ adaptive_max_pool3d = native_only("adaptive_max_pool3d", F.adaptive_max_pool3d)
 class AdaptiveMaxPool2dFunction(Function):
     """(output, offsets) of the pooling; backward and tangent follow the winners."""
 
-    forward = staticmethod(_with_offsets)
+    forward = staticmethod(kernel("adaptive_max_pool2d_with_offsets"))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -98,7 +97,7 @@ class AdaptiveMaxPool2dFunction(Function):
         return AdaptiveMaxPool2dGatherFunction.call(input_tangent, offsets), None
 
 
-_apply_backward_only = backward_only(AdaptiveMaxPool2dFunction)
+train_adaptive_max_pool2d = backward_only("adaptive_max_pool2d", AdaptiveMaxPool2dFunction)
 
 
 class AdaptiveMaxPool2dBackwardFunction(Function):
@@ -136,7 +135,7 @@ class AdaptiveMaxPool2dGatherFunction(Function):
     @staticmethod
     def backward(ctx, grad_output):
         (offsets,) = ctx.saved_tensors
-        return AdaptiveMaxPool2dBackwardFunction.call(grad_output, offsets, ctx.rest[0]), None
+        return AdaptiveMaxPool2dBackwardFunction.call(grad_output, offsets, ctx.input_size), None
 
     @staticmethod
     def tangent(ctx, input_tangent, _):

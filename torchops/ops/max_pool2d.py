@@ -18,14 +18,13 @@ from torchops.ops._autograd import (
 from torchops.ops._drop_in import drop_in, native_only
 from torchops.ops._max_rules import backward_only, register_max
 from torchops.ops._shape import (
-    pool_numbers,
     pooled_shape,
     single,
     suggest_memory_format,
+    window_numbers,
 )
 
 _max_pool2d = kernel("max_pool2d")
-_with_offsets = kernel("max_pool2d_with_offsets")
 _indices = kernel("max_pool2d_indices")
 
 
@@ -57,17 +56,29 @@ def max_pool2d(
     Complexity: reads the input once, writes the output once, and for backward one byte per output
     (four where the window has more than 256 taps) instead of native's eight.
     """
-    if type(ceil_mode) is not bool:  # among the numbers of a pool, 1 would pass for True
-        raise TypeError("max_pool2d: ceil_mode must be bool")
-    pool = pool_numbers(kernel_size, stride, padding, dilation, ceil_mode)
+    pool = max_pool_numbers(kernel_size, stride, padding, dilation, ceil_mode)
     if return_indices:
         output, offsets = MaxPool2dFunction.call(input, pool)
         return output, _indices(offsets, input.shape, pool)
     if only_backward(input):
-        return _apply_backward_only(input, pool)
+        return train_max_pool2d(input, pool)
     if differentiable(input):
         return MaxPool2dFunction.apply(input, pool)[0]
     return _max_pool2d(input, pool)
+
+
+def max_pool_numbers(
+    kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> tuple[Any, ...]:
+    """The arguments as the operators take them: one list, in which 1 would pass for True."""
+    if type(ceil_mode) is not bool:
+        raise TypeError("max_pool2d: ceil_mode must be bool")
+    if type(kernel_size) is type(stride) is type(padding) is type(dilation) is int:
+        return (
+            kernel_size, kernel_size, stride, stride, padding, padding, dilation, dilation,
+            ceil_mode,
+        )  # fmt: skip  # the usual case, 1 us sooner
+    return (*window_numbers(kernel_size, stride, padding, dilation), ceil_mode)
 
 
 @drop_in(F.max_pool1d)
@@ -102,7 +113,7 @@ max_pool3d = native_only("max_pool3d", F.max_pool3d)
 class MaxPool2dFunction(Function):
     """(output, offsets) of the pooling; backward and tangent follow the winners."""
 
-    forward = staticmethod(_with_offsets)
+    forward = staticmethod(kernel("max_pool2d_with_offsets"))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -126,7 +137,7 @@ class MaxPool2dFunction(Function):
         return MaxPool2dGatherFunction.call(input_tangent, offsets, ctx.rest[1]), None
 
 
-_apply_backward_only = backward_only(MaxPool2dFunction)
+train_max_pool2d = backward_only("max_pool2d", MaxPool2dFunction)
 
 
 class MaxPool2dBackwardFunction(Function):

@@ -265,7 +265,7 @@ void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
     using T = typename decltype(tag)::type;
     if constexpr (std::is_same_v<acc_t<T>, float>) {
       Plan<T> plan(p);
-      if (winograd_grad_weight_pays(plan.c) && sum_winograd(plan)) return;
+      if (winograd_pays(plan.c) && sum_winograd(plan)) return;
     }
     const Plan<T> plan(p);
     if (plan.share_size() == 0) return;

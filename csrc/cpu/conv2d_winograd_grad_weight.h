@@ -15,10 +15,6 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-inline bool winograd_grad_weight_pays(const Correlation& c) {
-  return is_winograd_window(c) && c.channels >= 16 && c.columns >= 16 && Tiles(c).count >= 32;
-}
-
 // Work space of one thread.
 template <typename T>
 class WinogradGradWeight {

@@ -14,13 +14,6 @@ namespace {
 
 constexpr int kPoints = 16;  // of a transformed window
 
-inline bool is_winograd_window(const Correlation& c) {
-  const auto fits = [](const Axis& a) {
-    return a.taps == 3 && a.step == 1 && a.tap_offset == 1 && a.out_step == 1;
-  };
-  return c.groups == 1 && fits(c.height) && fits(c.width);
-}
-
 // Consecutive tiles in one row of tiles of one image.
 struct TileRun { int64_t start, length, image, y, x; };
 
@@ -45,6 +38,14 @@ struct Tiles {
     return placed;
   }
 };
+
+inline bool winograd_pays(const Correlation& c) {
+  const auto fits = [](const Axis& a) {
+    return a.taps == 3 && a.step == 1 && a.tap_offset == 1 && a.out_step == 1;
+  };
+  return c.groups == 1 && fits(c.height) && fits(c.width) && c.channels >= 16 && c.columns >= 16 &&
+         Tiles(c).count >= 32;
+}
 
 // Images in either format.
 template <typename T>

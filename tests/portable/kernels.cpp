@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/parallel.h"
+#include "core/thread_count.h"
 #include "core/vec.h"
 #include "ops/adaptive_avg_pool2d.h"
 #include "ops/adaptive_max_pool2d.h"
@@ -24,6 +25,8 @@ void parallel_ranges(int64_t count, int64_t, RangeFunction function, void* conte
   function(0, count / 2, context);
   function(count / 2, count, context);
 }
+
+int64_t thread_count() { return 2; }
 
 }  // namespace torchops
 

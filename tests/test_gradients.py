@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import torchops.functional
 from support import (
     as_function,
     assert_within_rule,
@@ -64,3 +65,40 @@ def test_first_derivatives(case, sample, memory_format):
 def test_second_derivatives(case, sample, memory_format):
     call, inputs = differentiable_call(case, sample, memory_format)
     torch.autograd.gradgradcheck(call, inputs, check_fwd_over_rev=True, check_batched_grad=True)
+
+
+IMAGE, WEIGHT = torch.ones(1, 2, 3, 3), torch.ones(4, 2, 3, 3, requires_grad=True)
+LINEAR = {
+    "avg_pool2d": lambda ops, x: ops.avg_pool2d(x, 2),
+    "max_pool2d": lambda ops, x: ops.max_pool2d(x, 2),
+    "adaptive_avg_pool2d": lambda ops, x: ops.adaptive_avg_pool2d(x, 3),
+    "adaptive_max_pool2d": lambda ops, x: ops.adaptive_max_pool2d(x, 3),
+    "global average": lambda ops, x: ops.adaptive_avg_pool2d(x, 1),
+    "bias": lambda ops, x: ops.conv2d(IMAGE, WEIGHT, x),
+    "bias alone": lambda ops, x: ops.conv2d(IMAGE, WEIGHT.detach(), x),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("create_graph", [True, False])
+def test_a_linear_gradient_requires_grad_where_native_has_it(name, create_graph):
+    x = torch.randn(4 if "bias" in name else (2, 3, 8, 6), requires_grad=True)
+    needs = []
+    for ops in (torchops.functional, torch.nn.functional):
+        output = LINEAR[name](ops, x)
+        (gradient,) = torch.autograd.grad(
+            output, x, torch.ones_like(output), create_graph=create_graph
+        )
+        needs.append((gradient.requires_grad, gradient.is_leaf))
+    assert needs[0] == needs[1]
+
+
+@pytest.mark.parametrize("name", ["max_pool2d", "adaptive_max_pool2d"])
+def test_third_derivative_of_a_max_pool(name):
+    """The gather that a second derivative takes is differentiable, too."""
+    x, g, v = (torch.randn(2, 3, size, size, requires_grad=True) for size in (6, 3, 6))
+    pool = LINEAR[name](torchops.functional, x)
+    (grad_input,) = torch.autograd.grad(pool, x, g, create_graph=True)
+    (gathered,) = torch.autograd.grad(grad_input, g, v, create_graph=True)
+    (scattered,) = torch.autograd.grad(gathered, v, g)
+    torch.testing.assert_close(scattered, grad_input)

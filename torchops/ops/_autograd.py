@@ -116,6 +116,18 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
         ctx.save_for_forward(*tensors)
 
 
+def depending(grad_output: Tensor) -> Tensor:
+    """`grad_output` for a gradient that is linear in it, under create_graph=True.
+
+    Native's gradient requires grad there, because its operators take what the layer took.
+    """
+    if not is_grad_enabled() or grad_output.requires_grad or is_dynamo_compiling():
+        return grad_output
+    if transforms_active() or forward_ad._current_level >= 0:
+        return grad_output
+    return grad_output.detach().requires_grad_()
+
+
 def _caller(function: type[Function]) -> Callable[..., Any]:
     """`function.call`: what `differentiable` and `apply` do, in one frame.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchops.ops._autograd import (
     Function,
+    depending,
     differentiable,
     kernel,
     only_backward,
@@ -89,7 +90,9 @@ class AdaptiveMaxPool2dFunction(Function):
         if grad_output is None:
             return None, None
         (offsets,) = ctx.saved_tensors
-        return AdaptiveMaxPool2dBackwardFunction.call(grad_output, offsets, ctx.rest[0]), None
+        return AdaptiveMaxPool2dBackwardFunction.call(
+            depending(grad_output), offsets, ctx.rest[0]
+        ), None
 
     @staticmethod
     def tangent(ctx, input_tangent, _):

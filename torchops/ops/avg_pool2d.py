@@ -12,6 +12,7 @@ from torchops.ops._autograd import (
     BelowAutograd,
     Function,
     call_operator,
+    depending,
     fold_batch,
     kernel,
     only_backward,
@@ -123,7 +124,7 @@ class AvgPool2dFunction(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        return AvgPool2dBackwardFunction.call(grad_output, *ctx.rest), None
+        return AvgPool2dBackwardFunction.call(depending(grad_output), *ctx.rest), None
 
     @staticmethod
     def tangent(ctx, input_tangent, *_):
@@ -149,7 +150,9 @@ class AvgPool2dBackwardOnly(torch.autograd.Function):
     def backward(ctx, grad_output):
         size, strides, pool = ctx.rest
         channels_last = strides_are_channels_last(size, strides)
-        return AvgPool2dBackwardFunction.call(grad_output, size, pool, channels_last), None
+        return AvgPool2dBackwardFunction.call(
+            depending(grad_output), size, pool, channels_last
+        ), None
 
 
 train_avg_pool2d = plain_apply(AvgPool2dBackwardOnly)

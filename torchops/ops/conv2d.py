@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchops.ops import _conv2d_rules as rules
-from torchops.ops._autograd import Function, kernel, register, save
+from torchops.ops._autograd import Function, depending, kernel, register, save
 from torchops.ops._drop_in import drop_in, native_only
 from torchops.ops._shape import pair, single
 
@@ -232,7 +232,8 @@ class Conv2dFunction(Function):
                 input, grad_output, weight.shape, *ctx.window, channels_last
             )
         if needs_bias:
-            grad_bias = grad_output.sum([0, *range(2, grad_output.dim())])
+            linear = depending(grad_output) if needs_input or needs_weight else grad_output
+            grad_bias = linear.sum([0, *range(2, grad_output.dim())])
         return grad_input, grad_weight, grad_bias, None, None, None, None
 
     @staticmethod

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchops.ops._autograd import (
     Function,
+    depending,
     differentiable,
     kernel,
     only_backward,
@@ -129,7 +130,7 @@ class MaxPool2dFunction(Function):
         if grad_output is None:
             return None, None
         (offsets,) = ctx.saved_tensors
-        return MaxPool2dBackwardFunction.call(grad_output, offsets, *ctx.rest), None
+        return MaxPool2dBackwardFunction.call(depending(grad_output), offsets, *ctx.rest), None
 
     @staticmethod
     def tangent(ctx, input_tangent, *_):

@@ -1,14 +1,17 @@
 // Largest values of windows, backward: gradients to where the winners stood, summed in fp32.
 //
-// Where outputs are few, they scatter into zeros. Else each register of grad_input gathers from the
-// windows that cover it and is written once: in contiguous planes by max_backward_planes.cpp; in
-// channels_last, where lanes are channels, here. Where those windows are many, separably: a row's
-// winner in the columns of a window is the same for every window row that takes in the row, so the
-// gradients of windows that differ by rows only are added first, and then gathered along the row.
+// In contiguous planes windows scatter into zeros, in order; those of few taps that are 1 apart
+// have their own kernel (max_backward_planes.cpp), and so has a window that is the whole plane
+// (max_whole.cpp). In channels_last, where lanes are channels, each register of grad_input gathers
+// from the windows that cover it and is written once. Where those windows are many, separably: a
+// row's winner in the columns of a window is the same for every window row that takes in the row,
+// so the gradients of windows that differ by rows only are added first, and then gathered along the
+// row.
 //
-// In the order of max_forward.cpp: 1.7 / 1.8, 1.3 / 3.6, 0.95 / 1.8 and 0.88 / 1.6.
-// Slower: scattering all, one by one, at 20 cycles an output, since a sum waits for the one before;
-// a memset of kilobytes before a scatter leaves its lines outside the cache.
+// In the order of max_forward.cpp: 1.5 / 1.9, 1.2 / 4.3, 1.4 / 1.8 and 1.0 / 1.7. Small maps
+// contiguous, by the same command: max_pool2d:mb8_ic480ih14kh3sh2 0.85, where a call costs more
+// than native's.
+// Slower: memset in front of a scatter, which leaves the lines outside the cache.
 #include "cpu/max_backward.h"
 #include "core/parallel.h"
 #include "cpu/channel_blocks.h"
@@ -130,13 +133,16 @@ void gather_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, const Cove
 
 // ---- scatter ----------------------------------------------------------------------------------
 
-// A single memset of much would leave little of it in the cache.
-inline void zero(void* memory, int64_t bytes) {
-  constexpr int64_t kAtOnce = 1024;
-  for (int64_t i = 0; i < bytes; i += kAtOnce) {
-    std::memset(static_cast<char*>(memory) + i, 0, bytes - i < kAtOnce ? bytes - i : kAtOnce);
-  }
+// GCC would make a memset of it.
+[[gnu::optimize("no-tree-loop-distribute-patterns")]] void zero(void* memory, int64_t bytes) {
+  char* to = static_cast<char*>(memory);
+  const VecI32 zeros = {};
+  for (; bytes >= kVecBytes; bytes -= kVecBytes, to += kVecBytes)
+    std::memcpy(to, &zeros, kVecBytes);
+  for (; bytes > 0; --bytes) *to++ = 0;
 }
+
+constexpr int64_t kAtOnce = 4096;  // elements that become zero before any is added to
 
 // Images of `channels` side by side: planes, if 1.
 template <typename T, typename O>
@@ -149,14 +155,22 @@ class Scatter {
         row_size_(p.width.length * channels),
         size_(p.in_plane() * channels),
         taps_(p.height.taps * p.width.taps),
-        steps_(taps_ > 256 ? taps_ : 256) {
+        steps_(taps_ > 256 ? taps_ : 256),
+        windows_(is_small() ? p.out_plane() : 0) {
     for (int64_t tap = 0; tap < taps_ || tap < 256; ++tap) {
       const int64_t row = tap / width_.taps * height_.dilation;
       const int64_t column = tap % width_.taps * width_.dilation;
       steps_.get()[tap] = row * row_size_ + column * channels_;
     }
+    int64_t* window = windows_.get();
+    for (int64_t oh = 0; is_small() && oh < height_.outputs; ++oh) {
+      for (int64_t ow = 0; ow < width_.outputs; ++ow)
+        *window++ = height_.position(oh, 0) * row_size_ + width_.position(ow, 0);
+    }
   }
-  // Adds to one image, which is zero already, or is made so row by row.
+  // Whether images are planes that become zero many at a time, and then take all windows in one go.
+  bool is_small() const { return channels_ == 1 && size_ < kAtOnce; }
+  // Adds to one image, which is small and zero already, or is made so row by row.
   template <typename To>
   void image(const T* grad, const O* offset, To* to, bool is_zero) const {
     const int64_t outputs = width_.outputs;
@@ -167,7 +181,12 @@ class Scatter {
       if (static_cast<uint64_t>(i) < static_cast<uint64_t>(size_))
         to[i] = from_acc<To>(to_acc(to[i]) + to_acc(g));
     };
-    int64_t zeroed = is_zero ? height_.length : 0;
+    if (is_zero) {
+      const int64_t count = height_.outputs * outputs;
+      for (int64_t o = 0; o < count; ++o) add(windows_.get()[o], offset[o], grad[o]);
+      return;
+    }
+    int64_t zeroed = 0;
     for (int64_t oh = 0; oh < height_.outputs; ++oh) {
       const int64_t last = height_.position(oh, height_.inside[oh].end - 1) + 1;
       if (last > zeroed) {
@@ -192,7 +211,8 @@ class Scatter {
  private:
   const MaxAxis &height_, &width_;
   int64_t channels_, row_size_, size_, taps_;
-  Scratch<int64_t> steps_;  // from a window's first position to its taps
+  Scratch<int64_t> steps_;    // from a window's first position to its taps
+  Scratch<int64_t> windows_;  // their first positions
 };
 
 // Images [begin, end). Where several windows may add to one place of a half type, sums are formed
@@ -204,8 +224,6 @@ void scatter_images(const MaxWindows& p, int64_t channels, bool overlap, const T
   const Scatter<T, O> scatter(p, channels);
   const bool exact = overlap && !std::is_same_v<T, acc_t<T>>;
   Scratch<acc_t<T>> sums(exact ? size : 0);
-  // Small images become zero many at a time.
-  constexpr int64_t kAtOnce = 4096;
   int64_t zeroed = begin;
   for (int64_t image = begin; image < end; ++image) {
     const T* grad = grad_output + image * outputs;
@@ -218,7 +236,7 @@ void scatter_images(const MaxWindows& p, int64_t channels, bool overlap, const T
       });
       continue;
     }
-    if (image == zeroed && size < kAtOnce) {
+    if (image == zeroed && scatter.is_small()) {
       zeroed = image + kAtOnce / size < end ? image + kAtOnce / size : end;
       zero(to, (zeroed - image) * size * sizeof(T));
     }
@@ -254,7 +272,6 @@ void backward(const MaxWindows& p, const T* grad_output, const O* offsets, T* gr
       scatter_images(p, channels, overlap, grad_output, offsets, grad_input, begin, end);
     });
   };
-  // Few outputs scatter; in planes also those that no register of windows can take.
   if (p.channels_last) {
     if (!overlap && inputs >= 16 * outputs) return scatter(p.batch, p.channels);
     gather(p, above, left, grad_output, offsets, grad_input);
@@ -268,6 +285,7 @@ void backward(const MaxWindows& p, const T* grad_output, const O* offsets, T* gr
 
 void max_backward(const MaxWindows& p, const void* grad_output, const void* offsets,
                   void* grad_input) {
+  if (is_whole(p)) return max_backward_whole(p, grad_output, offsets, grad_input);
   dispatch_dtype(p.dtype, [&](auto scalar) {
     using T = typename decltype(scalar)::type;
     with_offsets(p, [&](auto offset) {

@@ -39,7 +39,7 @@ class Covering {
 
 }  // namespace
 
-// Contiguous planes whose windows are 1 or 2 apart along the row; see max_backward_planes.cpp.
+// Contiguous planes whose windows are 1 apart and have few taps; see max_backward_planes.cpp.
 bool gathers_in_planes(const MaxWindows&);
 void max_backward_planes(const MaxWindows&, const void* grad_output, const void* offsets,
                          void* grad_input);

@@ -1,12 +1,18 @@
-// Largest values of windows in contiguous planes, backward: a row of grad_input gathers from the
-// windows that cover it, in fp32, and is written once. Windows are 1 or 2 apart along the row.
+// Largest values of windows 1 apart in contiguous planes, backward: grad_input gathers from the
+// windows that cover it, in fp32, and is written once.
+//
+// Rows of windows stand one behind the other, and so do planes, `pitch` from one row to the next:
+// window w passes its gradient to its tap (r, c) at place w + pitch * r + c, and since a winner
+// lies inside the plane, no two positions of the input meet at a place, if the pitch holds a row of
+// windows and one of positions. So registers run over the ends of rows and of planes, in strips of
+// rows that stay in the L1 cache.
 //
 // Separable: a row's winner in the columns of a window is the same for every window row that takes
-// in the row, so the gradients of windows that differ by rows only are added first, lanes being
-// windows, and then gathered along the row: where windows are 2 apart, into even and odd positions,
-// which are interleaved in registers.
+// in the row, so the gradients of windows that differ by rows only are added first, and then
+// gathered along the row.
 //
 // Registers reach beyond the end of a row wherever memory allows: rows are written in order.
+// Slower: windows 2 apart, with even and odd places apart; 5 x 5 taps.
 #include "core/parallel.h"
 #include "cpu/max_backward.h"
 #include "cpu/phase_rows.h"
@@ -14,209 +20,236 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-// The windows of one row that cover a row of the input, and the offset of their first tap there.
-template <typename T, typename O>
-struct WindowRow {
-  const T* grad;
-  const O* offset;
-  int64_t first;
+constexpr int64_t kStrip = 512;   // places, at least
+constexpr int64_t kMostTaps = 9;  // of a window; above, a scatter is faster
+
+// An axis as a run of places.
+struct Places {
+  explicit Places(const MaxAxis& axis)
+      : padding(-axis.start[0]),
+        reach((axis.taps - 1) * axis.dilation),
+        pitch(axis.length > axis.outputs ? axis.length : axis.outputs) {}
+  int64_t padding;
+  int64_t reach;  // from a window's first place to its last
+  int64_t pitch;
 };
 
-// Rows of sums: for each window, the gradients that its column passes to one row of the input, and
-// the column tap that they pass it to.
 template <typename T, typename O>
-class RowSums {
+class Strip {
  public:
   using A = acc_t<T>;
 
-  explicit RowSums(const MaxAxis& width)
-      : width_(width),
-        lead_((width.taps - 1) * width.dilation / width.stride),
-        size_(lead_ + room()),
-        ahead_(rows_ahead(2 * (width.outputs / kLanes<T> + 1))),
-        slots_(power_of_two_from(ahead_ + 1)),
-        sums_(slots_ * size_),
-        columns_(slots_ * size_),
-        windows_(width.outputs + kGroup * kLanes<T>) {
-    sums_.zero();
-    columns_.zero();
-    windows_.zero();
-    for (int64_t o = 0; o < width.outputs; ++o) windows_.get()[o] = -1;
-  }
-  int64_t ahead() const { return ahead_; }
+  Strip(const MaxWindows& p, const T* grad_output, const O* offsets, T* grad_input)
+      : p_(p),
+        grad_output_(grad_output),
+        offsets_(offsets),
+        grad_input_(grad_input),
+        h_(p.height),
+        w_(p.width),
+        pitch_(w_.pitch),
+        halo_(h_.reach + (w_.reach + pitch_ - 1) / pitch_),
+        rows_(kStrip / pitch_ + halo_ + 1),
+        size_(rows_ * pitch_ + w_.padding),
+        room_(size_ + 2 * kLanes<T>),
+        grads_(halo_ * pitch_ + room_),
+        winners_(halo_ * pitch_ + room_),
+        sums_(w_.reach + room_),
+        columns_(w_.reach + room_),
+        results_(room_) {}
 
-  // Row i, in the place of an earlier one that is more than ahead() rows back, from `count` rows of
-  // windows, of the last of which `readable` elements may be read.
-  void add(int64_t i, const WindowRow<T, O>* rows, int64_t count, int64_t readable) const {
-    switch (count) {
-      case 1: return add<1>(i, rows, count, readable);
-      case 2: return add<2>(i, rows, count, readable);
-      case 3: return add<3>(i, rows, count, readable);
-      default: return add<0>(i, rows, count, readable);
+  // Rows of grad_input, counted through all planes.
+  void run(int64_t begin, int64_t end) const {
+    const int64_t H = p_.height.length;
+    int64_t plane = begin / H, ih = begin % H;
+    while (begin < end) {
+      const int64_t first = plane * h_.pitch + ih + h_.padding;
+      const int64_t next = stage(first);
+      add_rows(next);
+      gather(grad_input_ + begin * p_.width.length);
+      int64_t row = 0;
+      for (; begin < end && row < rows_; ++begin, ++row) {
+        write(begin, row, end);
+        // Between planes may be places that are no position.
+        if (++ih == H) ih = 0, ++plane, row += h_.pitch - H;
+      }
     }
-  }
-  // A row of grad_input from row i; `writable` elements may be written.
-  void gather(int64_t i, T* row, int64_t writable) const {
-    const bool dense = width_.dilation == 1;
-    if (width_.stride == 1) {
-      return gather<1, 0>(i, row, writable);
-    }
-    if (dense && width_.taps == 2) return gather<2, 2>(i, row, writable);
-    if (dense && width_.taps == 3) return gather<2, 3>(i, row, writable);
-    gather<2, 0>(i, row, writable);
   }
 
  private:
-  // kCount fixes the rows of windows where it is not 0.
-  template <int kCount>
-  void add(int64_t i, const WindowRow<T, O>* rows, int64_t count, int64_t readable) const {
-    constexpr int64_t L = kLanes<T>;
-    if constexpr (kCount > 0) count = kCount;
-    for_each_few<T>(width_.outputs, [&](int64_t o, auto registers) {
-      if (o + registers * L <= readable) return add_registers<registers>(i, rows, count, o, L);
-      for (int u = 0; u < registers; ++u, o += L) {
-        if (o < readable) {
-          const int64_t rest = readable - o;
-          add_registers<1>(i, rows, count, o, static_cast<int>(rest < L ? rest : L));
-        }
-      }
-    });
+  // The windows of the rows of places from `first` on, and of those in front that they need. Gives
+  // the first window behind them.
+  int64_t stage(int64_t first) const {
+    const int64_t OH = p_.height.outputs, OW = p_.width.outputs;
+    const int64_t all = p_.planes() * h_.pitch, end = first + rows_;
+    int64_t to = 0, behind = 0;
+    for (int64_t row = first - halo_, next; row < end; row = next) {
+      const int64_t plane = row / h_.pitch, oh = row % h_.pitch;
+      const bool some = row >= 0 && row < all && oh < OH;
+      next = row < 0 ? 0 : row - oh + (some ? OH : h_.pitch);
+      if (row >= all) next = end;
+      if (some && OH == h_.pitch) next = all;
+      if (next > end) next = end;
+      const int64_t at = (plane * OH + oh) * OW;
+      if (some) behind = at + (next - row) * OW;
+      const int64_t joined = !some || OW == pitch_ ? next - row : 1;
+      for (int64_t i = row; i < next; i += joined, to += joined * pitch_)
+        stage_windows(at + (i - row) * OW, some ? joined * OW : 0, joined * pitch_, to);
+    }
+    stage_windows(0, 0, halo_ * pitch_ + room_ - kLanes<T> - to, to);
+    return behind;
   }
-  template <int registers>
-  [[gnu::always_inline]] void add_registers(int64_t i, const WindowRow<T, O>* rows, int64_t count,
-                                            int64_t o, int lanes) const {
+  // `count` windows, and none in the places behind them.
+  void stage_windows(int64_t at, int64_t count, int64_t places, int64_t to) const {
+    const int64_t all = p_.planes() * p_.out_plane();
+    const T* const grad = grad_output_ + at;
+    const O* const offset = offsets_ + at;
+    A* const grads = grads_.get() + to;
+    lane_t<T>* const winners = winners_.get() + to;
+    for (int64_t i = 0; i < places; i += kLanes<T>) {
+      const int64_t rest = count - i, readable = all - at - i;
+      store<A>(grads + i, load_filled(grad + i, rest, readable, Vec<T>{}));
+      const Mask<T> found = load_winners(offset + i, rest, readable);
+      std::memcpy(winners + i, &found, sizeof(found));
+    }
+  }
+  // Offsets of `count` windows, and -1 in the lanes behind them.
+  static Mask<T> load_winners(const O* from, int64_t count, int64_t readable) {
+    constexpr int64_t L = kLanes<T>;
+    if (count <= 0) return same_in_all<T>(-1);
+    const int lanes = static_cast<int>(count < L ? count : L);
+    const Mask<T> found = load_offsets<T>(from, readable < L ? lanes : L);
+    return lanes < L ? found | ~first_lanes<T>(lanes) : found;
+  }
+
+  // Meanwhile memory fetches the windows from `next` on: read all at once, they are waited for.
+  void add_rows(int64_t next) const {
+    switch (p_.height.taps) {
+      case 2: return add_rows<2>(next);
+      case 3: return add_rows<3>(next);
+      default: return add_rows<0>(next);
+    }
+  }
+  // For each window, the gradients that its column passes to one row of places, and the column tap
+  // that they pass it to. kTaps fixes the rows of taps where it is not 0.
+  template <int kTaps>
+  void add_rows(int64_t next) const {
     typedef std::make_unsigned_t<lane_t<T>> Unsigned __attribute__((vector_size(kVecBytes)));
     constexpr int64_t L = kLanes<T>;
-    const Unsigned taps = bit_cast<Unsigned>(same_in_all<T>(width_.taps));
-    Vec<T> sum[registers] = {};
-    Mask<T> column[registers] = {};
-    const auto add_row = [&](const WindowRow<T, O>& from,
-                             auto is_first) __attribute__((always_inline)) {
-      const Mask<T> first = same_in_all<T>(from.first);
-      repeat<registers>([&](int u) __attribute__((always_inline)) {
-        const Mask<T> tap = load_offsets<T>(from.offset + o + u * L, lanes) - first;
+    // A store might change any member, as far as the compiler knows.
+    const int64_t from = halo_ * pitch_ - w_.reach, size = w_.reach + size_;
+    const int64_t count = kTaps > 0 ? kTaps : p_.height.taps, columns = p_.width.taps;
+    const int64_t step = p_.height.dilation * pitch_, furthest = (count - 1) * step;
+    const Unsigned taps = bit_cast<Unsigned>(same_in_all<T>(columns));
+    const T* const next_grads = grad_output_ + next;
+    const O* const next_offsets = offsets_ + next;
+    const A* const grads = grads_.get() + from;
+    const lane_t<T>* const winners = winners_.get() + from;
+    A* const sums = sums_.get();
+    lane_t<T>* const found = columns_.get();
+    for (int64_t i = 0; i < size; i += L) {
+      __builtin_prefetch(next_grads + i);
+      __builtin_prefetch(next_offsets + i);
+      Vec<T> sum = {};
+      Mask<T> column = same_in_all<T>(-1);
+      // The furthest window first: sums are in the order of windows.
+      const auto add = [&](int64_t k) __attribute__((always_inline)) {
+        const int64_t at = i - furthest + k * step;
+        Mask<T> tap;
+        std::memcpy(&tap, winners + at, sizeof(tap));
+        tap -= same_in_all<T>((count - 1 - k) * columns);
         const Mask<T> won = bit_cast<Unsigned>(tap) < taps;
-        const Vec<T> g = load_partial(from.grad + o + u * L, lanes);
-        sum[u] += bit_cast<Vec<T>>(bit_cast<Mask<T>>(g) & won);
-        // A window that passes nothing on may say to where.
-        column[u] = is_first ? tap : (won ? tap : column[u]);
-      });
-    };
-    if (count > 0) add_row(rows[0], std::true_type{});
-    for (int64_t k = 1; k < count; ++k) add_row(rows[k], std::false_type{});
-    const int64_t to = at(i) + o;
-    repeat<registers>([&](int u) __attribute__((always_inline)) {
-      Mask<T> window;
-      std::memcpy(&window, windows_.get() + o + u * L, sizeof(window));
-      store<A>(sums_.get() + to + u * L, bit_cast<Vec<T>>(bit_cast<Mask<T>>(sum[u]) & window));
-      std::memcpy(columns_.get() + to + u * L, &column[u], sizeof(column[u]));
-    });
+        sum += bit_cast<Vec<T>>(bit_cast<Mask<T>>(load<A>(grads + at)) & won);
+        column = won ? tap : column;
+      };
+      if constexpr (kTaps > 0) {
+        repeat<kTaps>(add);
+      } else {
+        for (int64_t k = 0; k < count; ++k) add(k);
+      }
+      store<A>(sums + i, sum);
+      std::memcpy(found + i, &column, sizeof(column));
+    }
   }
 
-  // A register of positions, or an even and an odd one, at a time. kTaps fixes the taps where it is
-  // not 0.
-  template <int kStride, int kTaps>
-  void gather(int64_t i, T* row, int64_t writable) const {
+  // Meanwhile memory fetches the grad_input from `target` on.
+  void gather(const T* target) const {
+    switch (p_.width.taps) {
+      case 2: return gather<2>(target);
+      case 3: return gather<3>(target);
+      default: return gather<0>(target);
+    }
+  }
+  // What the windows of each column pass to a place. kTaps fixes the taps where it is not 0.
+  template <int kTaps>
+  void gather(const T* target) const {
     constexpr int64_t L = kLanes<T>;
-    const int64_t padding = -width_.start[0], length = width_.length;
-    const int64_t from = at(i) + padding / kStride;
-    const bool odd = padding % kStride != 0;  // the first position
-    for (int64_t x = 0; x < length; x += kStride * L) {
-      Vec<T> sum[kStride];
-      sum[0] = gather_taps<kStride, kTaps, 0>(from + x / kStride + odd);
-      if constexpr (kStride == 2) {
-        const Vec<T> v = gather_taps<kStride, kTaps, 1>(from + x / kStride);
-        const Vec<T> first = odd ? v : sum[0], second = odd ? sum[0] : v;
-        sum[0] = zip_low(first, second, kLaneNumbers<T>);
-        sum[1] = zip_high(first, second, kLaneNumbers<T>);
+    const int64_t size = size_, taps = p_.width.taps, step = p_.width.dilation;
+    const A* const sums = sums_.get() + w_.reach;
+    const lane_t<T>* const columns = columns_.get() + w_.reach;
+    A* const to = results_.get();
+    for (int64_t i = 0; i < size; i += L) {
+      __builtin_prefetch(target + i, 1);
+      Vec<T> sum = {};
+      const auto add = [&](int64_t k) __attribute__((always_inline)) {
+        Mask<T> column;
+        std::memcpy(&column, columns + i - k * step, sizeof(column));
+        const Vec<T> g = load<A>(sums + i - k * step);
+        sum += bit_cast<Vec<T>>(bit_cast<Mask<T>>(g) & (column == same_in_all<T>(k)));
+      };
+      if constexpr (kTaps > 0) {
+        repeat<kTaps>(add);
+      } else {
+        for (int64_t k = 0; k < taps; ++k) add(k);
       }
-      const int64_t rest = writable - x;
-      repeat<kStride>([&](int f) __attribute__((always_inline)) {
-        if (rest >= (f + 1) * L)
-          store(row + x + f * L, sum[f]);
-        else if (rest > f * L)
-          store_partial(row + x + f * L, sum[f], static_cast<int>(rest - f * L));
-      });
+      store<A>(to + i, sum);
     }
   }
-  // What the windows from `from` on, and those before, pass to their taps k of this phase, which
-  // is k * dilation % kStride.
-  template <int kStride, int kTaps, int kPhase>
-  [[gnu::always_inline]] Vec<T> gather_taps(int64_t from) const {
-    Vec<T> sum = {};
-    const auto add = [&](int64_t window, int64_t k) __attribute__((always_inline)) {
-      Mask<T> column;
-      std::memcpy(&column, columns_.get() + from - window, sizeof(column));
-      const Vec<T> g = load<A>(sums_.get() + from - window);
-      sum += bit_cast<Vec<T>>(bit_cast<Mask<T>>(g) & (column == same_in_all<T>(k)));
-    };
-    if constexpr (kTaps > 0) {
-      repeat<(kTaps - kPhase + kStride - 1) / kStride>(
-          [&](int j) __attribute__((always_inline)) { add(j, kPhase + j * kStride); });
-    } else {
-      for (int64_t k = 0; k < width_.taps; ++k) {
-        const int64_t step = k * width_.dilation;
-        if (step % kStride == kPhase) add(step / kStride, k);
-      }
+
+  // Row `row` of grad_input, from row `place` of the strip; rows from `end` on are another's.
+  void write(int64_t row, int64_t place, int64_t end) const {
+    constexpr int64_t L = kLanes<T>;
+    const int64_t W = p_.width.length, writable = (end - row) * W;
+    const A* from = results_.get() + place * pitch_ + w_.padding;
+    T* to = grad_input_ + row * W;
+    for (int64_t i = 0; i < W; i += L) {
+      const Vec<T> v = load<A>(from + i);
+      if (writable - i >= L)
+        store(to + i, v);
+      else
+        store_partial(to + i, v, static_cast<int>(writable - i));
     }
-    return sum;
   }
 
-  // From the first window on, up to the end of what is written or read.
-  int64_t room() const {
-    const int64_t columns = (width_.length - width_.start[0]) / width_.stride;
-    return (columns > width_.outputs ? columns : width_.outputs) + kGroup * kLanes<T>;
-  }
-  int64_t at(int64_t i) const { return (i & (slots_ - 1)) * size_ + lead_; }
-
-  const MaxAxis& width_;
-  int64_t lead_, size_;  // zeros in front of a row, elements of a row
-  int64_t ahead_, slots_;
+  const MaxWindows& p_;
+  const T* grad_output_;
+  const O* offsets_;
+  T* grad_input_;
+  Places h_, w_;
+  int64_t pitch_, halo_, rows_, size_, room_;  // of places: in a row, rows in front, rows, in all
+  Scratch<A> grads_;
+  Scratch<lane_t<T>> winners_;
   Scratch<A> sums_;
-  Scratch<lane_t<T>> columns_, windows_;  // windows: which lanes are some
+  Scratch<lane_t<T>> columns_;
+  Scratch<A> results_;
 };
-
-template <typename T, typename O>
-void gather_rows(const MaxWindows& p, const Covering& above, const T* grad_output, const O* offsets,
-                 T* grad_input, int64_t begin, int64_t end) {
-  const int64_t H = p.height.length, W = p.width.length, OW = p.width.outputs;
-  const int64_t all = p.planes() * p.out_plane();
-  const RowSums<T, O> sums(p.width);
-  Scratch<WindowRow<T, O>> rows(above.most() + 1);
-  int64_t plane = begin / H, ih = begin % H;
-  for (int64_t row = begin, done = begin; done < end; ++row) {
-    if (row < end) {
-      int64_t covering = 0, at = 0;
-      for (const auto *tap = above.begin(ih), *last = above.end(ih); tap < last; ++tap) {
-        at = plane * p.out_plane() + tap->output * OW;
-        rows.get()[covering++] = {grad_output + at, offsets + at, tap->tap * p.width.taps};
-      }
-      sums.add(row, rows.get(), covering, all - at);
-      if (++ih == H) ih = 0, ++plane;
-    }
-    if (row >= end || row - begin >= sums.ahead()) {
-      sums.gather(done, grad_input + done * W, (end - done) * W);
-      ++done;
-    }
-  }
-}
 
 }  // namespace
 
-bool gathers_in_planes(const MaxWindows& p) { return p.width.stride == 1 || p.width.stride == 2; }
+bool gathers_in_planes(const MaxWindows& p) {
+  return p.height.stride == 1 && p.width.stride == 1 && p.height.taps * p.width.taps <= kMostTaps;
+}
 
 void max_backward_planes(const MaxWindows& p, const void* grad_output, const void* offsets,
                          void* grad_input) {
-  const Covering above(p.height);
   dispatch_dtype(p.dtype, [&](auto scalar) {
     using T = typename decltype(scalar)::type;
     with_offsets(p, [&](auto offset) {
       using O = typename decltype(offset)::type;
       parallel_for(p.planes() * p.height.length, max_grain(p.width.length * 4),
                    [&](int64_t begin, int64_t end) {
-                     gather_rows(p, above, static_cast<const T*>(grad_output),
-                                 static_cast<const O*>(offsets), static_cast<T*>(grad_input), begin,
-                                 end);
+                     Strip<T, O>(p, static_cast<const T*>(grad_output),
+                                 static_cast<const O*>(offsets), static_cast<T*>(grad_input))
+                         .run(begin, end);
                    });
     });
   });

@@ -218,83 +218,8 @@ class Pool {
   Scratch<lane_t<T>> taps_;
 };
 
-// ---- one window over the whole plane
-// --------------------------------------------------------------
-
-bool takes_all(const MaxAxis& axis) {
-  return axis.outputs == 1 && axis.start[0] == 0 && axis.taps == axis.length && axis.dilation == 1;
-}
-
-// The offset that wins among lanes that saw different elements: of the last NaN, else of the first
-// maximum.
-template <typename T>
-int64_t winning_offset(const Best<T, true>& best) {
-  constexpr int L = kLanes<T>;
-  const Mask<T> nan = best.value != best.value;
-  acc_t<T> most[L];
-  lane_t<T> nans[L], firsts[L];
-  std::memcpy(most, &best.value, sizeof(most));
-  const Mask<T> last_nan = nan ? best.offset : same_in_all<T>(-1);
-  std::memcpy(nans, &last_nan, sizeof(nans));
-  for (int width = L / 2; width > 0; width /= 2) {
-    for (int l = 0; l < width; ++l) {
-      most[l] = most[l] > most[l + width] ? most[l] : most[l + width];
-      nans[l] = nans[l] > nans[l + width] ? nans[l] : nans[l + width];
-    }
-  }
-  if (nans[0] >= 0) return nans[0];
-  const Mask<T> first =
-      best.value == broadcast<T>(most[0]) ? best.offset : same_in_all<T>(INT32_MAX);
-  std::memcpy(firsts, &first, sizeof(firsts));
-  for (int width = L / 2; width > 0; width /= 2) {
-    for (int l = 0; l < width; ++l)
-      firsts[l] = firsts[l] < firsts[l + width] ? firsts[l] : firsts[l + width];
-  }
-  return firsts[0];
-}
-
-template <typename T, typename O>
-void max_of_planes(const MaxWindows& p, const T* input, T* output, O* offsets, int64_t begin,
-                   int64_t end) {
-  constexpr int64_t L = kLanes<T>;
-  const int64_t size = p.in_plane(), all = p.planes() * size;
-  constexpr int64_t kAhead = 2048 / sizeof(T);  // small planes: hardware does not see far enough
-  const Vec<T> nothing = broadcast<T>(-acc_t<T>(INFINITY));
-  Mask<T> lane;
-  for (int l = 0; l < L; ++l) lane[l] = l;
-  for (int64_t plane = begin; plane < end; ++plane) {
-    const T* from = input + plane * size;
-    prefetch<false>(from + kAhead, size < kAhead ? size : 0);
-    const auto load_some = [&](int64_t i) {
-      return load_filled(from + i, size - i, all - plane * size - i, nothing);
-    };
-    // Two chains: one would wait for itself.
-    Best<T, true> best[2] = {{load_some(0), lane}, {load_some(L), lane + same_in_all<T>(L)}};
-    Mask<T> at = lane + same_in_all<T>(2 * L);
-    for (int64_t i = 2 * L; i < size; i += 2 * L) {
-      best[0].see({load_some(i), at});
-      best[1].see({load_some(i + L), at + same_in_all<T>(L)});
-      at += same_in_all<T>(2 * L);
-    }
-    // Of two equal ones, the first; of two NaNs, the last.
-    const Best<T, true> a = best[0], b = best[1];
-    const Mask<T> later = b.offset > a.offset;
-    const Mask<T> take = (b.value > a.value) | ((b.value == a.value) & ~later) |
-                         ((b.value != b.value) & ((a.value == a.value) | later));
-    const Best<T, true> both{take ? b.value : a.value, take ? b.offset : a.offset};
-    const int64_t winner = winning_offset(both);
-    output[plane] = from[winner];
-    if (offsets) offsets[plane] = static_cast<O>(winner);
-  }
-}
-
 template <bool kOffsets, typename T, typename O>
 void forward(const MaxWindows& p, const T* input, T* output, O* offsets) {
-  if (takes_all(p.height) && takes_all(p.width)) {
-    return parallel_for(p.planes(), max_grain(p.in_plane()), [&](int64_t begin, int64_t end) {
-      max_of_planes(p, input, output, offsets, begin, end);
-    });
-  }
   parallel_for(p.planes() * p.height.outputs,
                max_grain(p.height.taps * p.width.taps * p.width.outputs),
                [&](int64_t begin, int64_t end) {

@@ -4,12 +4,14 @@
 // The weight is one operand as it lies, O x C. The images are matrices of channels x pixels,
 // contiguous, or of pixels x channels, channels_last; the output is written in place.
 //
-// Reached on Zen 3, fp32, GFLOP/s, contiguous / channels_last, of 95 by multiply-adds in registers:
-//   conv1x1:mb1_ic1280ih7oc320   forward 67 / 74, gradients 60 and 74 / 75 and 75
-//   conv1x1:mb1_ic72ih33oc200    forward 77 / 77, gradients 68 and 62 / 67 and 67
-//   conv1x1:mb1_ic16ih112oc96    forward 33 / 54, gradients 58 and 73 / 76 and 58
-// Tried without gain: tiles of 4 x 3 vectors, a depth unrolled by 4, strips of A for the transposed
-// weight, which take twice as long to copy as its rows.
+// Native's time over ours on Zen 3, fp32, contiguous / channels_last, forward and both gradients
+// (torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
+//   conv1x1:mb8_ic1024ih14oc256   1.02 / 0.97   1.14 / 1.11, of 95 GFLOP/s in registers 66 to 74
+//   conv1x1:mb8_ic2048ih7oc512    1.32 / 1.20   1.46 / 1.29
+//   conv1x1:mb1_ic1280ih7oc320    1.05 / 0.90   1.17 / 1.07
+// Tried without gain: fetching the second line of each row of C, tiles of 4 x 3 vectors, a depth
+// unrolled by 4, strips of A for the transposed weight, which take twice as long to copy as its
+// rows.
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "cpu/product.h"
@@ -62,7 +64,7 @@ void multiply_by_shares(const Product<T>& p) {
   const ProductPlan<T> plan(p);
   const Parts& rows = plan.rows;
   const RunParts& columns = plan.columns;
-  const int64_t blocks = rows.count * columns.count;
+  const int64_t blocks = plan.blocks();
   const int64_t shares =
       blocks ? product_least(product_blocks(kUnits, blocks), plan.depth.count) : 0;
   if (shares <= 1) return multiply_matrices(p);
@@ -71,14 +73,17 @@ void multiply_by_shares(const Product<T>& p) {
   const int64_t flops = 2 * rows.part * columns.part * p.b.rows.size / shares;
   parallel_for(shares * blocks, kProductGrain / flops + 1, [&](int64_t begin, int64_t end) {
     ProductUnit<T> unit(plan);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t share = item / blocks, block = item % blocks;
-      const int64_t row = rows.begin(block / columns.count);
-      const int64_t column = columns.begin(block % columns.count);
-      unit.run(row, rows.begin(block / columns.count + 1) - row, column,
-               columns.begin(block % columns.count + 1) - column, plan.depth.count * share / shares,
-               plan.depth.count * (share + 1) / shares, false, true,
-               sums.get() + share * size + row * width + column, width);
+    while (begin < end) {
+      const int64_t share = begin / blocks, last = product_least(end, (share + 1) * blocks);
+      Acc* c = sums.get() + share * size;
+      plan.for_each_group(
+          begin - share * blocks, last - share * blocks, [&](const ProductGroup& g) {
+            unit.run(g, plan.depth.count * share / shares, plan.depth.count * (share + 1) / shares,
+                     false, [&](int64_t i, int64_t j) -> Place<Acc> {
+                       return {c + rows.begin(i) * width + columns.begin(j), width, true};
+                     });
+          });
+      begin = last;
     }
   });
   parallel_for(size, 65'536 / shares, [&](int64_t begin, int64_t end) {

@@ -6,15 +6,16 @@
 // registers while all input channels and taps of the group pass. grad_input is the same with the
 // weights' channels swapped, one set of taps for each phase of the stride.
 //
-// Reached on Zen 3, fp32, contiguous / channels_last, of the 72 GFLOP/s of torch.mm there
+// channels_last of groups that fill registers goes another way: conv2d_grouped_nhwc.h.
+//
+// Native's time over ours on Zen 3, fp32, contiguous / channels_last, forward and both gradients
 // (torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
-//   conv2d:mb8_g32ic128ih56oc128kh3ph1     37 / 25 %
-//   conv2d:mb8_g3ic72ih33iw75oc72kh3ph1    66 / 87 %
+//   conv2d:mb8_g32ic128ih56oc128kh3ph1     7.14 / 1.62   8.53 / 2.08
+//   conv2d:mb8_g32ic512ih14oc512kh3ph1     0.86 / 1.61   0.80 / 1.58
+//   conv2d:mb8_g3ic72ih33iw75oc72kh3ph1    0.90 / 1.42   0.94 / 1.75
 //
 // Made no difference: 16 channels a unit in channels_last instead of 32.
-#include "cpu/conv2d_grouped.h"
-#include "core/parallel.h"
-#include "cpu/conv2d_epilogue.h"
+#include "cpu/conv2d_grouped_nhwc.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -80,30 +81,6 @@ void correlate_tile(const Tile<acc>& tile, int64_t rows, int64_t vecs,
   kTable[(rows - 1) * kTileVecs + vecs - 1](tile);
 }
 
-// The taps that one phase of the outputs meets.
-struct Taps {
-  Phase rows, columns;
-  int64_t count() const { return rows.taps * columns.taps; }
-};
-
-template <typename scalar_t>
-struct Problem {
-  Grid grid;
-  int64_t batch, groups, input_width, output_width;  // channels of a group
-  Maps<const scalar_t> input;
-  Maps<scalar_t> output;
-  const scalar_t* weight;
-  int64_t group_stride, row_stride, channel_stride, tap_columns;  // of weight
-  const scalar_t* bias;                                           // or null
-  const Epilogue* epilogue = nullptr;
-
-  Taps taps(int64_t phase) const {
-    const int64_t width = grid.output_width.step;
-    return {grid.height.phase(phase / width), grid.width.phase(phase % width)};
-  }
-  int64_t phases() const { return grid.output_height.step * grid.output_width.step; }
-};
-
 // For every phase: where its channels and taps lie in the planes, and their weights as
 // [group][part of the rows][channel][tap][row of the part].
 template <typename scalar_t>
@@ -111,7 +88,7 @@ class Plan {
   using acc = acc_t<scalar_t>;
 
  public:
-  Plan(const Problem<scalar_t>& p, const Planes<acc>& planes)
+  Plan(const Correlation<scalar_t>& p, const Planes<acc>& planes)
       : p_(p),
         taps_(p.phases() + 1),
         offsets_(p.input_width * total_taps()),
@@ -190,7 +167,7 @@ class Plan {
     });
   }
 
-  const Problem<scalar_t>& p_;
+  const Correlation<scalar_t>& p_;
   Scratch<int64_t> taps_;  // before each phase
   Scratch<int64_t> offsets_;
   Scratch<acc> weight_, bias_;
@@ -198,7 +175,7 @@ class Plan {
 
 // One group: `count` positions of all phases and output channels.
 template <typename scalar_t, typename acc = acc_t<scalar_t>>
-void correlate_group(const Problem<scalar_t>& p, const Plan<scalar_t>& plan, int64_t group,
+void correlate_group(const Correlation<scalar_t>& p, const Plan<scalar_t>& plan, int64_t group,
                      const acc* input, acc* output, const Planes<acc>& output_planes,
                      int64_t count) {
   constexpr auto kTiles = std::make_integer_sequence<int, kTileRows * kTileVecs>{};
@@ -221,10 +198,13 @@ void correlate_group(const Problem<scalar_t>& p, const Plan<scalar_t>& plan, int
 }
 
 template <typename scalar_t>
-void correlate(const Problem<scalar_t>& p) {
+void correlate(const Correlation<scalar_t>& p) {
   using acc = acc_t<scalar_t>;
   const Grid& grid = p.grid;
   if (p.batch * p.groups * grid.rows * grid.columns == 0) return;
+  if (p.input.channels_last && PixelBlocks<acc>::suit(p.input_width, p.output_width)) {
+    return PixelPlan<scalar_t>(p).run();
+  }
   const int64_t group_width = smaller(p.input_width, p.output_width);
   const int64_t group_blocks =
       p.input.channels_last ? larger(1, p.groups * group_width / kUnitChannels) : p.groups;
@@ -280,23 +260,23 @@ void forward(const Conv2dParams& params) {
   const int64_t inputs = s.in_channels / s.groups, outputs = s.out_channels / s.groups;
   const int64_t taps = s.window_height.size * s.window_width.size;
   const Epilogue epilogue(params);
-  correlate(Problem<scalar_t>{{Axis::forward(s.window_height, s.in_height, s.out_height),
-                               Axis::forward(s.window_width, s.in_width, s.out_width)},
-                              s.batch,
-                              s.groups,
-                              inputs,
-                              outputs,
-                              {static_cast<const scalar_t*>(params.input), s.channels_last, s.batch,
-                               s.in_channels, s.in_height, s.in_width},
-                              {static_cast<scalar_t*>(params.output), s.channels_last, s.batch,
-                               s.out_channels, s.out_height, s.out_width},
-                              static_cast<const scalar_t*>(params.weight),
-                              outputs * inputs * taps,
-                              inputs * taps,
-                              taps,
-                              s.window_width.size,
-                              static_cast<const scalar_t*>(params.bias),
-                              epilogue.get()});
+  correlate(Correlation<scalar_t>{{Axis::forward(s.window_height, s.in_height, s.out_height),
+                                   Axis::forward(s.window_width, s.in_width, s.out_width)},
+                                  s.batch,
+                                  s.groups,
+                                  inputs,
+                                  outputs,
+                                  {static_cast<const scalar_t*>(params.input), s.channels_last,
+                                   s.batch, s.in_channels, s.in_height, s.in_width},
+                                  {static_cast<scalar_t*>(params.output), s.channels_last, s.batch,
+                                   s.out_channels, s.out_height, s.out_width},
+                                  static_cast<const scalar_t*>(params.weight),
+                                  outputs * inputs * taps,
+                                  inputs * taps,
+                                  taps,
+                                  s.window_width.size,
+                                  static_cast<const scalar_t*>(params.bias),
+                                  epilogue.get()});
 }
 
 template <typename scalar_t>
@@ -304,22 +284,23 @@ void grad_input(const Conv2dGradInputParams& params) {
   const Conv2dShape& s = params.shape;
   const int64_t inputs = s.in_channels / s.groups, outputs = s.out_channels / s.groups;
   const int64_t taps = s.window_height.size * s.window_width.size;
-  correlate(Problem<scalar_t>{{Axis::grad_input(s.window_height, s.in_height, s.out_height),
-                               Axis::grad_input(s.window_width, s.in_width, s.out_width)},
-                              s.batch,
-                              s.groups,
-                              outputs,
-                              inputs,
-                              {static_cast<const scalar_t*>(params.grad_output), s.channels_last,
-                               s.batch, s.out_channels, s.out_height, s.out_width},
-                              {static_cast<scalar_t*>(params.grad_input), s.channels_last, s.batch,
-                               s.in_channels, s.in_height, s.in_width},
-                              static_cast<const scalar_t*>(params.weight),
-                              outputs * inputs * taps,
-                              taps,
-                              inputs * taps,
-                              s.window_width.size,
-                              nullptr});
+  correlate(
+      Correlation<scalar_t>{{Axis::grad_input(s.window_height, s.in_height, s.out_height),
+                             Axis::grad_input(s.window_width, s.in_width, s.out_width)},
+                            s.batch,
+                            s.groups,
+                            outputs,
+                            inputs,
+                            {static_cast<const scalar_t*>(params.grad_output), s.channels_last,
+                             s.batch, s.out_channels, s.out_height, s.out_width},
+                            {static_cast<scalar_t*>(params.grad_input), s.channels_last, s.batch,
+                             s.in_channels, s.in_height, s.in_width},
+                            static_cast<const scalar_t*>(params.weight),
+                            outputs * inputs * taps,
+                            taps,
+                            inputs * taps,
+                            s.window_width.size,
+                            nullptr});
 }
 
 }  // namespace

@@ -105,10 +105,11 @@ struct Maps {
     }
   }
 
- private:
   scalar_t* pixel(int64_t n, int64_t y, int64_t channel) const {
     return data + (n * height + y) * width * channels + channel;
   }
+
+ private:
   scalar_t* plane_row(int64_t n, int64_t channel, int64_t y) const {
     return data + ((n * channels + channel) * height + y) * width;
   }

@@ -5,9 +5,10 @@
 // 4 output channels x 3 (6 with 32 registers) of the group's channels and taps stays in registers
 // while vectors of positions pass. Fixed blocks of such chunks, added in order.
 //
-// Reached by both gradients together, as in conv2d_grouped.cpp: 40 / 31 % and 62 / 64 %.
+// channels_last of groups that fill registers goes another way: conv2d_grouped_grad_weight_nhwc.h.
+// Figures are in conv2d_grouped.cpp.
 #include "core/parallel.h"
-#include "cpu/conv2d_grouped.h"
+#include "cpu/conv2d_grouped_grad_weight_nhwc.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -79,17 +80,6 @@ void sum_tile(const Tile<acc>& tile, int64_t rows, int64_t taps,
   kTable[(rows - 1) * kTileTaps + taps - 1](tile);
 }
 
-template <typename scalar_t>
-struct Problem {
-  Grid grid;
-  int64_t batch, groups, input_width, output_width;  // channels of a group
-  Maps<const scalar_t> input, grad_output;
-
-  int64_t taps() const { return grid.height.window.size * grid.width.window.size; }
-  int64_t depth() const { return input_width * taps(); }
-  int64_t weights() const { return groups * output_width * depth(); }
-};
-
 // Rows of a run of images. Images are slots() rows apart, so that taps reach into zeros.
 struct Chunk {
   int64_t images, rows, reach;
@@ -102,7 +92,7 @@ class Worker {
   using acc = acc_t<scalar_t>;
 
  public:
-  Worker(const Problem<scalar_t>& problem, int64_t groups, const Chunk& chunk)
+  Worker(const WeightGradient<scalar_t>& problem, int64_t groups, const Chunk& chunk)
       : p_(problem),
         chunk_(chunk),
         input_{p_.grid.input_height, p_.grid.input_width,          groups * p_.input_width,
@@ -180,7 +170,7 @@ class Worker {
     });
   }
 
-  const Problem<scalar_t>& p_;
+  const WeightGradient<scalar_t>& p_;
   Chunk chunk_;
   Planes<acc> input_, grad_output_;
   Scratch<acc> input_memory_, grad_output_memory_, valid_;
@@ -188,8 +178,9 @@ class Worker {
 };
 
 template <typename scalar_t>
-void grad_weight(const Problem<scalar_t>& p, scalar_t* result) {
+void grad_weight(const WeightGradient<scalar_t>& p, scalar_t* result) {
   using acc = acc_t<scalar_t>;
+  if (PixelSums<scalar_t>::suits(p)) return PixelSums<scalar_t>(p).run(result);
   const Grid& grid = p.grid;
   const int64_t group_width = smaller(p.input_width, p.output_width);
   const int64_t unit_groups =
@@ -240,17 +231,18 @@ void grad_weight(const Problem<scalar_t>& p, scalar_t* result) {
 template <typename scalar_t>
 void grad_weight(const Conv2dGradWeightParams& params) {
   const Conv2dShape& s = params.shape;
-  grad_weight(Problem<scalar_t>{{Axis::forward(s.window_height, s.in_height, s.out_height),
-                                 Axis::forward(s.window_width, s.in_width, s.out_width)},
-                                s.batch,
-                                s.groups,
-                                s.in_channels / s.groups,
-                                s.out_channels / s.groups,
-                                {static_cast<const scalar_t*>(params.input), s.channels_last,
-                                 s.batch, s.in_channels, s.in_height, s.in_width},
-                                {static_cast<const scalar_t*>(params.grad_output), s.channels_last,
-                                 s.batch, s.out_channels, s.out_height, s.out_width}},
-              static_cast<scalar_t*>(params.grad_weight));
+  grad_weight(
+      WeightGradient<scalar_t>{{Axis::forward(s.window_height, s.in_height, s.out_height),
+                                Axis::forward(s.window_width, s.in_width, s.out_width)},
+                               s.batch,
+                               s.groups,
+                               s.in_channels / s.groups,
+                               s.out_channels / s.groups,
+                               {static_cast<const scalar_t*>(params.input), s.channels_last,
+                                s.batch, s.in_channels, s.in_height, s.in_width},
+                               {static_cast<const scalar_t*>(params.grad_output), s.channels_last,
+                                s.batch, s.out_channels, s.out_height, s.out_width}},
+      static_cast<scalar_t*>(params.grad_weight));
 }
 
 }  // namespace

@@ -3,8 +3,8 @@
 // Separable: the rows of a box are added into one row of column sums in cache, then columns are
 // added. The order of additions depends on the problem only, never on the threads.
 //
-// Reached: see box_sum.cpp. Did not pay: small boxes pixel by pixel, in registers; the next row of a
-// whole image prefetched.
+// Reached: see box_sum.cpp. Did not pay: small boxes pixel by pixel, in registers; the next row of
+// a whole image prefetched.
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "cpu/box_rows.h"

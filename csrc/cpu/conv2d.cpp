@@ -311,7 +311,7 @@ void correlate_contiguous(const Problem<T>& p) {
 template <typename T>
 void correlate(const Problem<T>& p) {
   if (p.c.positions() == 0 || p.c.columns == 0) return;
-  if constexpr (std::is_same_v<acc_t<T>, float>) {
+  if constexpr (kHasWinograd<T>) {
     if (winograd_pays(p.c) && correlate_winograd(p)) return;
   }
   if (p.channels_last) return correlate_channels_last(p);

@@ -17,6 +17,12 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
+// Kernels for the windows and groups that networks have are slow to compile: float16, float64 and
+// the baseline ISA, where speed matters least, do without them.
+template <typename T>
+constexpr bool kHasWindowKernels =
+    kVecBytes > 16 && (std::is_same_v<T, float> || std::is_same_v<T, bf16>);
+
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

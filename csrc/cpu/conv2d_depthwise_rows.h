@@ -12,12 +12,6 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-// The kernels below are slow to compile: float16, float64 and the baseline ISA, where speed matters
-// least, go through the working form.
-template <typename T>
-constexpr bool kHasWindowKernels =
-    kVecBytes > 16 && (std::is_same_v<T, float> || std::is_same_v<T, bf16>);
-
 // 2 x 7 sums of 32 registers; of 16, 2 x 4 leave room for the weights : 2 x 7
 // spilled, and with the rows prefetched, too, torchops bench conv2d:mb1_g72ic72ih75oc72kh3ph1
 // --layout channels_last --threads 1 --quick went from 1.25 ms to 0.46 on Zen 3.

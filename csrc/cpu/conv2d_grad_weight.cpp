@@ -263,7 +263,7 @@ bool sum_winograd(Plan<T>& plan) {
 void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if constexpr (std::is_same_v<acc_t<T>, float>) {
+    if constexpr (kHasWinograd<T>) {
       Plan<T> plan(p);
       if (winograd_pays(plan.c) && sum_winograd(plan)) return;
     }

@@ -202,8 +202,10 @@ void correlate(const Correlation<scalar_t>& p) {
   using acc = acc_t<scalar_t>;
   const Grid& grid = p.grid;
   if (p.batch * p.groups * grid.rows * grid.columns == 0) return;
-  if (p.input.channels_last && PixelBlocks<acc>::suit(p.input_width, p.output_width)) {
-    return PixelPlan<scalar_t>(p).run();
+  if constexpr (kHasWindowKernels<scalar_t>) {
+    if (p.input.channels_last && PixelBlocks<acc>::suit(p.input_width, p.output_width)) {
+      return PixelPlan<scalar_t>(p).run();
+    }
   }
   const int64_t group_width = smaller(p.input_width, p.output_width);
   const int64_t group_blocks =

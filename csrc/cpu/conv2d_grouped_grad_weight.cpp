@@ -180,7 +180,9 @@ class Worker {
 template <typename scalar_t>
 void grad_weight(const WeightGradient<scalar_t>& p, scalar_t* result) {
   using acc = acc_t<scalar_t>;
-  if (PixelSums<scalar_t>::suits(p)) return PixelSums<scalar_t>(p).run(result);
+  if constexpr (kHasWindowKernels<scalar_t>) {
+    if (PixelSums<scalar_t>::suits(p)) return PixelSums<scalar_t>(p).run(result);
+  }
   const Grid& grid = p.grid;
   const int64_t group_width = smaller(p.input_width, p.output_width);
   const int64_t unit_groups =

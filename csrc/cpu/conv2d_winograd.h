@@ -1,6 +1,6 @@
 // 3x3 convolution of stride 1 by Winograd's F(2x2, 3x3): sixteen products of matrices in place of
 // thirty-six multiplications per tile of 2x2 outputs (Lavin and Gray, Fast Algorithms for
-// Convolutional Neural Networks, 2015). In fp32, of fp32 and half inputs, for the forward and the
+// Convolutional Neural Networks, 2015). In fp32, of fp32 and bf16 inputs, for the forward and the
 // gradient of the input.
 //
 // Plan: weights are transformed once per call, for as few blocks of 128 output channels at a time

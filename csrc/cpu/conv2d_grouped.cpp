@@ -10,9 +10,9 @@
 //
 // Native's time over ours on Zen 3, fp32, contiguous / channels_last, forward and both gradients
 // (torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
-//   conv2d:mb8_g32ic128ih56oc128kh3ph1     7.14 / 1.62   8.53 / 2.08
-//   conv2d:mb8_g32ic512ih14oc512kh3ph1     0.86 / 1.61   0.80 / 1.58
-//   conv2d:mb8_g3ic72ih33iw75oc72kh3ph1    0.90 / 1.42   0.94 / 1.75
+//   conv2d:mb8_g32ic128ih56oc128kh3ph1     5.66 / 1.93   6.78 / 2.08
+//   conv2d:mb8_g32ic512ih14oc512kh3ph1     0.98 / 1.35   0.81 / 1.32
+//   conv2d:mb8_g3ic72ih33iw75oc72kh3ph1    0.85 / 1.25   1.05 / 1.84
 //
 // Made no difference: 16 channels a unit in channels_last instead of 32.
 #include "cpu/conv2d_grouped_nhwc.h"

@@ -8,10 +8,11 @@
 // 64 input channels at a time it transforms the 4x4 windows of its tiles into 16 panels in L2,
 // multiplies each by its weights, and at last transforms the sums back into outputs.
 //
-// Reached on Zen 3, fp32, native's time over ours, contiguous / channels_last, forward:
-//   conv2d:mb8_ic128ih28oc128kh3ph1   1.93 / 1.66
-//   conv2d:mb8_ic64ih56oc64kh3ph1     1.62 / 1.45
-//   conv2d:mb8_ic512ih7oc512kh3ph1    1.29 / 1.15, bound by the transformed weights
+// Reached on Zen 3, fp32, native's time over ours, contiguous / channels_last, forward (torchops
+// bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
+//   conv2d:mb8_ic128ih28oc128kh3ph1   1.84 / 1.62
+//   conv2d:mb8_ic64ih56oc64kh3ph1     1.65 / 1.25
+//   conv2d:mb8_ic512ih7oc512kh3ph1    1.55 / 1.17, bound by the transformed weights
 //
 // The transform subtracts inputs that direct summation never brings together. Where that makes
 // infinities or NaNs, or inputs hold them, the caller sums directly.

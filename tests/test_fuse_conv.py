@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchops
+from test_convert import BasicBlock
 
 
 class Calls(TorchDispatchMode):
@@ -25,38 +26,13 @@ class Calls(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-class Residual(nn.Module):
-    """torchvision's BasicBlock."""
-
-    def __init__(self, channels: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample = None
-        if stride != 1:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        identity = x
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        if self.downsample is not None:
-            identity = self.downsample(x)
-        out += identity
-        return self.relu(out)
-
-
 def net() -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(),
         nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8),
-        Residual(8), Residual(8, 2),
+        BasicBlock(8),
+        BasicBlock(8, nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))),
         torchops.nn.ConvBNAct(8, 6, 1, activation="silu"),
     )  # fmt: skip
     for module in model.modules():

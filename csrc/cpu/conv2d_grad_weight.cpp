@@ -221,7 +221,7 @@ void combine(const Plan<T>& plan, const acc_t<T>* sums) {
 
 // Fills the shares' sums by Winograd's algorithm. False: they are not all finite, and may be wrong.
 template <typename T>
-bool sum_winograd(Plan<T>& plan) {
+bool sum_winograd(Plan<T> plan) {
   using Winograd = WinogradGradWeight<T>;
   const Correlation& c = plan.c;
   const bool channels_last = plan.p.shape.channels_last;
@@ -231,7 +231,7 @@ bool sum_winograd(Plan<T>& plan) {
   const int64_t column_size =
       blocks(blocks(c.columns, column_blocks), kTileColumns<float>) * kTileColumns<float>;
   const int64_t tiles = Tiles(c).count, units = row_blocks * column_blocks;
-  plan.shares = smaller(blocks(kUnits, units), blocks(tiles, 4 * 48));
+  plan.shares = smaller(blocks(kUnits, units), blocks(tiles, Winograd::kShareTiles));
   const Scratch<float> sums(plan.shares * plan.share_size() + kLanes<T>);
   bool finite = true;
   parallel_for(plan.shares * units, 1, [&](int64_t begin, int64_t end) {
@@ -265,11 +265,10 @@ bool sum_winograd(Plan<T>& plan) {
 void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
+    const Plan<T> plan(p);
     if constexpr (kHasWinograd<T>) {
-      Plan<T> plan(p);
       if (winograd_pays(plan.c) && sum_winograd(plan)) return;
     }
-    const Plan<T> plan(p);
     if (plan.share_size() == 0) return;
     const Scratch<acc_t<T>> sums(plan.shares > 1 ? plan.shares * plan.share_size() + kLanes<T>
                                                  : kLanes<T>);

@@ -91,8 +91,8 @@ class Plan {
   Plan(const Correlation<scalar_t>& p, const Planes<acc>& planes)
       : p_(p),
         taps_(p.phases() + 1),
-        offsets_(p.input_width * total_taps()),
-        weight_(p.groups * p.output_width * p.input_width * total_taps()),
+        offsets_(p.input_width * p.count_taps(taps_.get())),
+        weight_(p.groups * p.output_width * p.input_width * taps_.get()[p.phases()]),
         bias_(p.groups * p.output_width) {
     bias_.zero();
     for (int64_t phase = 0; phase < p.phases(); ++phase) {
@@ -119,15 +119,6 @@ class Plan {
   }
 
  private:
-  int64_t total_taps() {
-    int64_t total = 0;
-    for (int64_t phase = 0; phase < p_.phases(); ++phase) {
-      taps_.get()[phase] = total;
-      total += p_.taps(phase).count();
-    }
-    return taps_.get()[p_.phases()] = total;
-  }
-
   void find_offsets(int64_t phase, const Planes<acc>& planes) {
     const Taps taps = p_.taps(phase);
     int64_t* offset = offsets_.get() + p_.input_width * taps_.get()[phase];

@@ -37,6 +37,15 @@ struct Correlation {
     return {grid.height.phase(phase / width), grid.width.phase(phase % width)};
   }
   int64_t phases() const { return grid.output_height.step * grid.output_width.step; }
+  // Of all phases; `before` gets those before each, and these at its end.
+  int64_t count_taps(int64_t* before) const {
+    int64_t total = 0;
+    for (int64_t phase = 0; phase < phases(); ++phase) {
+      before[phase] = total;
+      total += taps(phase).count();
+    }
+    return before[phases()] = total;
+  }
 };
 
 constexpr int64_t kPixelBytes = 192 * 1024;  // rows of a unit: within L2
@@ -142,7 +151,7 @@ class PixelPlan {
         columns_(reach(p.grid.width, p.grid.columns)),
         count_(divide_up(p.groups, blocks_.groups) * blocks_.per_group),
         taps_(p.phases() + 1),
-        offsets_(total_taps()),
+        offsets_(p.count_taps(taps_.get())),
         weight_(count_ * blocks_.vecs * L * p.input_width * taps_.get()[p.phases()]),
         bias_(count_ * blocks_.vecs * L) {
     weight_.zero();
@@ -183,14 +192,6 @@ class PixelPlan {
     return (count - 1) * axis.step + axis.last - axis.first + 1;
   }
 
-  int64_t total_taps() {
-    int64_t total = 0;
-    for (int64_t phase = 0; phase < p_.phases(); ++phase) {
-      taps_.get()[phase] = total;
-      total += p_.taps(phase).count();
-    }
-    return taps_.get()[p_.phases()] = total;
-  }
   int64_t vecs(int64_t block) const {
     const int64_t rest = p_.output_width - block % blocks_.per_group * blocks_.width;
     return blocks_.spread() ? 1 : divide_up(smaller(blocks_.width, rest), L);

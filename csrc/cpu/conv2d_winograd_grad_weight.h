@@ -25,6 +25,8 @@ namespace {
 template <typename T>
 class WinogradGradWeight {
  public:
+  static constexpr int64_t kTiles = 48;                // transformed at a time
+  static constexpr int64_t kShareTiles = 4 * kTiles;   // of a share, at least about
   static constexpr int64_t kRows = 64, kColumns = 64;  // of a block
 
   WinogradGradWeight(const Correlation& c, const T* input, const T* grad_output, bool channels_last)
@@ -89,7 +91,6 @@ class WinogradGradWeight {
   }
 
  private:
-  static constexpr int64_t kTiles = 48;
   static constexpr int64_t kInputStride = kPanelStride<Panel::columns>;
   static constexpr int64_t kGradStride = kColumns + 16;
   // A cache line more than a multiple of a page.

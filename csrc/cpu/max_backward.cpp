@@ -286,14 +286,8 @@ void backward(const MaxWindows& p, const T* grad_output, const O* offsets, T* gr
 void max_backward(const MaxWindows& p, const void* grad_output, const void* offsets,
                   void* grad_input) {
   if (is_whole(p)) return max_backward_whole(p, grad_output, offsets, grad_input);
-  dispatch_dtype(p.dtype, [&](auto scalar) {
-    using T = typename decltype(scalar)::type;
-    with_offsets(p, [&](auto offset) {
-      using O = typename decltype(offset)::type;
-      backward(p, static_cast<const T*>(grad_output), static_cast<const O*>(offsets),
-               static_cast<T*>(grad_input));
-    });
-  });
+  with_gradients(p, grad_output, offsets, grad_input,
+                 [&](auto... tensors) { backward(p, tensors...); });
 }
 
 }  // namespace torchops::cpu::TORCHOPS_ISA

@@ -241,18 +241,13 @@ bool gathers_in_planes(const MaxWindows& p) {
 
 void max_backward_planes(const MaxWindows& p, const void* grad_output, const void* offsets,
                          void* grad_input) {
-  dispatch_dtype(p.dtype, [&](auto scalar) {
-    using T = typename decltype(scalar)::type;
-    with_offsets(p, [&](auto offset) {
-      using O = typename decltype(offset)::type;
-      parallel_for(p.planes() * p.height.length, max_grain(p.width.length * 4),
-                   [&](int64_t begin, int64_t end) {
-                     Strip<T, O>(p, static_cast<const T*>(grad_output),
-                                 static_cast<const O*>(offsets), static_cast<T*>(grad_input))
-                         .run(begin, end);
-                   });
-    });
-  });
+  with_gradients(p, grad_output, offsets, grad_input,
+                 [&]<typename T, typename O>(const T* grads, const O* winners, T* to) {
+                   parallel_for(p.planes() * p.height.length, max_grain(p.width.length * 4),
+                                [&](int64_t begin, int64_t end) {
+                                  Strip<T, O>(p, grads, winners, to).run(begin, end);
+                                });
+                 });
 }
 
 }  // namespace torchops::cpu::TORCHOPS_ISA

@@ -200,14 +200,8 @@ void max_forward_whole(const MaxWindows& p, const void* input, void* output, voi
 
 void max_backward_whole(const MaxWindows& p, const void* grad_output, const void* offsets,
                         void* grad_input) {
-  dispatch_dtype(p.dtype, [&](auto scalar) {
-    using T = typename decltype(scalar)::type;
-    with_offsets(p, [&](auto offset) {
-      using O = typename decltype(offset)::type;
-      backward(p, static_cast<const T*>(grad_output), static_cast<const O*>(offsets),
-               static_cast<T*>(grad_input));
-    });
-  });
+  with_gradients(p, grad_output, offsets, grad_input,
+                 [&](auto... tensors) { backward(p, tensors...); });
 }
 
 }  // namespace torchops::cpu::TORCHOPS_ISA

@@ -102,6 +102,20 @@ inline void with_offsets(const MaxWindows& p, const F& f) {
   p.wide_offsets ? f(Tag<int32_t>{}) : f(Tag<uint8_t>{});
 }
 
+// f(grad_output, offsets, grad_input) with the types that p names.
+template <typename F>
+inline void with_gradients(const MaxWindows& p, const void* grad_output, const void* offsets,
+                           void* grad_input, const F& f) {
+  dispatch_dtype(p.dtype, [&](auto scalar) {
+    using T = typename decltype(scalar)::type;
+    with_offsets(p, [&](auto offset) {
+      using O = typename decltype(offset)::type;
+      f(static_cast<const T*>(grad_output), static_cast<const O*>(offsets),
+        static_cast<T*>(grad_input));
+    });
+  });
+}
+
 // ---- registers of candidates ----------------------------------------------------------------
 
 // An element of Mask<T>.

@@ -4,10 +4,9 @@
 // Plan: C is cut into blocks of rows x columns, and threads get groups of up to 8 x 4 of them. For
 // at most 256 steps of depth at a time a group copies its blocks of B into panels, and multiplies
 // them by A, read in place where its rows lie along the depth and in different cache sets, with
-// the results added to C in place. So B is copied once, and A once for 4 blocks of columns: blocks
-// that copied for themselves did 61 to 73 GFLOP/s of conv1x1:mb8_ic1024ih14oc256, groups 72 to 76.
-// What needs conversion or lies across images goes through panels of A and blocks of C. The order
-// of summation depends on nothing but the depth.
+// the results added to C in place. So B is copied once, and A once for 4 blocks of columns. What
+// needs conversion or lies across images goes through panels of A and blocks of C. The order of
+// summation depends on nothing but the depth.
 #pragma once
 
 #include <type_traits>

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, is_grad_enabled
-from torch.autograd import forward_ad
+from torch import Tensor
 
 from torchops import _backend, _tuning
 from torchops.ops import _batch_norm_rules, _conv2d_rules
@@ -130,12 +129,8 @@ def _composition(
 
 
 def _autograd(*args):
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    if forward_ad._current_level >= 0 or (
-        is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    ):
-        return _composition(*args)
-    return _forward(*args)
+    tensors = (arg for arg in args if isinstance(arg, Tensor))
+    return _composition(*args) if differentiable(*tensors) else _forward(*args)
 
 
 def _fake(input, weight, bias, stride, padding, dilation, groups, *rest):

@@ -54,7 +54,8 @@ def test_operator(library, operator):
 def test_the_kernels_ran_emulated(library):
     call = (
         "import torch, torchops.functional as F;"
-        "F.batch_norm(torch.randn(2, 3, 4, 4), None, None, training=True)"
+        "F.batch_norm(torch.randn(2, 3, 4, 4), torch.zeros(3), torch.ones(3), training=True)"
     )
     done = emulated(library, "-c", call, EMULATOR_TRACE="1", TORCHOPS_BACKEND="own")
+    # Statistics, which update the running ones by the way, and the output.
     assert done.stderr.count("cuda_emulator: launch of") == 2

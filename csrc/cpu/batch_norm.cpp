@@ -358,6 +358,7 @@ void train(const BatchNormParams& p) {
 
 void batch_norm(const BatchNormParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto tag) { train<typename decltype(tag)::type>(p); });
+  batch_norm_update({p.shape.channels, p.mean, p.var, p.running});
 }
 
 void batch_norm_apply(const BatchNormApplyParams& p) {
@@ -370,14 +371,16 @@ void batch_norm_apply(const BatchNormApplyParams& p) {
 }
 
 void batch_norm_update(const BatchNormUpdateParams& p) {
-  const double unbiased = static_cast<double>(p.count) / static_cast<double>(p.count - 1);
-  const auto update = [&](void* running, int64_t c, double value) {
-    const double old = channel_value({running, p.dtype}, c, 0);
-    set_channel_value(running, p.dtype, c, (1 - p.momentum) * old + p.momentum * value);
+  const RunningStatistics& running = p.running;
+  const double count = static_cast<double>(running.count), unbiased = count / (count - 1);
+  const auto update = [&](void* data, int64_t at, double value) {
+    const double old = channel_value({data, running.dtype}, at, 0);
+    set_channel_value(data, running.dtype, at,
+                      (1 - running.momentum) * old + running.momentum * value);
   };
   for (int64_t c = 0; c < p.channels; ++c) {
-    if (p.running_mean) update(p.running_mean, c * p.mean_stride, p.mean[c]);
-    if (p.running_var) update(p.running_var, c * p.var_stride, p.var[c] * unbiased);
+    if (running.mean) update(running.mean, c * running.mean_stride, p.mean[c]);
+    if (running.var) update(running.var, c * running.var_stride, p.var[c] * unbiased);
   }
 }
 

@@ -6,180 +6,17 @@
 //     grad_input = weight invstd (h - mean(h) - x^ mean(h x^)), in evaluation weight invstd h
 // Two passes read grad_output and input, the second writes grad_input, past the cache where it is
 // large; contiguous: slab by slab of channels, so that the second read comes from the cache. The
-// first writes grad_residual, and the second reads that instead of residual and grad_output. Block
-// sums are merged in float64.
+// first writes grad_residual, and the second reads that instead of residual and grad_output. So it
+// is under a curve like SiLU in fp32, where h waits in grad_input: the exponential costs more than
+// a write. Block sums are merged in float64.
 //
 // Floor: two reads, one write at the bandwidth of a copy. Reached on Zen 3: 0.91
 // contiguous, 0.55 channels_last in fp32 (command: batch_norm.cpp).
 // Did not pay: one row or image at a time instead of two, 5 to 15 % slower.
-#include "cpu/batch_norm_channels.h"
+#include "cpu/batch_norm_gradients.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
-
-struct Sums {
-  double gradient = 0;  // sum h
-  double product = 0;   // sum h (x - mean), with the mean as Affine has it
-
-  void add(const Sums& more) {
-    gradient += more.gradient;
-    product += more.product;
-  }
-};
-
-// grad_input = gradient * h + centered * (x - mean) + constant, per channel.
-template <typename T>
-struct Slopes {
-  acc_t<T>* gradient;
-  acc_t<T>* centered;
-  acc_t<T>* constant;
-};
-
-template <typename T>
-struct Channels {
-  Affine<T> affine;
-  Slopes<T> slopes;
-
-  // Six arrays of `channels` numbers.
-  Channels(acc_t<T>* numbers, int64_t channels)
-      : affine{numbers, numbers + channels, numbers + 2 * channels},
-        slopes{numbers + 3 * channels, numbers + 4 * channels, numbers + 5 * channels} {}
-
-  void prepare(const BatchNormBackwardParams& p, int64_t slot, int64_t c) const {
-    const double invstd = 1 / ::sqrt(channel_value(p.var, c, 1) + p.eps);
-    affine.set(slot, channel_value(p.mean, c, 0), invstd, channel_value(p.weight, c, 1),
-               channel_value(p.bias, c, 0));
-  }
-
-  // Writes the channel's grad_weight and grad_bias, and sets its slopes.
-  void finish(const BatchNormBackwardParams& p, int64_t slot, int64_t c, const Sums& sums) const {
-    const double mean = channel_value(p.mean, c, 0);
-    const double invstd = 1 / ::sqrt(channel_value(p.var, c, 1) + p.eps);
-    const double scale = channel_value(p.weight, c, 1) * invstd;
-    const double lost = mean - affine.mean[slot];
-    const double product = sums.product - lost * sums.gradient;
-    if (p.grad_weight) set_channel_value(p.grad_weight, p.weight.dtype, c, product * invstd);
-    if (p.grad_bias) set_channel_value(p.grad_bias, p.bias.dtype, c, sums.gradient);
-    const double count = static_cast<double>(p.shape.batch * p.shape.pixels);
-    const double centered = -scale * invstd * invstd * product / count;
-    slopes.gradient[slot] = static_cast<acc_t<T>>(scale);
-    slopes.centered[slot] = static_cast<acc_t<T>>(centered);
-    slopes.constant[slot] = static_cast<acc_t<T>>(-scale * sums.gradient / count - centered * lost);
-  }
-};
-
-// Where the first pass takes the gradient before the activation from: grad_output, in T, or in
-// acc_t where a curve has been applied to it. The second pass may also find it in grad_residual.
-template <typename T, typename G>
-struct Sources {
-  const G* gradient;
-  const T* input;
-  const T* residual;  // null where z is not needed, too
-  Clamp<T> clamp;
-
-  Sources shifted(int64_t offset) const {
-    return {gradient + offset, input + offset, residual ? residual + offset : nullptr, clamp};
-  }
-};
-
-template <typename T>
-struct Call {
-  const BatchNormBackwardParams& p;
-  const T* grad_output;
-  const T* input;
-  const T* residual;
-  T* grad_input;
-  T* grad_residual;
-  Clamp<T> clamp;
-  bool curve;
-
-  explicit Call(const BatchNormBackwardParams& params)
-      : p(params),
-        grad_output(static_cast<const T*>(p.grad_output)),
-        input(static_cast<const T*>(p.input)),
-        residual(static_cast<const T*>(p.residual)),
-        grad_input(static_cast<T*>(p.grad_input)),
-        grad_residual(static_cast<T*>(p.grad_residual)),
-        clamp(p.activation),
-        curve(is_curve(p.activation)) {}
-
-  bool needs_first_pass() const {
-    return p.grad_weight || p.grad_bias || grad_residual || (p.training && grad_input);
-  }
-
-  Sources<T, T> at(int64_t offset) const {
-    return Sources<T, T>{grad_output, input, residual, clamp}.shifted(offset);
-  }
-};
-
-// The gradient before an activation that is a curve, of at most kStrip elements from `offset` on.
-template <bool kPerLane, typename T>
-[[gnu::noinline]] Sources<T, acc_t<T>> bend(const Call<T>& call, const Affine<T>& affine, int64_t c,
-                                            int64_t offset, int64_t length, acc_t<T>* buffer) {
-  acc_t<T> preactivation[kStrip];
-  const Sources<T, T> at = call.at(offset);
-  const AffineLanes<kPerLane, T> lanes(affine, c);
-  for_each_step<T>(length, [&](int64_t i, int n) __attribute__((always_inline)) {
-    Vec<T> centered[2], z[2], g[2];
-    preactivate(lanes, i, n, at.input, at.residual, centered, z);
-    load_two(at.gradient + i, n, g);
-    store_two(preactivation + i, z, false);
-    store_two(buffer + i, g, false);
-  });
-  curve_gradients(call.p.activation, buffer, preactivation, length);
-  return {buffer, at.input, nullptr, {}};
-}
-
-// A step of the gradient before the activation, and of (x - mean).
-template <bool kPerLane, typename T, typename G>
-[[gnu::always_inline]] inline void differentiate(const Sources<T, G>& from,
-                                                 const AffineLanes<kPerLane, T>& lanes, int64_t i,
-                                                 int n, Vec<T> (&h)[2], Vec<T> (&centered)[2]) {
-  Vec<T> z[2];
-  preactivate(lanes, i, n, from.input, from.residual, centered, z);
-  load_two(from.gradient + i, n, h);
-  for (int u = 0; u < 2; ++u) h[u] = from.clamp.gradient(h[u], z[u]);
-}
-
-// The second pass, over a run of memory.
-template <bool kPerLane, typename T, typename G>
-[[gnu::noinline]] void write_grad_input(Sources<T, G> from, const Channels<T>& channels, int64_t c,
-                                        T* output, int64_t length, bool training, bool past_cache) {
-  const AffineLanes<kPerLane, T> lanes(channels.affine, c);
-  const Slopes<T>& slopes = channels.slopes;
-  const Lanes<kPerLane, T> gradient(slopes.gradient, c), slope(slopes.centered, c),
-      constant(slopes.constant, c);
-  write_steps(output, length, past_cache,
-              [&](int64_t i, int n, Vec<T>(&v)[2]) __attribute__((always_inline)) {
-                Vec<T> h[2], centered[2];
-                differentiate(from, lanes, i, n, h, centered);
-                for (int u = 0; u < 2; ++u) {
-                  const int64_t at = i + u * kLanes<T>;
-                  v[u] = h[u] * gradient.at(at);
-                  if (training) v[u] += centered[u] * slope.at(at) + constant.at(at);
-                }
-              });
-}
-
-template <bool kPerLane, typename T>
-void second_pass(const Call<T>& call, const Channels<T>& channels, int64_t c, int64_t offset,
-                 int64_t length, bool past_cache) {
-  T* output = call.grad_input + offset;
-  Sources<T, T> from = call.at(offset);
-  if (call.grad_residual) from = {call.grad_residual + offset, from.input, nullptr, {}};
-  if (call.grad_residual || !call.curve) {
-    return write_grad_input<kPerLane>(from, channels, c, output, length, call.p.training,
-                                      past_cache);
-  }
-  for (int64_t i = 0; i < length; i += kStrip) {
-    acc_t<T> buffer[kStrip];
-    const int64_t strip = min(kStrip, length - i);
-    const int64_t channel = kPerLane ? c + i : c;
-    const auto bent = bend<kPerLane>(call, channels.affine, channel, offset + i, strip, buffer);
-    write_grad_input<kPerLane>(bent, channels, channel, output + i, strip, call.p.training,
-                               past_cache);
-  }
-}
 
 // ---- contiguous -----------------------------------------------------------------------------
 
@@ -188,7 +25,7 @@ constexpr int kPairs = 2;  // images that are read at once
 // Over kImages runs of `length` elements, `stride` apart, of channel c.
 template <int kImages, typename T, typename G>
 [[gnu::noinline]] Sums run_sums(Sources<T, G> from, Affine<T> affine, int64_t c, int64_t stride,
-                                int64_t length, T* grad_residual) {
+                                int64_t length, T* kept) {
   const AffineLanes<false, T> lanes(affine, c);
   Vec<T> gradient[4] = {}, product[4] = {};
   for_each_step<T>(length, [&](int64_t i, int n) __attribute__((always_inline)) {
@@ -200,7 +37,7 @@ template <int kImages, typename T, typename G>
         gradient[2 * s + u] += h[u];
         product[2 * s + u] += h[u] * centered[u];
       }
-      if (grad_residual) store_some(grad_residual + s * stride + i, h, n, false);
+      if (kept) store_some(kept + s * stride + i, h, n, false);
     }
   });
   return {lane_sum<T>((gradient[0] + gradient[1]) + (gradient[2] + gradient[3])),
@@ -211,22 +48,21 @@ template <typename T>
 void add_run_sums(const Call<T>& call, const Affine<T>& affine, int64_t c, int64_t offset,
                   int64_t images, int64_t length, Sums& sums) {
   const int64_t stride = call.p.shape.channels * call.p.shape.pixels;
-  T* grad_residual = call.grad_residual ? call.grad_residual + offset : nullptr;
+  T* kept = call.kept ? call.kept + offset : nullptr;
   if (!call.curve && images == kPairs) {
-    return sums.add(run_sums<kPairs>(call.at(offset), affine, c, stride, length, grad_residual));
+    return sums.add(run_sums<kPairs>(call.at(offset), affine, c, stride, length, kept));
   }
   for (int64_t n = 0; n < images; ++n, offset += stride) {
-    grad_residual = call.grad_residual ? call.grad_residual + offset : nullptr;
+    kept = call.kept ? call.kept + offset : nullptr;
     if (!call.curve) {
-      sums.add(run_sums<1>(call.at(offset), affine, c, stride, length, grad_residual));
+      sums.add(run_sums<1>(call.at(offset), affine, c, stride, length, kept));
       continue;
     }
     for (int64_t i = 0; i < length; i += kStrip) {
       acc_t<T> buffer[kStrip];
       const int64_t strip = min(kStrip, length - i);
       const auto bent = bend<false>(call, affine, c, offset + i, strip, buffer);
-      sums.add(
-          run_sums<1>(bent, affine, c, stride, strip, grad_residual ? grad_residual + i : nullptr));
+      sums.add(run_sums<1>(bent, affine, c, stride, strip, kept ? kept + i : nullptr));
     }
   }
 }
@@ -236,7 +72,7 @@ void backward_planes(const Call<T>& call) {
   const BatchNormBackwardParams& p = call.p;
   const BatchNormShape& shape = p.shape;
   const int64_t slab = slab_channels<T>(shape), slabs = ceil_div(shape.channels, slab);
-  const bool stream = call.grad_input && past_cache<T>(shape, call.grad_input, shape.pixels, 4);
+  const bool stream = call.streams_grad_input(shape.pixels, 4);
   parallel_for(
       slabs, grain_for(slab * shape.batch * shape.pixels), [&](int64_t begin, int64_t end) {
         acc_t<T> numbers[6 * kMaxSlabChannels];
@@ -245,7 +81,7 @@ void backward_planes(const Call<T>& call) {
           const int64_t count = min(slab, shape.channels - first);
           Sums sums[kMaxSlabChannels];
           for (int64_t k = 0; k < count; ++k) channels.prepare(p, k, first + k);
-          if (call.needs_first_pass()) {
+          if (call.first_pass) {
             for_each_run<kPairs>(shape, first, count,
                                  [&](int64_t k, int64_t offset, int64_t images, int64_t length) {
                                    add_run_sums(call, channels.affine, k, offset, images, length,
@@ -278,8 +114,7 @@ struct RowSums {
 // Adds `length` elements of each of kCount rows, `stride` apart.
 template <int kCount, typename T, typename G>
 [[gnu::noinline]] void add_rows(Sources<T, G> from, Affine<T> affine, int64_t c0, int64_t stride,
-                                int64_t length, T* grad_residual, bool past_cache,
-                                RowSums<T> sums) {
+                                int64_t length, T* kept, bool past_cache, RowSums<T> sums) {
   using A = acc_t<T>;
   const AffineLanes<true, T> lanes(affine, c0);
   for_each_step<T>(length, [&](int64_t i, int n) __attribute__((always_inline)) {
@@ -294,7 +129,7 @@ template <int kCount, typename T, typename G>
         gradient[u] += h[u];
         product[u] += h[u] * centered[u];
       }
-      if (grad_residual) store_some(grad_residual + s * stride + i, h, n, past_cache);
+      if (kept) store_some(kept + s * stride + i, h, n, past_cache);
     }
     store_two(sums.gradient + c0 + i, gradient, false);
     store_two(sums.product + c0 + i, product, false);
@@ -305,23 +140,21 @@ template <int kCount, typename T, typename G>
 template <typename T>
 void add_row_sums(const Call<T>& call, const Affine<T>& affine, int64_t offset, int64_t count,
                   int64_t stride, int64_t length, bool past_cache, const RowSums<T>& sums) {
-  T* grad_residual = call.grad_residual ? call.grad_residual + offset : nullptr;
+  T* kept = call.kept ? call.kept + offset : nullptr;
   if (!call.curve && count == kPairs) {
-    return add_rows<kPairs>(call.at(offset), affine, 0, stride, length, grad_residual, past_cache,
-                            sums);
+    return add_rows<kPairs>(call.at(offset), affine, 0, stride, length, kept, past_cache, sums);
   }
   for (int64_t n = 0; n < count; ++n, offset += stride) {
-    grad_residual = call.grad_residual ? call.grad_residual + offset : nullptr;
+    kept = call.kept ? call.kept + offset : nullptr;
     if (!call.curve) {
-      add_rows<1>(call.at(offset), affine, 0, stride, length, grad_residual, past_cache, sums);
+      add_rows<1>(call.at(offset), affine, 0, stride, length, kept, past_cache, sums);
       continue;
     }
     for (int64_t i = 0; i < length; i += kStrip) {
       acc_t<T> buffer[kStrip];
       const int64_t strip = min(kStrip, length - i);
       const auto bent = bend<true>(call, affine, i, offset + i, strip, buffer);
-      add_rows<1>(bent, affine, i, stride, strip, grad_residual ? grad_residual + i : nullptr,
-                  past_cache, sums);
+      add_rows<1>(bent, affine, i, stride, strip, kept ? kept + i : nullptr, past_cache, sums);
     }
   }
 }
@@ -354,8 +187,7 @@ void add_chunk_sums(const Call<T>& call, const Affine<T>& affine, int64_t begin,
 template <typename T>
 void row_sums(const Call<T>& call, const Affine<T>& affine, const Rows& rows, double* totals) {
   const int64_t padded = rows.padded<T>();
-  const bool stream =
-      call.grad_residual && past_cache<T>(call.p.shape, call.grad_residual, rows.length, kVecBytes);
+  const bool stream = call.streams(call.kept, rows.length, kVecBytes);
   const Scratch<double> scratch(rows.chunks * 2 * rows.length);
   scratch.zero();
   parallel_for(rows.chunks, rows.grain(), [&](int64_t begin, int64_t end) {
@@ -398,13 +230,13 @@ void backward_rows(const Call<T>& call) {
   for (int64_t c = 0; c < rows.channels; ++c) of.prepare(p, c, c);
   for (int64_t i = 0; i < 3; ++i) repeat_over_row(rows, numbers.get() + i * padded);
   totals.zero();
-  if (call.needs_first_pass()) row_sums(call, of.affine, rows, totals.get());
+  if (call.first_pass) row_sums(call, of.affine, rows, totals.get());
   for (int64_t c = 0; c < rows.channels; ++c) {
     of.finish(p, c, c, Sums{totals.get()[c], totals.get()[rows.channels + c]});
   }
   for (int64_t i = 3; i < 6; ++i) repeat_over_row(rows, numbers.get() + i * padded);
   if (!call.grad_input) return;
-  const bool stream = past_cache<T>(p.shape, call.grad_input, rows.length, kVecBytes);
+  const bool stream = call.streams_grad_input(rows.length, kVecBytes);
   parallel_for(rows.chunks, rows.grain(), [&](int64_t begin, int64_t end) {
     // The chunks that were read last are the likeliest to be in the cache.
     for (int64_t k = end; k-- > begin;) {

@@ -1,10 +1,11 @@
 // Batch-norm, activation and residual on CUDA, forward.
 //
 // Training reads the input twice and writes the output once: one kernel for the statistics, whose
-// last-arriving block per group of channels merges the blocks' sums in order, and one that applies
-// them. That one takes the chunks of the tensor in reverse, so that it begins with what the first
-// has left in the L2 cache. Evaluation is the second kernel alone: one read, one write. 16-byte
-// accesses, four in flight per thread; four blocks of 256 threads per multiprocessor.
+// last-arriving block per group of channels merges the blocks' sums in order and updates the
+// running statistics, and one that applies them. That one takes the chunks of the tensor in
+// reverse, so that it begins with what the first has left in the L2 cache. Evaluation is the second
+// kernel alone: one read, one write. 16-byte accesses, four in flight per thread; four blocks of
+// 256 threads per multiprocessor.
 //
 // Statistics: a thread takes the mean of a batch of packs and the squares around it, in fp32 around
 // a center near the mean, and merges batches as Chan, Golub and LeVeque do; threads and blocks are
@@ -57,6 +58,18 @@ template <typename A> struct Moments {
   }
 };
 
+__device__ void update_running(const RunningStatistics& running, int64_t c, double mean,
+                               double var) {
+  const auto update = [&](void* data, int64_t at, double value) {
+    const double old = channel_value({data, running.dtype}, at, 0);
+    set_channel_value(data, running.dtype, at,
+                      (1 - running.momentum) * old + running.momentum * value);
+  };
+  const double count = static_cast<double>(running.count);
+  if (running.mean) update(running.mean, c * running.mean_stride, mean);
+  if (running.var) update(running.var, c * running.var_stride, var * (count / (count - 1)));
+}
+
 template <typename T, typename Form>
 __global__ void __launch_bounds__(kThreads, 2)
     batch_norm_statistics_kernel(Tiles tiles, Partials partials, BatchNormParams p) {
@@ -90,10 +103,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   const double count = static_cast<double>(p.shape.batch * p.shape.pixels);
   grid_sums<Form>(tiles, partials, sums, [&](int64_t channel, const Pair& sum) {
-    const double offset = sum.first / count;
-    const double var = (sum.second - sum.first * offset) / count;
-    p.mean[channel] = reference(channel) + offset;
-    p.var[channel] = var < 0 ? 0 : var;
+    const double offset = sum.first / count, mean = reference(channel) + offset;
+    double var = (sum.second - sum.first * offset) / count;
+    if (var < 0) var = 0;
+    p.mean[channel] = mean;
+    p.var[channel] = var;
+    update_running(p.running, channel, mean, var);
   });
 }
 
@@ -168,15 +183,8 @@ void launch_batch_norm(const BatchNormParams& p, const Stream& stream) {
 }
 
 __global__ void batch_norm_update_kernel(BatchNormUpdateParams p) {
-  const double unbiased = static_cast<double>(p.count) / static_cast<double>(p.count - 1);
-  const auto update = [&](void* running, int64_t c, double value) {
-    const double old = channel_value({running, p.dtype}, c, 0);
-    set_channel_value(running, p.dtype, c, (1 - p.momentum) * old + p.momentum * value);
-  };
-  for (int64_t c = global_thread(); c < p.channels; c += grid_threads()) {
-    if (p.running_mean) update(p.running_mean, c * p.mean_stride, p.mean[c]);
-    if (p.running_var) update(p.running_var, c * p.var_stride, p.var[c] * unbiased);
-  }
+  for (int64_t c = global_thread(); c < p.channels; c += grid_threads())
+    update_running(p.running, c, p.mean[c], p.var[c]);
 }
 
 void launch_batch_norm_update(const BatchNormUpdateParams& p, const Stream& stream) {

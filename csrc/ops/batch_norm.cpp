@@ -10,9 +10,33 @@ namespace {
 // Bits of batch_norm_backward's output_mask.
 enum Gradient : int64_t { kInput = 1, kWeight = 2, kBias = 4, kResidual = 8 };
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm(Tensor input, OptionalTensor weight,
-                                              OptionalTensor bias, OptionalTensor residual,
-                                              double eps, int64_t activation) {
+RunningStatistics make_running(const OptionalTensor& mean, const OptionalTensor& var,
+                               const Tensor& like, int64_t channels, int64_t count,
+                               double momentum) {
+  RunningStatistics running{};
+  running.count = count;
+  running.momentum = momentum;
+  const auto take = [&](const char* what, const OptionalTensor& tensor, void*& data,
+                        int64_t& stride) {
+    if (!tensor) return;
+    TORCHOPS_CHECK(same_device(*tensor, like), "batch_norm: expected ", what,
+                   " on the same device as input");
+    TORCHOPS_CHECK(tensor->dim() == 1 && tensor->numel() == channels, what, " should contain ",
+                   channels, " elements not ", tensor->numel());
+    data = tensor->mutable_data_ptr();
+    stride = tensor->stride(0);
+    running.dtype = dtype_of(*tensor, kBatchNorm);
+  };
+  take("running_mean", mean, running.mean, running.mean_stride);
+  take("running_var", var, running.var, running.var_stride);
+  TORCHOPS_CHECK(!mean || !var || same_dtype(*mean, *var),
+                 "batch_norm: expected running_mean and running_var of the same dtype");
+  return running;
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_and_update(
+    Tensor input, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual, double eps,
+    int64_t activation, OptionalTensor running_mean, OptionalTensor running_var, double momentum) {
   BatchNormArguments arguments(input, weight, bias, residual, eps, activation);
   BatchNormParams& params = arguments.params;
   const Tensor dense = contiguous(input, arguments.format);
@@ -23,6 +47,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm(Tensor input, OptionalTensor weigh
     torch::stable::zero_(mean);
     torch::stable::zero_(var);
   } else {
+    params.running = make_running(running_mean, running_var, input, input.size(1),
+                                  input.numel() / input.size(1), momentum);
     params.input = dense.const_data_ptr();
     params.output = output.mutable_data_ptr();
     params.mean = static_cast<double*>(mean.mutable_data_ptr());
@@ -30,6 +56,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm(Tensor input, OptionalTensor weigh
     launch(input, params, cpu::batch_norm, cuda::batch_norm);
   }
   return {output, mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm(Tensor input, OptionalTensor weight,
+                                              OptionalTensor bias, OptionalTensor residual,
+                                              double eps, int64_t activation) {
+  return batch_norm_and_update(input, weight, bias, residual, eps, activation, {}, {}, 0);
 }
 
 Tensor batch_norm_apply(Tensor input, Tensor mean, Tensor var, OptionalTensor weight,
@@ -100,35 +132,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
 
 void batch_norm_update(OptionalTensor running_mean, OptionalTensor running_var, Tensor mean,
                        Tensor var, int64_t count, double momentum) {
-  BatchNormUpdateParams p{};
-  p.channels = mean.numel();
-  p.count = count;
-  p.momentum = momentum;
-  TORCHOPS_CHECK(mean.dim() == 1 && var.dim() == 1 && var.numel() == p.channels,
+  const int64_t channels = mean.numel();
+  TORCHOPS_CHECK(mean.dim() == 1 && var.dim() == 1 && var.numel() == channels,
                  "batch_norm_update: expected mean and var of one dimension and the same size");
   TORCHOPS_CHECK(
       dtype_of(mean, kBatchNorm) == DType::f64 && dtype_of(var, kBatchNorm) == DType::f64,
       "batch_norm_update: expected mean and var of dtype float64");
-  const auto running = [&](const char* what, OptionalTensor& tensor, void*& data, int64_t& stride) {
-    if (!tensor) return;
-    TORCHOPS_CHECK(same_device(*tensor, mean), "batch_norm_update: expected ", what,
-                   " on the same device as mean");
-    TORCHOPS_CHECK(tensor->dim() == 1 && tensor->numel() == p.channels, what, " should contain ",
-                   p.channels, " elements not ", tensor->numel());
-    data = tensor->mutable_data_ptr();
-    stride = tensor->stride(0);
-    p.dtype = dtype_of(*tensor, kBatchNorm);
-  };
-  running("running_mean", running_mean, p.running_mean, p.mean_stride);
-  running("running_var", running_var, p.running_var, p.var_stride);
-  TORCHOPS_CHECK(!running_mean || !running_var || same_dtype(*running_mean, *running_var),
-                 "batch_norm_update: expected running_mean and running_var of the same dtype");
+  const RunningStatistics running =
+      make_running(running_mean, running_var, mean, channels, count, momentum);
   if (count == 0) return;  // as native: an empty batch teaches nothing
   const Tensor dense_mean = contiguous(mean, MemoryFormat::contiguous);
   const Tensor dense_var = contiguous(var, MemoryFormat::contiguous);
-  p.mean = static_cast<const double*>(dense_mean.const_data_ptr());
-  p.var = static_cast<const double*>(dense_var.const_data_ptr());
-  launch(mean, p, cpu::batch_norm_update, cuda::batch_norm_update);
+  const BatchNormUpdateParams params{
+      channels, static_cast<const double*>(dense_mean.const_data_ptr()),
+      static_cast<const double*>(dense_var.const_data_ptr()), running};
+  launch(mean, params, cpu::batch_norm_update, cuda::batch_norm_update);
 }
 
 }  // namespace
@@ -137,6 +155,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchops, m) {
   m.def(
       "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
       "int activation) -> (Tensor output, Tensor mean, Tensor var)");
+  m.def(
+      "batch_norm_and_update(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
+      "float eps, int activation, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "float momentum) -> (Tensor output, Tensor mean, Tensor var)");
   m.def(
       "batch_norm_apply(Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
       "Tensor? residual, float eps, int activation) -> Tensor");
@@ -152,6 +174,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchops, m) {
 
 TORCHOPS_IMPL(m) {
   m.impl("batch_norm", TORCH_BOX(&batch_norm));
+  m.impl("batch_norm_and_update", TORCH_BOX(&batch_norm_and_update));
   m.impl("batch_norm_apply", TORCH_BOX(&batch_norm_apply));
   m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));
   m.impl("batch_norm_update", TORCH_BOX(&batch_norm_update));

@@ -22,6 +22,16 @@ struct ChannelVector {
   DType dtype;
 };
 
+// running = (1 - momentum) * running + momentum * that of the batch, whose variance is unbiased.
+struct RunningStatistics {
+  void* mean;  // null where absent, like var
+  void* var;
+  int64_t mean_stride, var_stride;
+  DType dtype;
+  int64_t count;  // of values per channel in the batch
+  double momentum;
+};
+
 // The statistics are float64 whatever the input is: a float32 mean of 1e4 is already 5e-4 off.
 struct BatchNormParams {
   BatchNormShape shape;
@@ -33,6 +43,7 @@ struct BatchNormParams {
   double eps;
   double* mean;  // [channels], written; var is the biased variance
   double* var;
+  RunningStatistics running;  // updated by the way, where there are any
 };
 
 // The same with statistics that are given: evaluation.
@@ -56,16 +67,11 @@ struct BatchNormBackwardParams {
   void* grad_residual;
 };
 
-// running = (1 - momentum) * running + momentum * that of the batch, whose variance is unbiased.
 struct BatchNormUpdateParams {
+  int64_t channels;
   const double* mean;
   const double* var;
-  void* running_mean;  // null where absent, like running_var
-  void* running_var;
-  int64_t mean_stride, var_stride;
-  DType dtype;
-  int64_t channels, count;
-  double momentum;
+  RunningStatistics running;
 };
 
 }  // namespace torchops

@@ -28,6 +28,14 @@ def fake_batch_norm(input, weight, bias, residual, eps, activation):
     return _like_output(input), mean, torch.empty_like(mean)
 
 
+def fake_and_update(
+    input, weight, bias, residual, eps, activation, running_mean, running_var, momentum
+):
+    output, mean, var = fake_batch_norm(input, weight, bias, residual, eps, activation)
+    fake_update(running_mean, running_var, mean, var, 1, momentum)
+    return output, mean, var
+
+
 def fake_apply(input, mean, var, weight, bias, residual, eps, activation):
     return _like_output(input)
 
@@ -89,6 +97,18 @@ def vmap_batch_norm(info, in_dims, input, weight, bias, residual, eps, activatio
     axes = (1, 0, 0)
     unfolded = (split_axis(t, axis, info.batch_size) for t, axis in zip(outputs, axes, strict=True))
     return tuple(unfolded), axes
+
+
+def vmap_and_update(
+    info, in_dims, input, weight, bias, residual, eps, activation, running_mean, running_var,
+    momentum,
+):  # fmt: skip
+    outputs, dims = vmap_batch_norm(info, in_dims, input, weight, bias, residual, eps, activation)
+    output, mean, var = outputs
+    update_dims = (*in_dims[6:8], *dims[1:])
+    count = output.numel() // mean.numel()
+    vmap_update(info, update_dims, running_mean, running_var, mean, var, count, momentum)
+    return outputs, dims
 
 
 def vmap_apply(info, in_dims, input, mean, var, weight, bias, residual, eps, activation):

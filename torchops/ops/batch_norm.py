@@ -9,16 +9,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling
 
 from torchops.ops import _batch_norm_derivatives as derivatives
 from torchops.ops import _batch_norm_rules as rules
 from torchops.ops._activation import ACTIVATIONS, activation_number
-from torchops.ops._autograd import Function, kernel, register, save, transforms_active
+from torchops.ops._autograd import (
+    Function,
+    call_operator,
+    kernel,
+    operator,
+    register,
+    save,
+    transforms_active,
+)
 from torchops.ops._batch_norm_rules import BIAS, INPUT, RESIDUAL, WEIGHT
 from torchops.ops._drop_in import drop_in
 
-_update = torch.ops.torchops.batch_norm_update.default
+_and_update = operator("batch_norm_and_update")._handle
+_update = operator("batch_norm_update")
 _BelowADInplaceOrView = torch._C._AutoDispatchBelowADInplaceOrView
 
 
@@ -163,16 +172,15 @@ def _normalize(
         return BatchNormApplyFunction.call(
             input, running_mean, running_var, weight, bias, residual, eps, activation
         )
-    output, mean, var = BatchNormFunction.call(input, weight, bias, residual, eps, activation)
-    if running_mean is not None:
+    arguments = (input, weight, bias, residual, eps, activation)
+    if running_mean is None:
+        return BatchNormFunction.call(*arguments)[0]
+    if transforms_active() or is_compiling():
+        output, mean, var = BatchNormFunction.call(*arguments)
         count = input.numel() // input.shape[1]
-        if transforms_active() or is_dynamo_compiling():
-            _update(running_mean, running_var, mean, var, count, momentum)
-        else:  # what the dispatcher does with _update_in_place, 6 us sooner
-            increment_version((running_mean, running_var))
-            with _BelowADInplaceOrView():
-                _update._op(running_mean, running_var, mean, var, count, momentum)
-    return output
+        _update(running_mean, running_var, mean, var, count, momentum)
+        return output
+    return BatchNormAndUpdateFunction.call(*arguments, running_mean, running_var, momentum)[0]
 
 
 def _needed(input: bool, weight: bool, bias: bool, residual: bool) -> int:
@@ -218,6 +226,32 @@ class BatchNormFunction(Function):
     def tangent(ctx, input, weight, bias, residual, *_):
         terms = derivatives.terms(*ctx.saved_tensors, ctx.eps, True, ctx.activation)  # type: ignore[call-arg]
         return derivatives.tangent(terms, input, weight, bias, residual), None, None
+
+
+class BatchNormAndUpdateFunction(BatchNormFunction):
+    """The same, and the running statistics are updated: one operator less, one launch less.
+
+    They are constants to autograd. Graphs get the functional operator and a mutable one instead.
+    """
+
+    @staticmethod
+    def forward(*args):
+        running_mean, running_var, _ = args[6:]
+        increment_version((running_mean, running_var))
+        with _BelowADInplaceOrView():
+            return call_operator(_and_update, *args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        BatchNormFunction.setup_context(ctx, inputs[:6], output)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return *BatchNormFunction.backward(ctx, *grads), None, None, None
+
+    @staticmethod
+    def tangent(ctx, *tangents):
+        return BatchNormFunction.tangent(ctx, *tangents[:6])
 
 
 class BatchNormApplyFunction(Function):
@@ -292,6 +326,8 @@ def _update_in_place(keyset, running_mean, running_var, mean, var, count, moment
 
 register("batch_norm", fake=rules.fake_batch_norm, vmap=rules.vmap_batch_norm,
          autograd=BatchNormFunction.apply_here)  # fmt: skip
+register("batch_norm_and_update", fake=rules.fake_and_update, vmap=rules.vmap_and_update,
+         autograd=BatchNormAndUpdateFunction.apply_here)  # fmt: skip
 register("batch_norm_apply", fake=rules.fake_apply, vmap=rules.vmap_apply,
          autograd=BatchNormApplyFunction.apply_here)  # fmt: skip
 register("batch_norm_backward", fake=rules.fake_backward, vmap=rules.vmap_backward,

@@ -1,0 +1,195 @@
+// What both formats share of batch-norm's backward: the numbers of a channel, where its gradients
+// come from, and the second pass.
+#pragma once
+
+#include "cpu/batch_norm_channels.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+namespace {
+
+struct Sums {
+  double gradient = 0;  // sum h
+  double product = 0;   // sum h (x - mean), with the mean as Affine has it
+
+  void add(const Sums& more) {
+    gradient += more.gradient;
+    product += more.product;
+  }
+};
+
+// grad_input = gradient * h + centered * (x - mean) + constant, per channel.
+template <typename T>
+struct Slopes {
+  acc_t<T>* gradient;
+  acc_t<T>* centered;
+  acc_t<T>* constant;
+};
+
+template <typename T>
+struct Channels {
+  Affine<T> affine;
+  Slopes<T> slopes;
+
+  // Six arrays of `channels` numbers.
+  Channels(acc_t<T>* numbers, int64_t channels)
+      : affine{numbers, numbers + channels, numbers + 2 * channels},
+        slopes{numbers + 3 * channels, numbers + 4 * channels, numbers + 5 * channels} {}
+
+  void prepare(const BatchNormBackwardParams& p, int64_t slot, int64_t c) const {
+    const double invstd = 1 / ::sqrt(channel_value(p.var, c, 1) + p.eps);
+    affine.set(slot, channel_value(p.mean, c, 0), invstd, channel_value(p.weight, c, 1),
+               channel_value(p.bias, c, 0));
+  }
+
+  // Writes the channel's grad_weight and grad_bias, and sets its slopes.
+  void finish(const BatchNormBackwardParams& p, int64_t slot, int64_t c, const Sums& sums) const {
+    const double mean = channel_value(p.mean, c, 0);
+    const double invstd = 1 / ::sqrt(channel_value(p.var, c, 1) + p.eps);
+    const double scale = channel_value(p.weight, c, 1) * invstd;
+    const double lost = mean - affine.mean[slot];
+    const double product = sums.product - lost * sums.gradient;
+    if (p.grad_weight) set_channel_value(p.grad_weight, p.weight.dtype, c, product * invstd);
+    if (p.grad_bias) set_channel_value(p.grad_bias, p.bias.dtype, c, sums.gradient);
+    const double count = static_cast<double>(p.shape.batch * p.shape.pixels);
+    const double centered = -scale * invstd * invstd * product / count;
+    slopes.gradient[slot] = static_cast<acc_t<T>>(scale);
+    slopes.centered[slot] = static_cast<acc_t<T>>(centered);
+    slopes.constant[slot] = static_cast<acc_t<T>>(-scale * sums.gradient / count - centered * lost);
+  }
+};
+
+// Where the first pass takes the gradient before the activation from: grad_output, in T, or in
+// acc_t where a curve has been applied to it.
+template <typename T, typename G>
+struct Sources {
+  const G* gradient;
+  const T* input;
+  const T* residual;  // null where z is not needed, too
+  Clamp<T> clamp;
+
+  Sources shifted(int64_t offset) const {
+    return {gradient + offset, input + offset, residual ? residual + offset : nullptr, clamp};
+  }
+};
+
+template <typename T>
+struct Call {
+  const BatchNormBackwardParams& p;
+  const T* grad_output;
+  const T* input;
+  const T* residual;
+  T* grad_input;
+  Clamp<T> clamp;
+  bool curve, first_pass;
+  T* kept;  // where the first pass leaves h and the second one finds it, or null
+
+  explicit Call(const BatchNormBackwardParams& params)
+      : p(params),
+        grad_output(static_cast<const T*>(p.grad_output)),
+        input(static_cast<const T*>(p.input)),
+        residual(static_cast<const T*>(p.residual)),
+        grad_input(static_cast<T*>(p.grad_input)),
+        clamp(p.activation),
+        curve(is_curve(p.activation)),
+        first_pass(p.grad_weight || p.grad_bias || p.grad_residual || (p.training && p.grad_input)),
+        kept(static_cast<T*>(p.grad_residual)) {
+    // In less than acc_t, h would be rounded on the way.
+    if (!kept && curve && first_pass && std::is_same_v<T, acc_t<T>>) kept = grad_input;
+  }
+
+  // Whether `output`, which has `length` elements in a run, is written past the cache.
+  bool streams(const T* output, int64_t length, int64_t alignment) const {
+    return output && past_cache<T>(p.shape, output, length, alignment);
+  }
+  // Overwriting what was just read finds it in the cache.
+  bool streams_grad_input(int64_t length, int64_t alignment) const {
+    return grad_input != kept && streams(grad_input, length, alignment);
+  }
+
+  Sources<T, T> at(int64_t offset) const {
+    return Sources<T, T>{grad_output, input, residual, clamp}.shifted(offset);
+  }
+};
+
+// The gradient before an activation that is a curve, of at most kStrip elements from `offset` on.
+template <bool kPerLane, typename T>
+[[gnu::noinline]] Sources<T, acc_t<T>> bend(const Call<T>& call, const Affine<T>& affine, int64_t c,
+                                            int64_t offset, int64_t length, acc_t<T>* buffer) {
+  acc_t<T> preactivation[kStrip];
+  const Sources<T, T> at = call.at(offset);
+  const AffineLanes<kPerLane, T> lanes(affine, c);
+  for_each_step<T>(length, [&](int64_t i, int n) __attribute__((always_inline)) {
+    Vec<T> centered[2], z[2], g[2];
+    preactivate(lanes, i, n, at.input, at.residual, centered, z);
+    load_two(at.gradient + i, n, g);
+    store_two(preactivation + i, z, false);
+    store_two(buffer + i, g, false);
+  });
+  curve_gradients(call.p.activation, buffer, preactivation, length);
+  return {buffer, at.input, nullptr, {}};
+}
+
+// A step of the gradient before the activation, and of (x - mean).
+template <bool kPerLane, typename T, typename G>
+[[gnu::always_inline]] inline void differentiate(const Sources<T, G>& from,
+                                                 const AffineLanes<kPerLane, T>& lanes, int64_t i,
+                                                 int n, Vec<T> (&h)[2], Vec<T> (&centered)[2]) {
+  Vec<T> z[2];
+  preactivate(lanes, i, n, from.input, from.residual, centered, z);
+  load_two(from.gradient + i, n, h);
+  for (int u = 0; u < 2; ++u) h[u] = from.clamp.gradient(h[u], z[u]);
+}
+
+// The second pass, over a run of memory.
+template <bool kPerLane, typename T, typename G>
+[[gnu::noinline]] void write_grad_input(Sources<T, G> from, const Channels<T>& channels, int64_t c,
+                                        T* output, int64_t length, bool training, bool past_cache) {
+  const AffineLanes<kPerLane, T> lanes(channels.affine, c);
+  const Slopes<T>& slopes = channels.slopes;
+  const Lanes<kPerLane, T> gradient(slopes.gradient, c), slope(slopes.centered, c),
+      constant(slopes.constant, c);
+  write_steps(output, length, past_cache,
+              [&](int64_t i, int n, Vec<T>(&v)[2]) __attribute__((always_inline)) {
+                Vec<T> h[2], centered[2];
+                differentiate(from, lanes, i, n, h, centered);
+                for (int u = 0; u < 2; ++u) {
+                  const int64_t at = i + u * kLanes<T>;
+                  v[u] = h[u] * gradient.at(at);
+                  if (training) v[u] += centered[u] * slope.at(at) + constant.at(at);
+                }
+              });
+}
+
+// What the first pass left in grad_input: out of the way of its second pass, which may write an
+// element twice.
+template <typename T>
+Sources<T, acc_t<T>> lift(const Call<T>& call, int64_t offset, int64_t length, acc_t<T>* buffer) {
+  std::memcpy(buffer, call.kept + offset, length * sizeof(acc_t<T>));
+  return {buffer, call.input + offset, nullptr, {}};
+}
+
+template <bool kPerLane, typename T>
+void second_pass(const Call<T>& call, const Channels<T>& channels, int64_t c, int64_t offset,
+                 int64_t length, bool past_cache) {
+  T* output = call.grad_input + offset;
+  Sources<T, T> from = call.at(offset);
+  const bool lifts = call.kept == call.grad_input, residual = call.kept && !lifts;
+  if (residual) from = {call.kept + offset, from.input, nullptr, {}};
+  if (residual || !call.curve) {
+    return write_grad_input<kPerLane>(from, channels, c, output, length, call.p.training,
+                                      past_cache);
+  }
+  for (int64_t i = 0; i < length; i += kStrip) {
+    acc_t<T> buffer[kStrip];
+    const int64_t strip = min(kStrip, length - i);
+    const int64_t channel = kPerLane ? c + i : c;
+    const auto bent =
+        lifts ? lift(call, offset + i, strip, buffer)
+              : bend<kPerLane>(call, channels.affine, channel, offset + i, strip, buffer);
+    write_grad_input<kPerLane>(bent, channels, channel, output + i, strip, call.p.training,
+                               past_cache);
+  }
+}
+
+}  // namespace
+}  // namespace torchops::cpu::TORCHOPS_ISA

@@ -25,80 +25,14 @@
 
 #include "core/parallel.h"
 #include "core/scratch.h"
-#include "cpu/conv2d_gather.h"
 #include "cpu/conv2d_lines.h"
+#include "cpu/conv2d_nhwc.h"
 #include "cpu/conv2d_weights.h"
 #include "cpu/conv2d_winograd.h"
 #include "cpu/gemm.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
-
-constexpr int64_t kGrainFlops = 2'000'000;  // about 30 us
-constexpr int64_t kRowStride = kPanelStride<Panel::rows>;
-
-// ---- channels_last: position rows x output channel vectors -------------------------------------
-
-// Adds the bias and writes rows of `columns` channels, from the tile to the output's pixels.
-template <typename T>
-void store_pixels(const Problem<T>& p, const Segment* segments, int64_t count, int64_t channel,
-                  int64_t columns, const acc_t<T>* tile, int64_t tile_stride) {
-  const int64_t pixel_stride = p.c.groups * p.c.columns;
-  for (int64_t s = 0; s < count; ++s) {
-    for (int64_t i = 0; i < segments[s].length; ++i) {
-      const acc_t<T>* from = tile + (segments[s].start + i) * tile_stride;
-      T* to = p.out + (segments[s].out + i * p.c.width.out_step) * pixel_stride + channel;
-      for_each_block<kLanes<T>>(columns, [&](int64_t j, int n) {
-        Vec<T> value = load<acc_t<T>>(from + j);
-        if (p.bias) value += load_partial(p.bias + channel + j, n);
-        store_partial(to + j, value, n);
-      });
-    }
-  }
-}
-
-constexpr int64_t kBlockRows = (96 + kTileRows - 1) / kTileRows * kTileRows;
-
-template <typename T>
-void correlate_channels_last(const Problem<T>& p) {
-  const Correlation& c = p.c;
-  constexpr int64_t kBlockColumns = 8 * kTileColumns<acc_t<T>>;
-  const ColumnPanels<T> weights(c);
-  pack_columns(p, weights);
-  const DepthBlocks depth(c.depth());
-  const int64_t row_blocks = blocks(c.positions(), kBlockRows);
-  const int64_t column_blocks = blocks(c.columns, kBlockColumns);
-  const int64_t flops = 2 * kBlockRows * smaller(c.columns, kBlockColumns) * (c.depth() + 1);
-  parallel_for(row_blocks * c.groups * column_blocks, kGrainFlops / flops + 1,
-               [&](int64_t begin, int64_t end) {
-                 const Scratch<acc_t<T>> panel(kBlockRows * kRowStride),
-                     tile(kBlockRows * kBlockColumns);
-                 Segment segments[kBlockRows];
-                 for (int64_t item = begin; item < end; ++item) {
-                   const int64_t first_column = item % column_blocks * kBlockColumns;
-                   const int64_t columns = smaller(kBlockColumns, c.columns - first_column);
-                   const int64_t group = item / column_blocks % c.groups;
-                   const int64_t row = item / column_blocks / c.groups * kBlockRows;
-                   const int64_t rows = smaller(kBlockRows, c.positions() - row);
-                   const int64_t count = make_segments(c, row, row + rows, segments);
-                   for (int64_t block = 0; block < depth.count; ++block) {
-                     const int64_t k = depth.begin(block), length = depth.length(block);
-                     gather_channels_last(c, p.source + group * c.channels, k, k + length, segments,
-                                          count, panel.get(), kRowStride);
-                     for (int64_t j = 0; j < columns; j += weights.kWidth) {
-                       const int64_t index = (first_column + j) / weights.kWidth;
-                       multiply<acc_t<T>, Panel::rows>(
-                           {panel.get(), weights.at(group, index, k), tile.get() + j,
-                            weights.width(index), kBlockColumns, length, block > 0},
-                           rows, smaller(weights.kWidth, columns - j));
-                     }
-                   }
-                   const int64_t channel = group * c.columns + first_column;
-                   store_pixels(p, segments, count, channel, columns, tile.get(), kBlockColumns);
-                   if (p.epilogue) p.epilogue->finish(row, row + rows, channel, columns);
-                 }
-               });
-}
 
 // ---- contiguous: output channel rows x position vectors ----------------------------------------
 
@@ -314,7 +248,10 @@ void correlate(const Problem<T>& p) {
   if constexpr (kHasWinograd<T>) {
     if (winograd_pays(p.c) && correlate_winograd(p)) return;
   }
-  if (p.channels_last) return correlate_channels_last(p);
+  if (p.channels_last) {
+    if (reads_image_rows(p.c)) return correlate_image_rows(p);
+    return correlate_channels_last(p);
+  }
   if (reads_rows<T>(p.c)) return correlate_rows(p);
   correlate_contiguous(p);
 }

@@ -138,8 +138,9 @@ class ImageRows {
   Scratch<acc_t<T>> data_;
 };
 
-// Whether that pays: the weights are read once per row of the output, from L2 at best. (512 channels
-// over 7 x 7 outputs, whose weights take 9 MB, ran at 0.6 of the speed of gathered panels.)
+// Whether that pays: the weights are read once per row of the output, from L2 at best. (512
+// channels over 7 x 7 outputs, whose weights take 9 MB, ran at 0.6 of the speed of gathered
+// panels.)
 inline bool reads_image_rows(const Correlation& c) {
   constexpr int64_t kWeightsInL2 = 65'536, kLongRow = 24;
   return c.groups == 1 && c.width.taps > 1 && c.width.tap_offset == 1 && c.height.taps > 0 &&

@@ -2,10 +2,11 @@
 //
 // Plan: a unit of work is a block of positions x a block of output channels. It brings the source
 // of its positions, at most 256 taps x channels at a time, into L2, multiplies it with the weights,
-// which were packed once per call, and writes each output once. channels_last: rows are positions,
-// vectors run over output channels. contiguous: rows are output channels, vectors run over
-// positions; the shifted rows of the image are read in place or copied into a panel. channels_last
-// of at most half a tile of output channels, such as the gradient of an image, is brought into
+// which were packed once per call, and writes each output once. channels_last (conv2d_nhwc.h): rows
+// are positions, vectors run over output channels; windows are gathered, or read where they lie in
+// rows of the image. contiguous: rows are output channels, vectors run over positions; the shifted
+// rows of the image are read in place or copied into a panel. channels_last of at most half a tile
+// of output channels, such as the gradient of an image, is brought into
 // planes first. grad_input is the same product with the weights' channels swapped and the taps
 // reversed, one per phase of the stride. The order of summation depends on nothing but the shapes.
 //
@@ -14,9 +15,9 @@
 // Reached on Zen 3, fp32, native's time over ours, contiguous / channels_last, forward and backward
 // with both gradients (torchops bench PROBLEM --layout contiguous,channels_last --threads 1
 // --quick); of 95 GFLOP/s that multiply-adds in registers do, the product reaches 60 to 80:
-//   conv2d:mb8_ic3ih224oc64kh7sh2ph3    0.88 / 1.05   1.34 / 1.06
-//   conv2d:mb1_ic72ih33oc200kh3sh2ph1   1.01 / 0.93   0.84 / 1.01
-//   conv2d:mb2_ic32ih75oc48kh5ph2       0.90 / 0.80   0.94 / 1.36, bound by copying 25 taps
+//   conv2d:mb8_ic3ih224oc64kh7sh2ph3    0.88 / 1.39   1.34 / 1.20
+//   conv2d:mb1_ic72ih33oc200kh3sh2ph1   1.01 / 1.04   0.84 / 1.01
+//   conv2d:mb2_ic32ih75oc48kh5ph2       0.90 / 0.94   0.94 / 1.32
 // Tried without gain: fetching the panel's lines for writing.
 #include "ops/conv2d.h"
 

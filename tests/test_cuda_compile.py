@@ -40,6 +40,12 @@ HOT = {
 }
 FILES = ("adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "batch_norm", "max_pool2d")
 
+# Kernels on tensor cores: they copy to shared memory 16 bytes at a time, and write so if they can.
+TENSOR_CORES = {
+    "conv2d_tensor_core": {"conv2d_tensor_core_kernel", "conv2d_grad_input_tensor_core_kernel"},
+    "conv2d_tensor_core_grad_weight": {"conv2d_grad_weight_tensor_core_kernel"},
+}
+
 built = pytest.mark.skipif(not LOGS, reason="built without nvcc: TORCHOPS_CUDA=1 make install")
 
 
@@ -67,8 +73,13 @@ def disassembler():
     return None
 
 
-def kernels_of(binary):
-    """(signature, its loads and stores) of every kernel in an object."""
+disassembled = pytest.mark.skipif(
+    disassembler() is None, reason="pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+)
+
+
+def kernels_of(binary, instructions=("LDG", "STG")):
+    """(signature, what it has of these instructions) of every kernel in an object."""
     text = subprocess.run(
         [disassembler(), "-sass", binary], capture_output=True, text=True, check=True
     ).stdout
@@ -77,8 +88,8 @@ def kernels_of(binary):
     demangled = subprocess.run(
         ["c++filt"], input=mangled, capture_output=True, text=True, check=True
     )
-    accesses = (re.findall(r"\b(?:LDG|STG)[.\w]*", body) for body in bodies)
-    return list(zip(demangled.stdout.splitlines(), accesses, strict=True))
+    found = (re.findall(rf"\b(?:{'|'.join(instructions)})[.\w]*", body) for body in bodies)
+    return list(zip(demangled.stdout.splitlines(), found, strict=True))
 
 
 def takes_packs(signature):
@@ -87,9 +98,7 @@ def takes_packs(signature):
 
 
 @built
-@pytest.mark.skipif(
-    disassembler() is None, reason="pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
-)
+@disassembled
 @pytest.mark.parametrize("stem", FILES)
 def test_hot_kernels_access_16_bytes_at_a_time(stem):
     seen, narrow = 0, []
@@ -111,3 +120,30 @@ def test_hot_kernels_access_16_bytes_at_a_time(stem):
                 narrow.append((signature, accesses))
     assert seen
     assert not narrow
+
+
+@built
+@disassembled
+@pytest.mark.parametrize("stem", TENSOR_CORES)
+def test_tensor_cores_are_used_and_fed_16_bytes_at_a_time(stem):
+    seen = set()
+    for log in LOGS:
+        if log.name != f"{stem}.cu.o.log":
+            continue
+        for signature, found in kernels_of(
+            log.with_suffix(""), ("HMMA", "LDSM", "LDGSTS", "STG", "LDL", "STL")
+        ):
+            name = re.search(r"\w*_kernel\b|$", signature)[0]
+            if name not in TENSOR_CORES[stem]:
+                continue
+            seen.add(name)
+            copies = [each for each in found if each.startswith("LDGSTS")]
+            assert copies and all(".128" in copy for copy in copies), signature
+            # One shape of product, in fp32; operands by ldmatrix, four matrices at a time.
+            kinds = {each.split(".")[0] for each in found}
+            assert {"HMMA", "LDSM"} <= kinds and not kinds & {"LDL", "STL"}, signature
+            assert all(".16816.F32" in each for each in found if each.startswith("HMMA")), signature
+            assert all("88.4" in each for each in found if each.startswith("LDSM")), signature
+            if "grad_weight" not in name:
+                assert any(each.startswith("STG") and ".128" in each for each in found), signature
+    assert seen == TENSOR_CORES[stem]

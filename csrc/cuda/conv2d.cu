@@ -1,4 +1,5 @@
-// Convolution and its gradients on the GPU, any shape: the portable kernels.
+// Convolution and its gradients on the GPU, any shape, in fp32 and fp64; bf16 and f16 go to tensor
+// cores (see conv2d_tensor_core.cu) unless an axis is longer than 2^30.
 //
 // Plan: an implicit matrix product for each group; nothing is unfolded in memory. A block computes
 // a tile of 64 x 64 from slices of 16 in shared memory, a thread 4 x 4 of it by multiply-adds in
@@ -6,7 +7,9 @@
 // columns input channels x taps, and the sum over all pixels is cut into parts of fixed size, added
 // in order.
 //
-// Not measured on a GPU yet; without tensor cores it cannot come near native for bf16 and f16.
+// Not measured on a GPU yet.
+#include "cuda/conv2d_gather.cuh"
+#include "cuda/conv2d_tensor_core.h"
 #include "cuda/pool_axis.cuh"
 #include "cuda/vector.cuh"
 #include "ops/conv2d.h"
@@ -31,24 +34,6 @@ struct Images {
   }
 };
 
-struct Pixel { int64_t image, y, x; };
-
-// Numbers pixels image by image, and taps of one channel after the other.
-class Grid {
- public:
-  Grid(int64_t height, int64_t width) : height_(height), width_(width) {}
-  __device__ Pixel at(int64_t i) const {
-    Pixel pixel;
-    pixel.x = i;
-    pixel.y = width_.split(pixel.x);
-    pixel.image = height_.split(pixel.y);
-    return pixel;
-  }
-
- private:
-  Divisor height_, width_;
-};
-
 struct Shape {
   explicit Shape(const Conv2dShape& s)
       : input{s.channels_last, s.in_channels, s.in_height, s.in_width},
@@ -62,11 +47,13 @@ struct Shape {
         stride_width(s.window_width.stride),
         in_channels(s.in_channels / s.groups),
         out_channels(s.out_channels / s.groups),
-        tap_count(s.window_height.size * s.window_width.size) {}
+        tap_count(s.window_height.size * s.window_width.size),
+        weight_channels_last(s.weight_channels_last) {}
 
   // Where the weight of [out channel][in channel of the group][tap] is.
   __device__ int64_t weight(int64_t out, int64_t in, int64_t tap) const {
-    return (out * in_channels + in) * tap_count + tap;
+    return weight_channels_last ? (out * tap_count + tap) * in_channels + in
+                                : (out * in_channels + in) * tap_count + tap;
   }
   // The input element under a tap of an output pixel's window, or -1 in the padding.
   __device__ int64_t under(const Pixel& o, const Pixel& tap, int64_t channel) const {
@@ -89,6 +76,7 @@ struct Shape {
   Window height, width;
   Divisor stride_height, stride_width;
   int64_t in_channels, out_channels, tap_count;  // channels of a group
+  bool weight_channels_last;
 };
 
 template <typename T>
@@ -145,8 +133,8 @@ template <typename T> struct GradInput {
 
 template <typename T> struct GradWeight {
   Shape shape;
-  Divisor tap_count;  // column = [in channel][tap], as in the weight
-  int64_t weights;    // of all groups
+  Divisor run;      // columns are [in channel][tap] or [tap][in channel], as in the weight
+  int64_t weights;  // of all groups
   const T *input, *grad_output;
   acc_t<T>* parts;  // [part][weight]
 
@@ -156,8 +144,10 @@ template <typename T> struct GradWeight {
         grad_output[shape.output.element(o.image, group * shape.out_channels + row, o.y, o.x)]);
   }
   __device__ acc_t<T> right(int64_t group, int64_t depth, int64_t column) const {
-    int64_t tap = column;
-    const int64_t channel = tap_count.split(tap);
+    int64_t fast = column;
+    const int64_t slow = run.split(fast);
+    const int64_t tap = shape.weight_channels_last ? slow : fast;
+    const int64_t channel = shape.weight_channels_last ? fast : slow;
     return value_or_zero(input, shape.under(shape.out_pixels.at(depth), shape.taps.at(tap),
                                             group * shape.in_channels + channel));
   }
@@ -245,6 +235,10 @@ __global__ void conv2d_grad_weight_sum_kernel(int64_t parts, int64_t count, cons
 
 // ---- launchers ---------------------------------------------------------------------------------
 
+bool takes_tensor_cores(const Conv2dShape& s) {
+  return (s.dtype == DType::bf16 || s.dtype == DType::f16) && has_short_axes(s);
+}
+
 int64_t tiles(int64_t count) { return ceil_div(count, kTile); }
 
 template <typename T, typename Operand>
@@ -270,6 +264,7 @@ void launch_conv2d(const Conv2dParams& p, const Stream& stream) {
   const Conv2dShape& s = p.shape;
   const int64_t pixels = s.batch * s.out_height * s.out_width;
   if (pixels == 0) return;
+  if (takes_tensor_cores(s)) return tensor_core_conv2d(p, stream);
   dispatch_dtype(s.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Shape shape(s);
@@ -289,6 +284,7 @@ void launch_conv2d_grad_input(const Conv2dGradInputParams& p, const Stream& stre
   const Conv2dShape& s = p.shape;
   const int64_t pixels = s.batch * s.in_height * s.in_width;
   if (pixels == 0 || s.in_channels == 0) return;
+  if (takes_tensor_cores(s)) return tensor_core_conv2d_grad_input(p, stream);
   dispatch_dtype(s.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Shape shape(s);
@@ -305,6 +301,7 @@ void launch_conv2d_grad_weight(const Conv2dGradWeightParams& p, const Stream& st
   const Conv2dShape& s = p.shape;
   const int64_t pixels = s.batch * s.out_height * s.out_width;
   if (s.in_channels == 0) return;
+  if (takes_tensor_cores(s)) return tensor_core_conv2d_grad_weight(p, stream);
   dispatch_dtype(s.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Shape shape(s);
@@ -317,12 +314,13 @@ void launch_conv2d_grad_weight(const Conv2dGradWeightParams& p, const Stream& st
     const Workspace workspace(stream, parts * weights * static_cast<int64_t>(sizeof(acc_t<T>)));
     auto* partial = workspace.at<acc_t<T>>(0);
     if (parts > 0) {
-      const GradWeight<T> operand{shape,
-                                  Divisor(shape.tap_count),
-                                  weights,
-                                  static_cast<const T*>(p.input),
-                                  static_cast<const T*>(p.grad_output),
-                                  partial};
+      const GradWeight<T> operand{
+          shape,
+          Divisor(shape.weight_channels_last ? shape.in_channels : shape.tap_count),
+          weights,
+          static_cast<const T*>(p.input),
+          static_cast<const T*>(p.grad_output),
+          partial};
       launch_product<T>(operand, s.groups, shape.out_channels, columns, pixels, part,
                         !s.channels_last, !s.channels_last, stream);
     }

@@ -60,6 +60,15 @@ __device__ inline Pack<T, N> load(const T* p) {
   return pack;
 }
 
+// The same from shared memory.
+template <int N, typename T>
+__device__ inline Pack<T, N> load_shared(const T* p) {
+  const auto raw = *reinterpret_cast<const typename Raw<N* static_cast<int>(sizeof(T))>::type*>(p);
+  Pack<T, N> pack;
+  memcpy(&pack, &raw, sizeof(raw));
+  return pack;
+}
+
 // `otherwise` in every lane where not `inside`. No branch: a thread's loads are all under way
 // before it waits for the first.
 template <int N, typename T>

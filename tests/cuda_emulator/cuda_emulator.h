@@ -4,8 +4,9 @@
 // same .cu sources then compile with g++. Each thread of a block is a fiber; it runs until it meets
 // a barrier or a shuffle, and the next thread's turn comes. Threads of every second block, and
 // blocks of every second launch, run in reverse order: who relies on an order gives other bits.
-// Shared and workspace memory is NaN before it is written. A barrier that not all threads reach,
-// and a misaligned 16-byte access, end the process with a message.
+// Workspace memory is NaN before it is written, and the target of an asynchronous copy until the
+// copy is waited for. A barrier that not all threads reach, and a misaligned 16-byte access, end
+// the process with a message.
 //
 // interpose.cpp makes libtorchops.so call these kernels for CPU tensors. To use it:
 //
@@ -98,6 +99,11 @@ inline void release(void* data) { std::free(data); }
 // Threads that wait for each other, `expected` at a time.
 struct Barrier { unsigned expected = 0, arrived = 0, generation = 0; };
 
+struct Copy {
+  void* to;
+  const void* from;
+};
+
 constexpr size_t kStack = 64 * 1024;
 constexpr unsigned kLanes = 32;
 
@@ -109,12 +115,14 @@ struct Fiber {
   bool started = false, done = false;
   const Barrier* waits = nullptr;  // until its generation is no longer `generation`
   unsigned generation = 0;
+  std::vector<Copy> copies;         // not waited for, in order
+  std::vector<size_t> copy_groups;  // how many copies each has
 };
 
 struct Warp {
   Barrier barrier;
   unsigned mask = 0;
-  alignas(16) unsigned char slots[kLanes][16];
+  alignas(16) unsigned char slots[kLanes][32];
 };
 
 struct Block {
@@ -152,6 +160,8 @@ inline void wait(Barrier& barrier) {
 inline void enter() {
   (*block.kernel)();
   block.current->done = true;
+  if (!block.current->copies.empty()) fail("a thread ends before its copies");
+  block.current->copy_groups.clear();
   // As on a GPU, a thread that is done no longer takes part in the block's barriers.
   --block.barrier.expected;
   if (block.barrier.arrived && block.barrier.arrived == block.barrier.expected) {
@@ -230,10 +240,10 @@ inline void launch(dim3 grid, dim3 size, const std::function<void()>& kernel) {
   }
 }
 
-// Lane `from(lane)`'s value; every lane of the mask must come here.
+// Shows every lane of the mask the others' values: f(values, lane), values(i) is lane i's.
 template <typename T, typename F>
-T exchange(unsigned mask, T value, const F& from) {
-  static_assert(sizeof(T) <= 16);
+void together(unsigned mask, const T& value, const F& f) {
+  static_assert(sizeof(T) <= sizeof(Warp::slots[0]));
   const unsigned number = block.current->number, lane = number % kLanes;
   Warp& warp = block.warps[number / kLanes];
   if (!(mask >> lane & 1)) fail("a shuffle by a lane outside its mask");
@@ -242,14 +252,23 @@ T exchange(unsigned mask, T value, const F& from) {
   warp.barrier.expected = static_cast<unsigned>(__builtin_popcount(mask));
   std::memcpy(warp.slots[lane], &value, sizeof(T));
   wait(warp.barrier);
-  const unsigned source = from(lane);
-  T result = value;
-  if (source < kLanes) {
+  const auto values = [&](unsigned source) {
     if (!(mask >> source & 1)) fail("a shuffle from a lane outside its mask");
-    std::memcpy(&result, warp.slots[source], sizeof(T));
-  }
+    T other;
+    std::memcpy(&other, warp.slots[source], sizeof(T));
+    return other;
+  };
+  f(values, lane);
   wait(warp.barrier);
-  return result;
+}
+
+// Lane `from(lane)`'s value; every lane of the mask must come here.
+template <typename T, typename F>
+T exchange(unsigned mask, T value, const F& from) {
+  together(mask, value, [&](const auto& values, unsigned lane) {
+    if (from(lane) < kLanes) value = values(from(lane));
+  });
+  return value;
 }
 
 inline float half_to_float(uint16_t bits) {
@@ -269,8 +288,16 @@ inline uint16_t float_to_bfloat16(float x) {
   if (x != x) return 0x7fff;
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+inline float bfloat16_to_float(uint16_t half) {
+  const uint32_t bits = uint32_t{half} << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 
 }  // namespace emulator
+
+#include "tensor_core.h"
 
 // ---- what kernels call --------------------------------------------------------------------------
 
@@ -314,9 +341,7 @@ struct __nv_bfloat162 { uint16_t x, y; };
 
 namespace emulator {
 inline float to_float(const __half2&, uint16_t bits) { return half_to_float(bits); }
-inline float to_float(const __nv_bfloat162&, uint16_t bits) {
-  return __uint_as_float(static_cast<unsigned>(bits) << 16);
-}
+inline float to_float(const __nv_bfloat162&, uint16_t bits) { return bfloat16_to_float(bits); }
 template <typename T, typename F> unsigned lane_masks(const T& a, const T& b, const F& holds) {
   return (holds(to_float(a, a.x), to_float(b, b.x)) ? 0xffffu : 0) |
          (holds(to_float(a, a.y), to_float(b, b.y)) ? 0xffff0000u : 0);

@@ -44,6 +44,10 @@ CASES = [
     # 3x3 through Winograd's transform: odd sizes and channels, several blocks of all
     (2, 37, 11, 19, (3, 3), (1, 1), (1, 1), (1, 1), 41, 1),
     (1, 130, 9, 14, (3, 3), (1, 1), (0, 2), (1, 1), 150, 1),
+    # rows of the image as they lie in channels_last: several blocks of lines and of channels, sums
+    # straight into the output; then an odd number of them, over a tile, in parts of a row
+    (1, 40, 6, 53, (3, 3), (2, 2), (1, 1), (1, 1), 136, 1),
+    (2, 3, 9, 110, (5, 5), (2, 2), (2, 2), (1, 1), 19, 1),
     # tensor cores: stride and dilation that share a divisor, channels in whole chunks of 16 bytes
     (1, 16, 13, 21, (3, 4), (2, 4), (3, 2), (2, 6), 48, 2),
     (2, 64, 9, 7, (1, 1), (2, 2), (0, 0), (1, 1), 72, 1),

@@ -6,57 +6,94 @@
 
 #include <cstdlib>
 
+#include "core/scratch.h"
 #include "cpu/batch_norm_channels.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-// `length` elements from `offset` on.
+// Batch-norm, residual and activation of `length` elements from `offset` on, channels c, c + 1, ...
+// (kPerLane) or channel c throughout. Made once for several runs.
 template <bool kPerLane, typename T>
-void apply_in_place(const BatchNormParams& p, void* data, const Affine<T>& affine, int64_t c,
-                    int64_t offset, int64_t length) {
-  T* output = static_cast<T*>(data) + offset;
-  const T* residual = p.residual ? static_cast<const T*>(p.residual) + offset : nullptr;
-  const AffineLanes<kPerLane, T> lanes(affine, c);
-  Vec<T> centered[2], v[2], tail[2];
-  if (!is_curve(p.activation)) {
-    const Clamp<T> clamp(p.activation);
-    const auto apply = [&](int64_t i, int n, Vec<T>(&z)[2]) __attribute__((always_inline)) {
+class InPlace {
+ public:
+  InPlace(const Conv2dParams& p, const Affine<T>& affine)
+      : affine_(affine),
+        output_(static_cast<T*>(p.output)),
+        residual_(static_cast<const T*>(p.norm->norm.residual)),
+        activation_(p.norm->norm.activation),
+        clamp_(activation_) {}
+
+  [[gnu::always_inline]] void apply(int64_t c, int64_t offset, int64_t length) const {
+    const T* residual = residual_ ? residual_ + offset : nullptr;
+    const AffineLanes<kPerLane, T> lanes(affine_, c);
+    if (is_curve(activation_)) return apply_curve(lanes, output_ + offset, residual, length);
+    apply_clamp(lanes, output_ + offset, residual, length);
+  }
+
+ private:
+  [[gnu::always_inline]] void apply_clamp(const AffineLanes<kPerLane, T>& lanes, T* output,
+                                          const T* residual, int64_t length) const {
+    Vec<T> centered[2], v[2], tail[2];
+    const auto compute = [&](int64_t i, int n, Vec<T>(&z)[2]) __attribute__((always_inline)) {
       preactivate(lanes, i, n, output, residual, centered, z);
-      for (int u = 0; u < 2; ++u) z[u] = clamp.value(z[u]);
+      for (int u = 0; u < 2; ++u) z[u] = clamp_.value(z[u]);
     };
     const int64_t last = length - kStep<T>;
     if (last < 0) {
-      apply(0, static_cast<int>(length), v);
+      compute(0, static_cast<int>(length), v);
       return store_two_partial(output, v, static_cast<int>(length), false);
     }
-    apply(last, kStep<T>, tail);  // before the steps that it overlaps are overwritten
+    compute(last, kStep<T>, tail);  // before the steps that it overlaps are overwritten
     for (int64_t i = 0; i < last; i += kStep<T>) {
-      apply(i, kStep<T>, v);
+      compute(i, kStep<T>, v);
       store_two(output + i, v, false);
     }
-    return store_two(output + last, tail, false);
+    store_two(output + last, tail, false);
   }
-  for (int64_t start = 0; start < length; start += kStrip) {
-    using A = acc_t<T>;
-    A z[kStrip];
-    const int64_t strip = min(kStrip, length - start);
-    for_each_step<T>(strip, [&](int64_t i, int n) __attribute__((always_inline)) {
-      preactivate(lanes, start + i, n, output, residual, centered, v);
-      store_two(z + i, v, false);
-    });
-    curve_values(p.activation, z, strip);
-    for_each_step<T>(strip, [&](int64_t i, int n) __attribute__((always_inline)) {
-      load_two(z + i, kStep<A>, v);
-      store_some(output + start + i, v, n, false);
-    });
+
+  [[gnu::noinline]] void apply_curve(const AffineLanes<kPerLane, T>& lanes, T* output,
+                                     const T* residual, int64_t length) const {
+    Vec<T> centered[2], v[2];
+    for (int64_t start = 0; start < length; start += kStrip) {
+      using A = acc_t<T>;
+      A z[kStrip];
+      const int64_t strip = min(kStrip, length - start);
+      for_each_step<T>(strip, [&](int64_t i, int n) __attribute__((always_inline)) {
+        preactivate(lanes, start + i, n, output, residual, centered, v);
+        store_two(z + i, v, false);
+      });
+      curve_values(activation_, z, strip);
+      for_each_step<T>(strip, [&](int64_t i, int n) __attribute__((always_inline)) {
+        load_two(z + i, kStep<A>, v);
+        store_some(output + start + i, v, n, false);
+      });
+    }
   }
-}
+
+  const Affine<T> affine_;
+  T* const output_;
+  const T* const residual_;
+  const Activation activation_;
+  const Clamp<T> clamp_;
+};
 
 template <typename T>
 Affine<T> affine_in(void* numbers, int64_t length) {
   auto* first = static_cast<acc_t<T>*>(numbers);
   return {first, first + length, first + 2 * length};
+}
+
+// One after the other in a loop that knows their dtype.
+void read_channels(const ChannelVector& vector, double absent, int64_t count, double* to) {
+  if (!vector.data) {
+    for (int64_t c = 0; c < count; ++c) to[c] = absent;
+    return;
+  }
+  dispatch_dtype(vector.dtype, [&](auto tag) {
+    const auto* from = static_cast<const typename decltype(tag)::type*>(vector.data);
+    for (int64_t c = 0; c < count; ++c) to[c] = to_acc(from[c]);
+  });
 }
 
 int64_t repetitions(const Conv2dParams& p) {
@@ -74,13 +111,24 @@ Epilogue::Epilogue(const Conv2dParams& p)
   if (!p.norm) return;
   numbers_ = std::malloc(3 * length_ * sizeof(double));
   if (numbers_ == nullptr) std::abort();  // kernels are compiled without exceptions
+  const int64_t channels = p.shape.out_channels;
+  const Scratch<double> values(4 * channels);
+  double *mean = values.get(), *invstd = mean + channels, *weight = invstd + channels,
+         *bias = weight + channels;
+  read_channels(p.norm->mean, 0, channels, mean);
+  read_channels(p.norm->var, 1, channels, invstd);
+  read_channels(p.norm->norm.weight, 1, channels, weight);
+  read_channels(p.norm->norm.bias, 0, channels, bias);
+  const double eps = p.norm->norm.eps;
+  for (int64_t c = 0; c < channels; ++c) invstd[c] = 1 / ::sqrt(invstd[c] + eps);
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Affine<T> affine = affine_in<T>(numbers_, length_);
-    for (int64_t i = 0; i < repeat_ * p.shape.out_channels; ++i) {
-      const int64_t c = i % p.shape.out_channels;
-      set_affine(affine, i, p.norm->norm, c, channel_value(p.norm->mean, c, 0),
-                 channel_value(p.norm->var, c, 1));
+    for (int64_t c = 0; c < channels; ++c) affine.set(c, mean[c], invstd[c], weight[c], bias[c]);
+    acc_t<T>* const rows[] = {affine.mean, affine.scale, affine.shift};
+    for (acc_t<T>* row : rows) {
+      for (int64_t i = 1; i < repeat_; ++i)
+        std::memcpy(row + i * channels, row, channels * sizeof(acc_t<T>));
     }
   });
 }
@@ -100,25 +148,24 @@ void Epilogue::finish(int64_t begin, int64_t end, int64_t channel, int64_t count
 
 template <typename T>
 void Epilogue::finish_pixels(int64_t begin, int64_t end, int64_t channel, int64_t count) const {
-  const Affine<T> affine = affine_in<T>(numbers_, length_);
+  const InPlace<true, T> run(p_, affine_in<T>(numbers_, length_));
   const int64_t channels = p_.shape.out_channels;
   const int64_t pixels = count == channels ? repeat_ : 1;
   for (int64_t pixel = begin; pixel < end; pixel += pixels) {
-    apply_in_place<true>(p_.norm->norm, p_.output, affine, channel, pixel * channels + channel,
-                         (min(pixels, end - pixel) - 1) * channels + count);
+    run.apply(channel, pixel * channels + channel,
+              (min(pixels, end - pixel) - 1) * channels + count);
   }
 }
 
 template <typename T>
 void Epilogue::finish_planes(int64_t begin, int64_t end, int64_t channel, int64_t count) const {
-  const Affine<T> affine = affine_in<T>(numbers_, length_);
+  const InPlace<false, T> run(p_, affine_in<T>(numbers_, length_));
   const int64_t plane = p_.shape.out_height * p_.shape.out_width;
   while (begin < end) {
     const int64_t image = begin / plane, stop = min(end, (image + 1) * plane);
-    for (int64_t c = channel; c < channel + count; ++c) {
-      const int64_t first = (image * p_.shape.out_channels + c) * plane + begin % plane;
-      apply_in_place<false>(p_.norm->norm, p_.output, affine, c, first, stop - begin);
-    }
+    const int64_t first = image * (p_.shape.out_channels - 1) * plane + begin;
+    for (int64_t c = channel; c < channel + count; ++c)
+      run.apply(c, first + c * plane, stop - begin);
     begin = stop;
   }
 }

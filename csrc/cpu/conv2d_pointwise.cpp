@@ -10,7 +10,8 @@
 //   conv1x1:mb1_ic1280ih7oc320    0.97 / 0.90   1.02 / 1.06
 //   conv1x1:mb1_ic72ih33oc200     0.87 / 0.95   0.93 / 0.91
 //   conv1x1:mb1_ic16ih112oc96     0.99 / 1.32   1.50 / 1.29
-// Tried without gain: fetching the second line of each row of C, tiles of 4 x 3 vectors, a depth
+// Tried without gain: fetching the second line of each row of C, tiles of 4 x 3 vectors (a tenth
+// slower for deep products, alone on a core), a depth of 128 or 192 for each block, a depth
 // unrolled by 4, strips of A for the transposed weight, which take twice as long to copy as its
 // rows.
 #include "core/parallel.h"
@@ -49,7 +50,10 @@ Matrix<T> weight_matrix(const Conv2dShape& s, T* data) {
 template <typename T>
 void multiply_images(const Conv2dShape& s, const Matrix<const T>& weight, const Matrix<const T>& in,
                      const T* bias, const Matrix<T>& out, const Epilogue* epilogue) {
-  if (s.channels_last) {
+  // Pixels so few that turning their outputs over takes less than turning the weight over does.
+  const bool few = weight.columns.stride == 1 && in.columns.size <= 64 &&
+                   weight.columns.size > 2 * in.columns.size;
+  if (s.channels_last && !few) {
     multiply_matrices<T>(
         {transposed(in), transposed(weight), transposed(out), nullptr, bias, epilogue, true});
   } else {
@@ -79,10 +83,13 @@ void multiply_by_shares(const Product<T>& p) {
       Acc* c = sums.get() + share * size;
       plan.for_each_group(
           begin - share * blocks, last - share * blocks, [&](const ProductGroup& g) {
-            unit.run(g, plan.depth.count * share / shares, plan.depth.count * (share + 1) / shares,
-                     false, [&](int64_t i, int64_t j) -> Place<Acc> {
-                       return {c + rows.begin(i) * width + columns.begin(j), width, true};
-                     });
+            unit.run(
+                g, plan.depth.count * share / shares, plan.depth.count * (share + 1) / shares,
+                false,
+                [&](int64_t i, int64_t j) -> Place<Acc> {
+                  return {c + rows.begin(i) * width + columns.begin(j), width, true};
+                },
+                [](int64_t, int64_t, int64_t, int64_t) {});
           });
       begin = last;
     }

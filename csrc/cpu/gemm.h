@@ -66,13 +66,17 @@ struct TileArguments {
   bool exact = false;    // nothing is written past the end of a row
 };
 
+// From a row of A's panel to the next.
+template <typename T, Panel panel>
+inline int64_t panel_row_step(const TileArguments<T>& t) {
+  return panel == Panel::rows ? kPanelStride<panel> : panel == Panel::in_place ? t.a_stride : 1;
+}
+
 // What differs from tile to tile is passed in registers: the tile's first column, and the lanes of
 // its last vector.
 template <typename T, Panel panel, bool kShifted, int kRows, int kVecs>
 void multiply_tile(const TileArguments<T>& t, const T* a, T* c, int64_t column, int lanes) {
-  const int64_t row_step = panel == Panel::rows       ? kPanelStride<panel>
-                           : panel == Panel::in_place ? t.a_stride
-                                                      : 1;
+  const int64_t row_step = panel_row_step<T, panel>(t);
   constexpr int64_t kDepthStep = panel == Panel::rows || panel == Panel::in_place ? 1
                                  : panel == Panel::columns ? kPanelStride<panel>
                                                            : kStripWidth<T>;
@@ -148,16 +152,48 @@ void multiply(const TileArguments<T>& t, int64_t rows, int64_t columns) {
     const int lanes =
         t.exact && rest < width ? static_cast<int>((rest - 1) % kLanes<T> + 1) : kLanes<T>;
     for_each_tile(rows, [&](int64_t index, int64_t first, int height) {
-      const T* a = t.a + (panel == Panel::in_place  ? first * t.a_stride
-                          : panel == Panel::rows    ? first * kPanelStride<panel>
-                          : panel == Panel::columns ? first
-                                                    : index * kStripWidth<T> * t.depth);
+      const T* a = t.a + (panel == Panel::strips ? index * kStripWidth<T> * t.depth
+                                                 : first * panel_row_step<T, panel>(t));
       const auto tile = rest > kTileColumns<T> && few
                             ? pick_tile<T, panel, kShifted, 4>(height, kFewRows)
                         : rest > kLanes<T> ? pick_tile<T, panel, kShifted, 2>(height, kRowCounts)
                                            : pick_tile<T, panel, kShifted, 1>(height, kRowCounts);
       tile(t, a, t.c + first * t.c_stride + j, j, lanes);
     });
+  }
+}
+
+// One column of C: scalar products of rows that lie along the depth, `a_stride` from each other,
+// with a column of B. As part of a tile it would take as long as a whole vector of columns.
+template <typename T>
+void multiply_column(const T* a, int64_t a_stride, int64_t rows, const T* b, int64_t depth, T* c,
+                     int64_t c_stride, bool accumulate) {
+  constexpr int kRows = kLanes<T>;
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const T* row[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) row[r] = a + (first + r < rows ? first + r : first) * a_stride;
+    Vec<T> sum[kRows] = {};
+    int64_t k = 0;
+    for (; k + kLanes<T> <= depth; k += kLanes<T>) {
+      const Vec<T> column = load(b + k);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) sum[r] += load(row[r] + k) * column;
+    }
+    if (k < depth) {
+      const int rest = static_cast<int>(depth - k);
+      const Vec<T> column = load_partial(b + k, rest);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) sum[r] += load_partial(row[r] + k, rest) * column;
+    }
+    transpose<T>(sum);
+#pragma GCC unroll 4
+    for (int half = kRows / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+    }
+    for (int r = 0; r < kRows && first + r < rows; ++r, c += c_stride)
+      *c = accumulate ? *c + sum[0][r] : sum[0][r];
   }
 }
 

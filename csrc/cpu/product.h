@@ -5,8 +5,9 @@
 // at most 256 steps of depth at a time a group copies its blocks of B into panels, and multiplies
 // them by A, read in place where its rows lie along the depth and in different cache sets, with
 // the results added to C in place. So B is copied once, and A once for 4 blocks of columns. What
-// needs conversion or lies across images goes through panels of A and blocks of C. The order of
-// summation depends on nothing but the depth.
+// needs conversion, lies across images or transposed goes through panels of A and blocks of C. One
+// column that is left over, of 7 x 7 pixels for one, is a product of rows: its sums are made in
+// lanes. Otherwise the order of summation depends on nothing but the depth.
 #pragma once
 
 #include <type_traits>
@@ -14,131 +15,10 @@
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "core/transpose.h"
-#include "cpu/conv2d_epilogue.h"
-#include "cpu/gemm.h"
+#include "cpu/product_plan.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
-
-// Element i of an axis lies at i / run * jump + i % run * stride: pixels in runs of one image each.
-struct Extent {
-  int64_t size, stride;
-  int64_t run = size, jump = 0;
-
-  // Calls f(first element, where it lies, count) for the runs that cover [begin, end).
-  template <typename F>
-  void for_each_run(int64_t begin, int64_t end, const F& f) const {
-    while (begin < end) {
-      const int64_t within = begin % run, rest = run - within;
-      const int64_t count = rest < end - begin ? rest : end - begin;
-      f(begin, begin / run * jump + within * stride, count);
-      begin += count;
-    }
-  }
-  bool in_one_run(int64_t begin, int64_t end) const { return begin / run == (end - 1) / run; }
-  int64_t at(int64_t i) const { return i / run * jump + i % run * stride; }
-};
-
-template <typename T>
-struct Matrix {
-  T* data;
-  Extent rows, columns;
-};
-
-template <typename T>
-struct Product {
-  Matrix<const T> a, b;
-  Matrix<T> c;
-  const T *row_bias = nullptr, *column_bias = nullptr;
-  const Epilogue* epilogue = nullptr;  // of an output of pixels x channels, or channels x pixels
-  bool pixels_are_rows = false;
-
-  // For a block of C that is complete.
-  void finish(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
-    if (!epilogue) return;
-    if (pixels_are_rows) {
-      epilogue->finish(row, row + rows, column, columns);
-    } else {
-      epilogue->finish(column, column + columns, row, rows);
-    }
-  }
-};
-
-constexpr int64_t product_blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
-constexpr int64_t product_least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Equal parts of [0, size), in whole `unit`s and at most `longest`.
-struct Parts {
-  int64_t size, count, part;
-  Parts(int64_t size, int64_t longest, int64_t unit = 1)
-      : size(size),
-        count(product_blocks(size, longest)),
-        part(count ? product_blocks(product_blocks(size, count), unit) * unit : 1) {
-    count = product_blocks(size, part);
-  }
-  int64_t begin(int64_t i) const { return product_least(i * part, size); }
-};
-
-// Parts of an axis, within runs where these are at least `shortest`: what lies in one run is read,
-// or written, in place.
-struct RunParts {
-  int64_t run;
-  Parts parts;  // of one run
-  int64_t count, part;
-  RunParts(const Extent& e, int64_t longest, int64_t unit, int64_t shortest)
-      : run(e.run < shortest ? e.size : e.run),
-        parts(run, longest, unit),
-        count(run ? e.size / run * parts.count : 0),
-        part(parts.part) {}
-  int64_t begin(int64_t i) const { return i / parts.count * run + parts.begin(i % parts.count); }
-};
-
-// Blocks of rows [row, row_end) x blocks of columns [column, column_end) that share copies.
-struct ProductGroup { int64_t row, row_end, column, column_end; };
-
-// How a product is cut up.
-template <typename T>
-struct ProductPlan {
-  using Acc = acc_t<T>;
-  static constexpr int64_t kDepth = kPanelLength<Panel::rows>;
-  static constexpr int64_t kRows = kPanelLength<Panel::columns> / kTileRows * kTileRows;
-  static constexpr int64_t kWidth = kTileColumns<Acc>, kColumns = 8 * kWidth;
-  // Blocks that share copies.
-  static constexpr int64_t kGroupRows = 8, kGroupColumns = 4;
-  static constexpr int64_t kGroupBlocks = kGroupRows * kGroupColumns;
-
-  const Product<T>& p;
-  Parts rows;
-  RunParts columns, depth;
-
-  explicit ProductPlan(const Product<T>& p)
-      : p(p),
-        rows(p.c.rows.size, kRows),
-        columns(p.c.columns, kColumns, kWidth, kColumns / 2),
-        depth(p.b.rows, kDepth, 1, kDepth / 2) {}
-
-  int64_t blocks() const { return rows.count * columns.count; }
-
-  // Cuts blocks [begin, end) of C into groups, as large as may be. Blocks are in order of groups
-  // of rows, columns, and rows.
-  template <typename F>
-  void for_each_group(int64_t begin, int64_t end, const F& f) const {
-    while (begin < end) {
-      const int64_t first = begin / (kGroupRows * columns.count) * kGroupRows;
-      const int64_t height = product_least(kGroupRows, rows.count - first);
-      const int64_t within = begin - first * columns.count, left = end - begin;
-      const int64_t row = within % height, column = within / height;
-      const int64_t whole =
-          product_least(kGroupColumns, product_least(left / height, columns.count - column));
-      ProductGroup g{first, first + height, column, column + whole};
-      if (row > 0 || whole == 0) {
-        g = {first + row, first + row + product_least(height - row, left), column, column + 1};
-      }
-      f(g);
-      begin += (g.row_end - g.row) * (g.column_end - g.column);
-    }
-  }
-};
 
 // B's panels: panel j / kWidth holds [depth][kWidth], and a cache line more, so that panels do not
 // share cache sets.
@@ -234,17 +114,19 @@ class ProductUnit {
   explicit ProductUnit(const Plan& plan)
       : plan_(plan),
         p_(plan.p),
-        part_size_(product_blocks(plan.columns.part, Plan::kWidth) * Plan::kWidth *
-                   (plan.depth.part + 1)),
+        panels_size_(product_blocks(plan.columns.part, Plan::kWidth) * Plan::kWidth *
+                     (plan.depth.part + 1)),
+        part_size_(panels_size_ + product_blocks(plan.depth.part, Plan::kWidth) * Plan::kWidth),
         b_(product_least(plan.columns.count, Plan::kGroupColumns) * part_size_),
         a_(!along()     ? plan.depth.part * kPanelStride<Panel::columns>
            : copies_a() ? plan.rows.part * kPanelStride<Panel::rows>
                         : 1) {}
 
   // The depth blocks [begin, end) of a group. place(row, column) is where the block that starts
-  // there goes.
-  template <typename F>
-  void run(const ProductGroup& g, int64_t begin, int64_t end, bool accumulate, const F& place) {
+  // there goes, finish(row, rows, column, columns) is called for what is complete, in the cache.
+  template <typename F, typename G>
+  void run(const ProductGroup& g, int64_t begin, int64_t end, bool accumulate, const F& place,
+           const G& finish) {
     const Parts& rows = plan_.rows;
     const RunParts& columns = plan_.columns;
     for (int64_t block = begin; block < end; ++block) {
@@ -264,14 +146,17 @@ class ProductUnit {
                                depth,
                                accumulate || block > begin};
           t.exact = to.exact;
+          const auto finish_strip = [&](int64_t r, int64_t count, int64_t c, int64_t length) {
+            if (block + 1 == end) finish(row + r, count, column + c, length);
+          };
           if (!along()) {
-            multiply_panels<Panel::columns>(t, height, width);
+            multiply_panels<Panel::columns>(t, height, width, finish_strip);
           } else if (copies_a()) {
-            multiply_panels<Panel::rows>(t, height, width);
+            multiply_panels<Panel::rows>(t, height, width, finish_strip);
           } else if constexpr (kInPlace) {
             t.a = p_.a.data + row * p_.a.rows.stride + p_.a.columns.at(k);
             t.a_stride = p_.a.rows.stride;
-            multiply_panels<Panel::in_place>(t, height, width);
+            multiply_panels<Panel::in_place>(t, height, width, finish_strip);
           }
         }
       }
@@ -290,13 +175,20 @@ class ProductUnit {
   bool copies_a() const {
     return !along() || !kInPlace || plan_.depth.run > p_.a.columns.run || rows_collide();
   }
+  // The last of so many columns would have a vector for itself.
+  bool leaves_one(int64_t columns) const { return along() && columns % kLanes<Acc> == 1; }
 
   void pack(const ProductGroup& g, int64_t k, int64_t depth) {
     if (k == packed_k_ && g.column == packed_.column && g.column_end == packed_.column_end) return;
     for (int64_t j = g.column; j < g.column_end; ++j) {
-      const int64_t column = plan_.columns.begin(j);
-      pack_b(p_.b, k, depth, column, plan_.columns.begin(j + 1) - column,
-             b_.get() + (j - g.column) * part_size_);
+      const int64_t column = plan_.columns.begin(j), width = plan_.columns.begin(j + 1) - column;
+      Acc* panels = b_.get() + (j - g.column) * part_size_;
+      pack_b(p_.b, k, depth, column, width, panels);
+      if (!leaves_one(width)) continue;
+      const int64_t last = width - 1;
+      const Acc* from =
+          panels + last / Plan::kWidth * (depth + 1) * Plan::kWidth + last % Plan::kWidth;
+      for (int64_t i = 0; i < depth; ++i) panels[panels_size_ + i] = from[i * Plan::kWidth];
     }
     packed_k_ = k;
     packed_ = g;
@@ -310,18 +202,44 @@ class ProductUnit {
     }
   }
 
-  template <Panel panel>
-  void multiply_panels(TileArguments<Acc> t, int64_t rows, int64_t columns) const {
-    for (int64_t j = 0; j < columns; j += Plan::kWidth) {
-      multiply<Acc, panel>(t, rows, product_least(Plan::kWidth, columns - j));
-      t.b += (t.depth + 1) * Plan::kWidth;
-      t.c += Plan::kWidth;
+  // In strips of as many panels as stay in L1 while the rows of A stream past them: where these
+  // are short, the rows of C are long. A strip of a few panels is too narrow to be finished by
+  // itself.
+  template <Panel panel, typename F>
+  void multiply_panels(const TileArguments<Acc>& t, int64_t rows, int64_t columns,
+                       const F& finish) const {
+    constexpr int64_t kWidth = Plan::kWidth;
+    constexpr auto kRowCounts = std::make_integer_sequence<int, kTileRows>{};
+    const int64_t row_step = panel_row_step<Acc, panel>(t);
+    const int64_t tiled = columns - leaves_one(columns);
+    if (tiled < columns)
+      multiply_column(t.a, row_step, rows, t.b + panels_size_, t.depth, t.c + tiled, t.c_stride,
+                      t.accumulate);
+    const int64_t strip = Plan::kDepth / t.depth * kWidth;
+    const bool by_strips = strip >= 3 * kWidth;
+    for (int64_t begin = 0, end; begin < columns; begin = end) {
+      end = columns - begin < strip + kWidth ? columns : begin + strip;
+      const int64_t tiles_end = product_least(end, tiled);
+      for_each_tile(rows, [&](int64_t, int64_t first, int height) {
+        const auto wide = pick_tile<Acc, panel, false, 2>(height, kRowCounts);
+        const auto narrow = pick_tile<Acc, panel, false, 1>(height, kRowCounts);
+        const Acc* a = t.a + first * row_step;
+        Acc* c = t.c + first * t.c_stride;
+        for (int64_t j = begin; j < tiles_end; j += kWidth) {
+          const int64_t width = product_least(kWidth, tiles_end - j);
+          const int lanes = t.exact ? static_cast<int>((width - 1) % kLanes<Acc> + 1) : kLanes<Acc>;
+          (width > kLanes<Acc> ? wide : narrow)(t, a, c + j, j * (t.depth + 1), lanes);
+        }
+        if (by_strips) finish(first, height, begin, end - begin);
+      });
     }
+    if (!by_strips) finish(0, rows, 0, columns);
   }
 
   const Plan& plan_;
   const Product<T>& p_;
-  const int64_t part_size_;  // of b_: a block of columns
+  // Of b_: of the panels of a block of columns, and of these and a column that is left over.
+  const int64_t panels_size_, part_size_;
   const Scratch<Acc> b_, a_;
   int64_t packed_k_ = -1;  // what b_ holds
   ProductGroup packed_{};
@@ -329,10 +247,24 @@ class ProductUnit {
 
 constexpr int64_t kProductGrain = 2'000'000;  // operations: about 30 us
 
-// Writes a block of C from fp32.
+// Writes a block of C from fp32. It may lie transposed, with its columns in rows of memory.
 template <typename T>
 void write_block(const Matrix<T>& c, int64_t row, int64_t rows, int64_t column, int64_t columns,
                  const acc_t<T>* from, int64_t stride) {
+  if (c.columns.stride != 1) {
+    for (int64_t r = 0; r < rows; r += kLanes<T>) {
+      const int lanes = static_cast<int>(product_least(kLanes<T>, rows - r));
+      load_planes(from + r * stride, stride, lanes, columns,
+                  [&](int64_t start, const Vec<T>* block, auto size) {
+                    T* to = c.data + c.columns.at(column + start) + row + r;
+#pragma GCC unroll 16
+                    for (int i = 0; i < kLanes<T>; ++i) {
+                      if (i < size) store_partial(to + i * c.columns.stride, block[i], lanes);
+                    }
+                  });
+    }
+    return;
+  }
   for (int64_t r = 0; r < rows; ++r, from += stride) {
     T* to = c.data + c.rows.at(row + r);
     c.columns.for_each_run(
@@ -368,7 +300,8 @@ void multiply_matrices(const Product<T>& p) {
   // Blocks of C that are not fp32 in one run.
   const int64_t stride = columns.part + 64 / sizeof(Acc), size = rows.part * stride;
   const bool fill = p.row_bias || p.column_bias || plan.depth.count == 0;
-  const bool in_runs = std::is_same_v<T, Acc> && columns.parts.size == p.c.columns.run;
+  const bool in_runs =
+      std::is_same_v<T, Acc> && p.c.columns.stride == 1 && columns.parts.size == p.c.columns.run;
   const int64_t flops = 2 * rows.part * columns.part * (p.b.rows.size + 1);
   parallel_for(plan.blocks(), kProductGrain / flops + 1, [&](int64_t begin, int64_t end) {
     ProductUnit<T> unit(plan);
@@ -396,7 +329,11 @@ void multiply_matrices(const Product<T>& p) {
             [&](int64_t row, int64_t height, int64_t column, int64_t width, const Place<Acc>& to) {
               fill_bias(p, row, height, column, width, to.c, to.stride);
             });
-      unit.run(g, 0, plan.depth.count, fill, place);
+      unit.run(g, 0, plan.depth.count, fill, place,
+               [&](int64_t row, int64_t height, int64_t column, int64_t width) {
+                 if (in_runs) p.finish(row, height, column, width);
+               });
+      if (in_runs && plan.depth.count > 0) return;
       for_each_block(
           [&](int64_t row, int64_t height, int64_t column, int64_t width, const Place<Acc>& from) {
             if (!in_runs) write_block(p.c, row, height, column, width, from.c, from.stride);

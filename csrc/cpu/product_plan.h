@@ -1,0 +1,132 @@
+// What a product of matrices is, and how it is cut up: see product.h.
+#pragma once
+
+#include "core/transpose.h"
+#include "cpu/conv2d_epilogue.h"
+#include "cpu/gemm.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+namespace {
+
+// Element i of an axis lies at i / run * jump + i % run * stride: pixels in runs of one image each.
+struct Extent {
+  int64_t size, stride;
+  int64_t run = size, jump = 0;
+
+  // Calls f(first element, where it lies, count) for the runs that cover [begin, end).
+  template <typename F>
+  void for_each_run(int64_t begin, int64_t end, const F& f) const {
+    while (begin < end) {
+      const int64_t within = begin % run, rest = run - within;
+      const int64_t count = rest < end - begin ? rest : end - begin;
+      f(begin, begin / run * jump + within * stride, count);
+      begin += count;
+    }
+  }
+  bool in_one_run(int64_t begin, int64_t end) const { return begin / run == (end - 1) / run; }
+  int64_t at(int64_t i) const { return i / run * jump + i % run * stride; }
+};
+
+template <typename T>
+struct Matrix {
+  T* data;
+  Extent rows, columns;
+};
+
+template <typename T>
+struct Product {
+  Matrix<const T> a, b;
+  Matrix<T> c;
+  const T *row_bias = nullptr, *column_bias = nullptr;
+  const Epilogue* epilogue = nullptr;  // of an output of pixels x channels, or channels x pixels
+  bool pixels_are_rows = false;
+
+  // For a block of C that is complete.
+  void finish(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+    if (!epilogue) return;
+    if (pixels_are_rows) {
+      epilogue->finish(row, row + rows, column, columns);
+    } else {
+      epilogue->finish(column, column + columns, row, rows);
+    }
+  }
+};
+
+constexpr int64_t product_blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
+constexpr int64_t product_least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Equal parts of [0, size), in whole `unit`s and at most `longest`.
+struct Parts {
+  int64_t size, count, part;
+  Parts(int64_t size, int64_t longest, int64_t unit = 1)
+      : size(size),
+        count(product_blocks(size, longest)),
+        part(count ? product_blocks(product_blocks(size, count), unit) * unit : 1) {
+    count = product_blocks(size, part);
+  }
+  int64_t begin(int64_t i) const { return product_least(i * part, size); }
+};
+
+// Parts of an axis, within runs where these are at least `shortest`: what lies in one run is read,
+// or written, in place.
+struct RunParts {
+  int64_t run;
+  Parts parts;  // of one run
+  int64_t count, part;
+  RunParts(const Extent& e, int64_t longest, int64_t unit, int64_t shortest)
+      : run(e.run < shortest ? e.size : e.run),
+        parts(run, longest, unit),
+        count(run ? e.size / run * parts.count : 0),
+        part(parts.part) {}
+  int64_t begin(int64_t i) const { return i / parts.count * run + parts.begin(i % parts.count); }
+};
+
+// Blocks of rows [row, row_end) x blocks of columns [column, column_end) that share copies.
+struct ProductGroup { int64_t row, row_end, column, column_end; };
+
+// How a product is cut up.
+template <typename T>
+struct ProductPlan {
+  using Acc = acc_t<T>;
+  static constexpr int64_t kDepth = kPanelLength<Panel::rows>;
+  static constexpr int64_t kRows = kPanelLength<Panel::columns> / kTileRows * kTileRows;
+  static constexpr int64_t kWidth = kTileColumns<Acc>, kColumns = 8 * kWidth;
+  // Blocks that share copies.
+  static constexpr int64_t kGroupRows = 8, kGroupColumns = 4;
+  static constexpr int64_t kGroupBlocks = kGroupRows * kGroupColumns;
+
+  const Product<T>& p;
+  Parts rows;
+  RunParts columns, depth;
+
+  explicit ProductPlan(const Product<T>& p)
+      : p(p),
+        rows(p.c.rows.size, kRows),
+        columns(p.c.columns, kColumns, kWidth, kColumns / 2),
+        depth(p.b.rows, kDepth, 1, kDepth / 2) {}
+
+  int64_t blocks() const { return rows.count * columns.count; }
+
+  // Cuts blocks [begin, end) of C into groups, as large as may be. Blocks are in order of groups
+  // of rows, columns, and rows.
+  template <typename F>
+  void for_each_group(int64_t begin, int64_t end, const F& f) const {
+    while (begin < end) {
+      const int64_t first = begin / (kGroupRows * columns.count) * kGroupRows;
+      const int64_t height = product_least(kGroupRows, rows.count - first);
+      const int64_t within = begin - first * columns.count, left = end - begin;
+      const int64_t row = within % height, column = within / height;
+      const int64_t whole =
+          product_least(kGroupColumns, product_least(left / height, columns.count - column));
+      ProductGroup g{first, first + height, column, column + whole};
+      if (row > 0 || whole == 0) {
+        g = {first + row, first + row + product_least(height - row, left), column, column + 1};
+      }
+      f(g);
+      begin += (g.row_end - g.row) * (g.column_end - g.column);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace torchops::cpu::TORCHOPS_ISA

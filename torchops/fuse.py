@@ -51,9 +51,10 @@ def folded(batch_norm: Any, activation: nn.Module | str | None) -> str | None:
     if type(batch_norm) not in BATCH_NORMS or batch_norm.activation is not None:
         return None
     name = activation if isinstance(activation, str) else activation_name(activation)
-    if name is None or watched(batch_norm):
+    if name is None:
         return None
-    return name if isinstance(activation, str) or not watched(activation) else None  # type: ignore[arg-type]
+    alone = (batch_norm,) if isinstance(activation, str) else (batch_norm, activation)
+    return None if watched(*alone) else name  # type: ignore[arg-type]
 
 
 def batch_norm_act(

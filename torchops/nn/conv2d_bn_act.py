@@ -10,21 +10,23 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from torchops.nn.batch_norm import BatchNorm2d
 from torchops.nn.conv2d import Conv1x1, Conv2d
-from torchops.ops.conv2d_bn_act import conv2d_bn_act
+from torchops.ops.conv2d_bn_act import conv2d_bn_act, evaluate
 
 CONVOLUTIONS = (Conv2d, Conv1x1)
 
 
-def watched(module: nn.Module) -> bool:
-    """Whether somebody follows this module's calls: it must then get a call of its own."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or _has_any_global_hook()
-    )
+def watched(*modules: nn.Module) -> bool:
+    """Whether somebody follows the calls of one of them: it must then get a call of its own."""
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return True
+    return bool(_has_any_global_hook())
 
 
 def in_one_call(conv: Any, batch_norm: Any, input: Any) -> bool:
@@ -33,12 +35,11 @@ def in_one_call(conv: Any, batch_norm: Any, input: Any) -> bool:
         type(conv) in CONVOLUTIONS
         and type(batch_norm) is BatchNorm2d
         and not batch_norm.training
-        and batch_norm.running_mean is not None
+        and batch_norm._buffers.get("running_mean") is not None
         and conv.padding_mode == "zeros"
         and isinstance(input, Tensor)
         and input.dim() == 4
-        and not watched(conv)
-        and not watched(batch_norm)
+        and not watched(conv, batch_norm)
     )
 
 
@@ -50,11 +51,29 @@ def convolve_normalize(
     residual: Tensor | None = None,
 ) -> Tensor:
     """activation(batch_norm(conv(input)) + residual) in evaluation."""
+    try:  # sooner than through nn.Module.__getattr__
+        parameters, weight_bias, buffers = (
+            conv._parameters, batch_norm._parameters, batch_norm._buffers,
+        )  # fmt: skip
+        weight, bias = parameters["weight"], parameters["bias"]
+        bn_weight, bn_bias = weight_bias["weight"], weight_bias["bias"]
+        mean, var = buffers["running_mean"], buffers["running_var"]
+    except KeyError:  # kept elsewhere, as by torch.distributed.fsdp
+        weight, bias = conv.weight, conv.bias
+        bn_weight, bn_bias = batch_norm.weight, batch_norm.bias
+        mean, var = batch_norm.running_mean, batch_norm.running_var
+    window = conv.stride, conv.padding, conv.dilation, conv.groups
+    output = evaluate(
+        input, weight, bias, *window, mean, var, bn_weight, bn_bias, residual, batch_norm.eps,
+        activation,
+    )  # fmt: skip
+    if output is not None:
+        return output
+    stride, padding, dilation, groups = window
     return conv2d_bn_act(
-        input, conv.weight, batch_norm.weight, batch_norm.bias,
-        batch_norm.running_mean, batch_norm.running_var,
-        bias=conv.bias, stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
-        groups=conv.groups, eps=batch_norm.eps, activation=activation, residual=residual,
+        input, weight, bn_weight, bn_bias, mean, var, bias=bias, stride=stride, padding=padding,
+        dilation=dilation, groups=groups, eps=batch_norm.eps, activation=activation,
+        residual=residual,
     )  # fmt: skip
 
 

@@ -56,12 +56,37 @@ def trains(operator: str, input: Any) -> bool:
     refused there goes to the operator's function all the same, which has native's words for it.
     """
     return (
-        type(input) is Tensor
-        and not is_dynamo_compiling()
+        _plain(input)
         and is_grad_enabled()
         and input.requires_grad
-        and input.is_cpu
         and (_backend.mode == "own" or (_backend.mode == "auto" and not _tuning.indebted(operator)))
+    )
+
+
+def infers(operators: tuple[str, ...], *args: Any) -> bool:
+    """Whether a layer in evaluation may go straight to its kernel, as `trains` to its Function.
+
+    `args` are those that the tuning table is asked with for each of the operators.
+    """
+    return (
+        _plain(args[0])
+        and not is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and (
+            _backend.mode == "own"
+            or (
+                _backend.mode == "auto"
+                and not any([_tuning.prefers_native(name, *args) for name in operators])
+            )
+        )
+    )
+
+
+def _plain(input: Any) -> bool:
+    return (
+        type(input) is Tensor
+        and not is_dynamo_compiling()
+        and input.is_cpu
         and not transforms_active()
         and forward_ad._current_level < 0
         and not _is_tracing()

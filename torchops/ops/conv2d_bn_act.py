@@ -16,7 +16,7 @@ from torchops import _backend, _tuning
 from torchops.ops import _batch_norm_rules, _conv2d_rules
 from torchops.ops._activation import activation_number
 from torchops.ops._autograd import differentiable, kernel, register
-from torchops.ops._drop_in import drop_in
+from torchops.ops._drop_in import REFUSALS, drop_in, infers
 from torchops.ops._shape import pair
 from torchops.ops.batch_norm import batch_norm, check_statistics, native_batch_norm
 from torchops.ops.conv2d import conv2d
@@ -115,6 +115,41 @@ def _one_pass(input, weight, bias, stride, padding, dilation, groups, *tensors) 
     return _backend.mode == "own" or not _tuning.prefers_native(
         "conv2d", input, weight, bias, *window
     )
+
+
+_OPERATORS = ("conv2d", "conv2d_bn_act")
+
+
+def evaluate(
+    input, weight, bias, stride, padding, dilation, groups, mean, var, bn_weight, bn_bias, residual,
+    eps, activation,
+):  # fmt: skip
+    """The fused operator at once, in what inference calls a layer with.
+
+    None where conv2d_bn_act has to look closer.
+    """
+    usual = (
+        infers(_OPERATORS, input, weight, bias, stride, padding, dilation, groups)
+        and type(stride) is tuple
+        and type(padding) is tuple
+        and type(dilation) is tuple
+        and type(groups) is int
+        and eps > 0.0
+        and mean is not None
+        and var is not None
+        and (bn_weight is None or bn_weight.dtype is mean.dtype)
+        and not mean.requires_grad
+        and not var.requires_grad
+    )
+    if not usual:
+        return None
+    try:
+        return _forward(
+            input, weight, bias, stride, padding, dilation, groups, mean, var, bn_weight, bn_bias,
+            residual, eps, activation_number(activation),
+        )  # fmt: skip
+    except REFUSALS:
+        return None
 
 
 def _composition(

@@ -7,9 +7,10 @@
 // Native's time over ours on Zen 3, fp32, contiguous / channels_last, forward and both gradients
 // (torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
 //   conv1x1:mb8_ic1024ih14oc256   1.01 / 0.96   1.08 / 1.10, of 95 GFLOP/s in registers 67 to 78
-//   conv1x1:mb1_ic1280ih7oc320    0.97 / 0.90   1.02 / 1.06
-//   conv1x1:mb1_ic72ih33oc200     0.87 / 0.95   0.93 / 0.91
-//   conv1x1:mb1_ic16ih112oc96     0.99 / 1.32   1.50 / 1.29
+//   conv1x1:mb1_ic16ih112oc96     1.76 / 1.38   1.49 / 1.34
+// and in two runs beside other processes
+//   conv1x1:mb1_ic1280ih7oc320    1.10, 1.00 / 0.93, 0.95   1.15, 1.09 / 1.09, 1.15
+//   conv1x1:mb1_ic72ih33oc200     0.96, 1.11 / 0.91, 0.95   1.09, 0.97 / 1.00, 0.96
 // Tried without gain: fetching the second line of each row of C, tiles of 4 x 3 vectors (a tenth
 // slower for deep products, alone on a core), a depth of 128 or 192 for each block, a depth
 // unrolled by 4, strips of A for the transposed weight, which take twice as long to copy as its

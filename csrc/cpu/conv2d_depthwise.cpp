@@ -9,14 +9,16 @@
 // Reached on Zen 3, one thread, float32 forward, NCHW / NHWC, of a copy in the same run (torchops
 // bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
 //   conv2d:mb1_g72ic72ih75oc72kh3ph1       52 / 91 %
-//   conv2d:mb8_g144ic144ih56oc144kh3ph1    55 / 58 %
+//   conv2d:mb8_g144ic144ih56oc144kh3ph1    55 / 82 %
 //   conv2d:mb8_g576ic576ih14oc576kh3ph1    49 / 60 %
-//   conv2d:mb8_g96ic96ih112oc96kh3sh2ph1   59 / 56 %
+//   conv2d:mb8_g96ic96ih112oc96kh3sh2ph1   59 / 66 % and more
 // and of the rate of torch.mm: conv2d:mb8_g192ic192ih28oc192kh7ph3 57 / 67 %.
 //
 // Did not pay: NHWC through the working form, by whole rows (about 3x slower) or by slices of
-// channels (slower still; both timed under load); NCHW by the planes of conv2d_grouped.h (1.3 to 2x
-// slower than the working form); planes of 7 x 7 by rows (1.3x slower than the working form).
+// channels (slower still; both timed under load); its lines loaded before a strip instead of
+// prefetched (1.4x slower at stride 1), or prefetched between the rows of a strip (1.2x slower);
+// NCHW by the planes of conv2d_grouped.h (1.3 to 2x slower than the working form); planes of 7 x 7
+// by rows (1.3x slower than the working form).
 #include "core/parallel.h"
 #include "cpu/conv2d_depthwise_nchw.h"
 #include "cpu/conv2d_depthwise_nhwc.h"

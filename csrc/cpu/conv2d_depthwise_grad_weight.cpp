@@ -30,7 +30,7 @@ constexpr int64_t kPixelsPerTap = 8;  // of a block at least, so that sums stay 
 // One output row against the rows of its window.
 template <typename T>
 struct GradRow {
-  Ahead ahead, ahead_grad;  // of the next row
+  RowsAhead ahead, ahead_grad;
   WindowRows<T> window;
   Pixels<T> input, grad_output;
   int64_t first;  // input column of output 0's first tap
@@ -75,7 +75,8 @@ void accumulate_row(const GradRow<T>& p) {
   constexpr int64_t reach = (kGradPixels - 1) * stride + kernel;
   Patch<T, kernel, reach> patch;
   Patch<T, 1, kGradPixels> grad_patch;
-  Ahead ahead = p.ahead, ahead_grad = p.ahead_grad;
+  constexpr int bytes = kGradPixels * kLanes<T> * int(sizeof(T));
+  RowsAhead ahead = p.ahead, ahead_grad = p.ahead_grad;
   const int64_t readable = p.window.readable(p.input);
   const int64_t readable_grad = p.grad_output.last_whole - p.grad_output_row;
   for (int64_t o = 0; o < p.grad_output.end; o += kGradPixels) {
@@ -92,8 +93,8 @@ void accumulate_row(const GradRow<T>& p) {
         if (grad_output.last() > readable_grad) {
           grad_output = grad_patch.copy(p.grad_output, grad_output, 0, 1);
         }
-        ahead.step();
-        ahead_grad.step();
+        ahead.step<stride * bytes>();
+        ahead_grad.step<bytes>();
         accumulate_strip<T, kernel, stride, border()>(p, input, grad_output, v);
       }
     };
@@ -265,12 +266,10 @@ struct NhwcSlab {
     row.vectors = vectors;
     row.sums = sums;
     // Whole rows, be the slab a part of them: the other slabs of the block come next.
-    const int64_t steps = divide_up(p.grad_output.width, kGradPixels) * vectors;
     for (int64_t y = begin; y < end; ++y) {
-      const int64_t turn = n * p.grad_output.height + y, next = turns.next(turn);
-      row.ahead = ahead_of_rows(p.input, turns.inputs(turn), turns.inputs(next), steps);
-      row.ahead_grad =
-          ahead_of_rows(p.grad_output, turns.outputs(turn), turns.outputs(next), steps);
+      const int64_t turn = n * p.grad_output.height + y;
+      row.ahead = turns.ahead_in(p.input, turn, kGradPixels * p.width.step);
+      row.ahead_grad = turns.ahead_out(p.grad_output, turn, kGradPixels);
       row.window.find(p.height, y, false, [&](int64_t in) { return p.input.at(n, 0, first, in); });
       row.grad_output_row = p.grad_output.at(n, 0, first, y);
       kernel(row);

@@ -68,6 +68,27 @@ struct PlaneRows {
   }
 };
 
+// Memory on its way to the cache before it is needed, a few lines at each step: all lines of a
+// plane at once, before its first tile, leave the arithmetic waiting.
+class Ahead {
+ public:
+  Ahead() = default;
+  // All of [begin, end) within `steps` steps.
+  Ahead(const void* begin, const void* end, int64_t steps)
+      : next_(static_cast<const char*>(begin)), end_(static_cast<const char*>(end)) {
+    bytes_ = divide_up(end_ - next_, steps * kCacheLine) * kCacheLine;
+  }
+
+  void step() {
+    const char* stop = end_ - next_ < bytes_ ? end_ : next_ + bytes_;
+    for (; next_ < stop; next_ += kCacheLine) __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  const char *next_ = nullptr, *end_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
 // `count` elements from `start` on, as far as the tensor goes: what the next rows will need is as
 // much again as these do.
 template <typename T>

@@ -15,7 +15,7 @@ constexpr int kMaxUpsampleRows = 4;  // every second row of a window of 7
 template <typename T>
 struct UpsampleRow {
   using acc = acc_t<T>;
-  Ahead ahead, ahead_output;        // of the next row
+  RowsAhead ahead, ahead_output;
   const T* rows[kMaxUpsampleRows];  // column 0 of the rows of grad_output
   int64_t taps[kMaxUpsampleRows];   // the row of the window that each is under
   int count;
@@ -48,59 +48,61 @@ struct UpsampleStrip {
   static constexpr int columns = before + (pixels - 1 + odd) / 2 + 1;
 };
 
-template <typename T, int kernel, int odd, bool border>
-void upsample_strip(const UpsampleRow<T>& p, const StripInput<T>& input, int64_t vector,
-                    int64_t x0) {
+template <typename T, int kernel, int odd>
+[[gnu::always_inline]] inline void upsample_strip(const UpsampleRow<T>& p,
+                                                  const StripInput<T>& input, int64_t channel,
+                                                  int64_t x0) {
   using Strip = UpsampleStrip<kernel, odd>;
   constexpr int size = kLanes<T>;
-  const int64_t channel = vector * size;
-  Vec<T> sum[Strip::pixels] = {};
+  Vec<T> sum[Strip::pixels];
+  repeat<Strip::pixels>([&](int j) __attribute__((always_inline)) { sum[j] = Vec<T>{}; });
   for (int i = 0; i < p.count; ++i) {
     const T* pixel = input.rows[i] + input.offset;
     const acc_t<T>* weight = p.weight + (channel * kernel + p.taps[i] * size) * kernel;
-#pragma GCC unroll 32
-    for (int c = 0; c < Strip::columns; ++c, pixel += input.stride) {
-      if (border && (c < input.begin || c >= input.end)) continue;
-      const Vec<T> value = load(pixel);
-#pragma GCC unroll 8
-      for (int k = 0; k < kernel; ++k) {
-        const int j = k - odd + 2 * (c - Strip::before);
-        if (j >= 0 && j < Strip::pixels) sum[j] += value * load(weight + k * size);
+    repeat<Strip::columns>([&](int c) __attribute__((always_inline)) {
+      if (c >= input.begin && c < input.end) {
+        const Vec<T> value = load(pixel);
+        repeat<kernel>([&](int k) __attribute__((always_inline)) {
+          const int j = k - odd + 2 * (c - Strip::before);
+          if (j >= 0 && j < Strip::pixels) sum[j] += value * load(weight + k * size);
+        });
       }
-    }
+      pixel += input.stride;
+    });
   }
   const int lanes = int(smaller(size, p.channels - channel));
-  T* output = p.output + x0 * p.output_pixel + channel;
-#pragma GCC unroll 16
-  for (int j = 0; j < Strip::pixels; ++j, output += p.output_pixel) {
-    if (x0 + j < p.output_width) store_sum(output, sum[j], lanes);
+  const int64_t count = p.output_width - x0, step = p.output_pixel;
+  T* const output = p.output + x0 * step + channel;
+  if (count >= Strip::pixels && lanes == size) {
+    repeat<Strip::pixels>(
+        [&](int j) __attribute__((always_inline)) { store_sum(output + j * step, sum[j], size); });
+    return;
   }
+  repeat<Strip::pixels>([&](int j) __attribute__((always_inline)) {
+    if (j < count) store_sum(output + j * step, sum[j], lanes);
+  });
 }
 
 template <typename T, int kernel, int odd>
 void upsample_row(const UpsampleRow<T>& p) {
   using Strip = UpsampleStrip<kernel, odd>;
-  constexpr int64_t lanes = kLanes<T>;
+  constexpr int bytes = kStripPixels * kLanes<T> * int(sizeof(T));
   Patch<T, kMaxUpsampleRows, Strip::columns> patch;
-  Ahead ahead = p.ahead, ahead_output = p.ahead_output;
+  RowsAhead ahead = p.ahead, ahead_output = p.ahead_output;
   const T* last_row = p.rows[0];
   for (int i = 1; i < p.count; ++i) last_row = p.rows[i] > last_row ? p.rows[i] : last_row;
+  const int64_t readable = p.count > 0 ? p.input.last_whole - last_row : INT64_MAX;
   for (int64_t x0 = 0; x0 < p.output_width; x0 += Strip::pixels) {
     const int64_t column = (x0 + p.padding - odd) / 2 - Strip::before;
-    const StripInput<T> strip(p.input, p.rows, column, Strip::columns);
-    const auto add = [&](auto border) {
-      for (int64_t v = 0; v * lanes < p.channels; ++v) {
-        StripInput<T> input = strip;
-        input.offset += v * lanes;
-        if (p.count > 0 && input.last() > p.input.last_whole - last_row) {
-          input = patch.copy(p.input, input, 0, p.count);
-        }
-        ahead.step();
-        ahead_output.step();
-        upsample_strip<T, kernel, odd, border()>(p, input, v, x0);
-      }
-    };
-    strip.at_border(Strip::columns) ? add(std::true_type{}) : add(std::false_type{});
+    StripInput<T> strip(p.input, p.rows, column, Strip::columns);
+    for (int64_t channel = 0; channel < p.channels; channel += kLanes<T>) {
+      const bool copies = strip.last() > readable;
+      const StripInput<T> input = copies ? patch.copy(p.input, strip, 0, p.count) : strip;
+      ahead.step<bytes>();
+      ahead_output.step<2 * bytes>();
+      upsample_strip<T, kernel, odd>(p, input, channel, x0);
+      strip.offset += kLanes<T>;
+    }
   }
 }
 

@@ -10,11 +10,12 @@
 //
 // Native's time over ours on Zen 3, fp32, contiguous / channels_last, forward and both gradients
 // (torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
-//   conv2d:mb8_g32ic128ih56oc128kh3ph1     5.66 / 1.93   6.78 / 2.08
-//   conv2d:mb8_g32ic512ih14oc512kh3ph1     0.98 / 1.35   0.81 / 1.32
-//   conv2d:mb8_g3ic72ih33iw75oc72kh3ph1    0.85 / 1.25   1.05 / 1.84
+//   conv2d:mb8_g32ic128ih56oc128kh3ph1     5.85 / 1.93   8.18 / 2.08
+//   conv2d:mb8_g32ic512ih14oc512kh3ph1     1.49 / 1.35   1.10 / 1.32
+//   conv2d:mb8_g3ic72ih33iw75oc72kh3ph1    0.85 / 1.25   1.02 / 1.84
 //
-// Made no difference: 16 channels a unit in channels_last instead of 32.
+// Made no difference: 16 channels a unit in channels_last instead of 32. Did not pay: planes
+// loaded one after the other where their rows are on their way to the cache (1.05 to 1.08x slower).
 #include "cpu/conv2d_grouped_nhwc.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -164,11 +165,11 @@ class Plan {
   Scratch<acc> weight_, bias_;
 };
 
-// One group: `count` positions of all phases and output channels.
-template <typename scalar_t, typename acc = acc_t<scalar_t>>
+// One group: `count` positions of all phases and output channels. `step` is called with every tile.
+template <typename scalar_t, typename F, typename acc = acc_t<scalar_t>>
 void correlate_group(const Correlation<scalar_t>& p, const Plan<scalar_t>& plan, int64_t group,
-                     const acc* input, acc* output, const Planes<acc>& output_planes,
-                     int64_t count) {
+                     const acc* input, acc* output, const Planes<acc>& output_planes, int64_t count,
+                     const F& step) {
   constexpr auto kTiles = std::make_integer_sequence<int, kTileRows * kTileVecs>{};
   const int64_t vectors = divide_up(count, kLanes<acc>), stride = output_planes.channel_stride();
   for (int64_t phase = 0; phase < p.phases(); ++phase) {
@@ -177,6 +178,7 @@ void correlate_group(const Correlation<scalar_t>& p, const Plan<scalar_t>& plan,
       for_each_part(vectors, kTileVecs, [&](int64_t vector, int64_t vecs) {
         const int64_t position = vector * kLanes<acc>;
         for_each_part(p.output_width, kTileRows, [&](int64_t row, int64_t rows) {
+          step();
           correlate_tile<acc>(
               {input + position, plan.offsets(phase) + k, plan.weight(phase, group, row) + k * rows,
                smaller(kDepth, depth - k), k ? nullptr : plan.bias(group, row),
@@ -186,6 +188,28 @@ void correlate_group(const Correlation<scalar_t>& p, const Plan<scalar_t>& plan,
       });
     }
   }
+}
+
+// Rows of output, of every phase, of some groups.
+struct Unit { int64_t n, y, rows, first, groups; };
+
+// What a unit reads and writes, to be fetched while the one before it computes `positions`.
+template <typename scalar_t>
+void find_ahead(const Correlation<scalar_t>& p, const Unit& unit, int64_t positions,
+                PlanesAhead* input, PlanesAhead* output) {
+  const auto [n, y, rows, first, groups] = unit;
+  const int64_t vectors = divide_up(positions, kTileVecs * kLanes<scalar_t>);
+  const int64_t steps = larger(1, p.phases() * vectors * divide_up(p.output_width, kTileRows));
+  const Axis& height = p.grid.height;
+  const int64_t begin = y * height.phases, end = (y + rows) * height.phases;
+  *input = {p.input,
+            n,
+            first * p.input_width,
+            groups * p.input_width,
+            height.first_input(begin),
+            height.last_input(end - 1) + 1,
+            steps};
+  *output = {p.output, n, first * p.output_width, groups * p.output_width, begin, end, steps};
 }
 
 template <typename scalar_t>
@@ -225,17 +249,27 @@ void correlate(const Correlation<scalar_t>& p) {
     Planes<acc> from = input, to = output;
     from.data = input_memory.get();
     to.data = output_memory.get();
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t n = unit / row_units / group_units;
-      const int64_t y = unit % row_units * unit_rows, rows = smaller(unit_rows, grid.rows - y);
-      const int64_t first = unit / row_units % group_units * unit_groups;
-      const int64_t groups = smaller(unit_groups, p.groups - first);
+    const auto unit_at = [&](int64_t i) {
+      const int64_t y = i % row_units * unit_rows;
+      const int64_t first = i / row_units % group_units * unit_groups;
+      return Unit{i / row_units / group_units, y, smaller(unit_rows, grid.rows - y), first,
+                  smaller(unit_groups, p.groups - first)};
+    };
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [n, y, rows, first, groups] = unit_at(i);
       if (rows <= 0) continue;
+      PlanesAhead ahead, ahead_output;
+      if (!p.input.channels_last && i + 1 < end) {
+        find_ahead(p, unit_at(i + 1), groups * grid.positions(rows), &ahead, &ahead_output);
+      }
       p.input.load_rows(n, first * p.input_width, groups * p.input_width, y, rows + grid.reach_rows,
                         from, 0);
       for (int64_t g = 0; g < groups; ++g) {
         correlate_group(p, plan, first + g, from.at(g * p.input_width, 0, 0, 0),
-                        to.at(g * p.output_width, 0, 0, 0), to, grid.positions(rows));
+                        to.at(g * p.output_width, 0, 0, 0), to, grid.positions(rows), [&] {
+                          ahead.step();
+                          ahead_output.step();
+                        });
       }
       const int64_t channel = first * p.output_width, channels = groups * p.output_width;
       p.output.store_rows(n, channel, channels, y, rows, to);

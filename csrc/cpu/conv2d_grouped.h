@@ -66,19 +66,24 @@ struct Maps {
   bool channels_last;
   int64_t batch, channels, height, width;
 
-  // Rows [begin, begin + rows) of the planes, from slot on, of channels [first, first + count).
+  // Rows [begin, begin + rows) of the planes, from slot on, of channels [first, first + count), row
+  // after row of all of them, or plane after plane, as they lie in memory where nothing has fetched
+  // them.
   void load_rows(int64_t n, int64_t first, int64_t count, int64_t begin, int64_t rows,
-                 const Planes<acc>& planes, int64_t slot) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t phase = 0; phase < planes.height.step; ++phase) {
-        const int64_t y = (begin + r) * planes.height.step + phase - planes.height.left;
-        if (y < 0 || y >= height) {
-          zero_row(count, phase, planes, slot + r);
-        } else if (channels_last) {
-          load_pixels(pixel(n, y, first), count, phase, planes, slot + r);
-        } else {
-          for (int64_t c = 0; c < count; ++c) {
-            load_row(plane_row(n, first + c, y), planes, planes.at(c, phase, 0, slot + r));
+                 const Planes<acc>& planes, int64_t slot, bool by_planes = false) const {
+    const int64_t block = by_planes ? 1 : count;
+    for (int64_t c = 0; c < count; c += block) {
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t phase = 0; phase < planes.height.step; ++phase) {
+          const int64_t y = (begin + r) * planes.height.step + phase - planes.height.left;
+          if (y < 0 || y >= height) {
+            zero_row(c, block, phase, planes, slot + r);
+          } else if (channels_last) {
+            load_pixels(pixel(n, y, first), count, phase, planes, slot + r);
+          } else {
+            for (int64_t i = c; i < c + block; ++i) {
+              load_row(plane_row(n, first + i, y), planes, planes.at(i, phase, 0, slot + r));
+            }
           }
         }
       }
@@ -114,8 +119,9 @@ struct Maps {
     return data + ((n * channels + channel) * height + y) * width;
   }
 
-  static void zero_row(int64_t count, int64_t phase, const Planes<acc>& planes, int64_t slot) {
-    for (int64_t c = 0; c < count; ++c) {
+  static void zero_row(int64_t first, int64_t count, int64_t phase, const Planes<acc>& planes,
+                       int64_t slot) {
+    for (int64_t c = first; c < first + count; ++c) {
       for (int64_t f = 0; f < planes.width.step; ++f) {
         std::memset(planes.at(c, phase, f, slot), 0, size_t(planes.pitch) * sizeof(acc));
       }
@@ -227,6 +233,39 @@ struct Maps {
       }
     });
   }
+};
+
+// Rows of some planes on their way to the cache while those of another unit are computed, some
+// lines with every tile: many at once are dropped.
+class PlanesAhead {
+ public:
+  PlanesAhead() = default;
+  // Rows [begin, end), as far as they exist, of channels [first, first + planes), in `steps` steps.
+  template <typename T>
+  PlanesAhead(const Maps<T>& maps, int64_t n, int64_t first, int64_t planes, int64_t begin,
+              int64_t end, int64_t steps)
+      : planes_(planes), plane_bytes_(maps.height * maps.width * int64_t{sizeof(T)}) {
+    const int64_t row = larger(0, begin), rows = smaller(maps.height, end) - row;
+    bytes_ = rows * maps.width * int64_t{sizeof(T)};
+    plane_ = reinterpret_cast<const char*>(
+        maps.data + ((n * maps.channels + first) * maps.height + row) * maps.width);
+    lines_ = divide_up(planes * divide_up(bytes_, kCacheLine), steps);
+  }
+
+  void step() {
+    for (int64_t i = 0; i < lines_ && planes_ > 0; ++i) {
+      __builtin_prefetch(plane_ + at_);
+      at_ += kCacheLine;
+      if (at_ < bytes_) continue;
+      at_ = 0;
+      plane_ += plane_bytes_;
+      --planes_;
+    }
+  }
+
+ private:
+  const char* plane_ = nullptr;
+  int64_t planes_ = 0, plane_bytes_ = 0, bytes_ = 0, at_ = 0, lines_ = 0;
 };
 
 // How the outputs of a correlation lie over its input: output (u, v) of any phase is position

@@ -114,12 +114,14 @@ class Worker {
   void run(int64_t n, int64_t images, int64_t y, int64_t rows, int64_t first, int64_t groups,
            acc* sums) {
     const int64_t inputs = groups * p_.input_width, outputs = groups * p_.output_width;
+    // Row after row, whole planes of 512 x 14 x 14 took 1.6 times as long.
+    const bool by_planes = !p_.input.channels_last && rows == p_.grid.rows;
     for (int64_t i = 0; i < images; ++i) {
       const int64_t slot = i * chunk_.slots();
       p_.input.load_rows(n + i, first * p_.input_width, inputs, y, rows + chunk_.reach, input_,
-                         slot);
-      p_.grad_output.load_rows(n + i, first * p_.output_width, outputs, y, rows, grad_output_,
-                               slot);
+                         slot, by_planes);
+      p_.grad_output.load_rows(n + i, first * p_.output_width, outputs, y, rows, grad_output_, slot,
+                               by_planes);
     }
     const int64_t count = (images - 1) * chunk_.slots() * p_.grid.pitch + p_.grid.positions(rows);
     // The last vector reaches over the last output.

@@ -1,4 +1,7 @@
-"""Pool layers go straight to their Function in the commonest call; in all others they must not."""
+"""Pool layers go straight to their Function in the commonest call, convolution and batch-norm in
+evaluation straight to their kernel; in all others they must not."""
+
+import importlib
 
 import pytest
 import torch
@@ -120,3 +123,79 @@ def test_the_modes_and_the_table_decide(pair, input, monkeypatch):
     with torchops.backend("auto"):
         pair[0](input)
     assert len(calls) == 2
+
+
+# ---- convolution, batch-norm and activation in evaluation ---------------------------------------
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(4)
+    block = tnn.ConvBNAct(3, 5, 3, padding=1).double()
+    block(torch.randn(4, 3, 6, 5, dtype=torch.float64))  # running statistics of its own
+    return block.eval()
+
+
+@pytest.fixture
+def long_way(monkeypatch):
+    """A list that grows with every call of conv2d_bn_act by the layer."""
+    module = importlib.import_module("torchops.nn.conv2d_bn_act")
+    real, calls = module.conv2d_bn_act, []
+
+    def record(*args, **kwargs):
+        calls.append(args[0].dtype)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "conv2d_bn_act", record)
+    return calls
+
+
+def in_two_layers(block, input):
+    return torch.relu(
+        nn.functional.batch_norm(
+            nn.functional.conv2d(input, block.conv.weight, block.conv.bias, padding=1),
+            block.bn.running_mean, block.bn.running_var, block.bn.weight, block.bn.bias,
+        )
+    )  # fmt: skip
+
+
+def test_plain_inference_goes_the_short_way(block, input, long_way):
+    with torch.no_grad():
+        torch.testing.assert_close(block(input), in_two_layers(block, input))
+    assert long_way == []
+
+
+def test_inference_that_needs_more_goes_the_long_way(block, input, long_way):
+    x = input.detach()
+    with torch.no_grad():
+        expected = in_two_layers(block, x)
+        with torchops.backend("native"):
+            torch.testing.assert_close(block(x), expected)
+        torch.testing.assert_close(vmap(block)(x[None])[0], expected)
+        ours, theirs = (
+            jvp(f, (x,), (x.cos(),)) for f in (block, lambda x: in_two_layers(block, x))
+        )
+        torch.testing.assert_close(ours, theirs)
+        assert len(long_way) == 3
+        block.conv.stride = [1, 1]
+        torch.testing.assert_close(block(x), expected)
+        assert len(long_way) == 4
+    output = block(input)
+    torch.testing.assert_close(output, expected)
+    assert output.requires_grad
+
+
+def test_inference_under_autocast(block, input, long_way):
+    block.float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        output = block(input.detach().float())
+    assert output.dtype is torch.bfloat16
+
+
+def test_inference_refuses_in_native_words(block, input):
+    bad = input.detach()[:, :2]
+    with torch.no_grad(), pytest.raises(RuntimeError) as native:
+        in_two_layers(block, bad)
+    with torch.no_grad(), torchops.backend("own"), pytest.raises(RuntimeError) as ours:
+        block(bad)
+    assert str(ours.value) == str(native.value)

@@ -264,7 +264,8 @@ void test_batch_norm(bool last) {
                        Activation::relu,
                        1e-5,
                        mean.data(),
-                       var.data()});
+                       var.data(),
+                       {}});
   Values sums(13), squares(13), expected(output.data.size());
   for_each_element(input, [&](int64_t n, int64_t c, int64_t h, int64_t w) {
     sums[c] += input.get(n, c, h, w) / 105;

@@ -337,6 +337,7 @@ template <typename T, typename Mean, typename Var>
 void apply_with(const BatchNormParams& p, const Rows& rows, const Mean& mean, const Var& var) {
   const int64_t padded = rows.padded<T>();
   const Scratch<acc_t<T>> scratch(3 * padded);
+  scratch.zero();  // what lies behind the last channel is computed with: subnormals would be slow
   const Affine<T> affine{scratch.get(), scratch.get() + padded, scratch.get() + 2 * padded};
   for (int64_t c = 0; c < rows.channels; ++c) set_affine(affine, c, p, c, mean(c), var(c));
   if (!p.shape.channels_last) return apply_planes<T>(p, affine);

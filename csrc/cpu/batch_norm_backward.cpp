@@ -225,6 +225,7 @@ void backward_rows(const Call<T>& call) {
   const Rows rows = make_rows<T>(p.shape);
   const int64_t padded = rows.padded<T>();
   const Scratch<acc_t<T>> numbers(6 * padded);
+  numbers.zero();  // as in apply_with
   const Scratch<double> totals(2 * rows.channels);
   const Channels<T> of(numbers.get(), padded);
   for (int64_t c = 0; c < rows.channels; ++c) of.prepare(p, c, c);

@@ -79,8 +79,8 @@ void gather_grads(const Plan<T>& plan, int64_t first, int64_t positions, int64_t
     for (int64_t i = 0; i < positions; ++i) {
       const T* from = source + (first + i) * channels + channel;
       for (int64_t j = 0; j < columns; j += kWidth) {
-        copy_in(grads + j * positions + i * kWidth, from + j, smaller(kWidth, columns - j),
-                3 * channels);
+        copy_in_whole(grads + j * positions + i * kWidth, from + j, smaller(kWidth, columns - j),
+                      3 * channels);
       }
     }
     return;

@@ -168,12 +168,16 @@ class Lines {
     for (int64_t t = 0; t < taps_; ++t) shifts_.get()[t] = rows_.shift(t);
   }
 
-  void place(int64_t begin, int64_t end) { rows_.place(begin, end, 1); }
+  void place(int64_t begin, int64_t end) {
+    rows_.place(begin, end, 1);
+    last_vector_ = (end - begin) / kLanes<T> * kLanes<T>;
+  }
   const Segment* segments() const { return rows_.segments(); }
   int64_t count() const { return rows_.count(); }
 
-  // lines[(k - begin) * stride + position] = element of depth index k in [begin, end). `source`
-  // points at the group's first plane of the first image.
+  // lines[(k - begin) * stride + position] = element of depth index k in [begin, end), with finite
+  // values up to the end of the last vector (see copy_in_whole). `source` points at the group's
+  // first plane of the first image.
   void gather(const T* source, int64_t begin, int64_t end, acc_t<T>* lines, int64_t stride) const {
     if (begin >= end) return;
     const int64_t first = begin / taps_, last = (end - 1) / taps_;
@@ -182,6 +186,8 @@ class Lines {
       const int64_t low = clamp(begin - r * taps_, 0, taps_),
                     high = clamp(end - r * taps_, 0, taps_);
       acc_t<T>* to = lines + (r * taps_ + low - begin) * stride;
+      for (int64_t t = 0; t < high - low; ++t)
+        store<acc_t<T>>(to + t * stride + last_vector_, Vec<T>{});
       if (taps_ == 1) {
         rows_.fill_line(source, r, to);
         continue;
@@ -206,6 +212,7 @@ class Lines {
   }
 
   int64_t taps_;
+  int64_t last_vector_ = 0;  // where it starts in a line
   Rows<T> rows_;
   Scratch<int64_t> shifts_;
 };

@@ -89,7 +89,7 @@ struct DepthWalk {
 };
 
 // to[k * width + j] = weight of column + j at depth index begin + k; width is in whole vectors.
-// Lanes beyond the columns may hold anything: they only reach lanes of the product that no one
+// Lanes beyond the columns hold copies or zeros; they only reach lanes of the product that no one
 // reads.
 template <typename T>
 void pack_weights(const Problem<T>& p, int64_t group, int64_t column, int64_t columns,

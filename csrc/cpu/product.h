@@ -50,7 +50,7 @@ void pack_b(const Matrix<const T>& b, int64_t k, int64_t depth, int64_t column, 
   const auto copy_row = [&](const auto* from, int64_t ahead, acc_t<T>* to) {
     int64_t j = 0;
     for (; j + kWidth <= columns; j += kWidth, to += stride) copy_in(to, from + j, kWidth, ahead);
-    if (j < columns) copy_in(to, from + j, columns - j, ahead);
+    if (j < columns) copy_in_whole(to, from + j, columns - j, ahead);
   };
   const int64_t row_stride = b.rows.stride, ahead = 8 * row_stride;
   if (b.columns.in_one_run(column, column + columns)) {

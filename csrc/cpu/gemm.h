@@ -146,16 +146,16 @@ void multiply(const TileArguments<T>& t, int64_t rows, int64_t columns) {
   // Few rows take wider tiles: less than about ten sums would wait for each other.
   constexpr auto kFewRows = std::make_integer_sequence<int, kTileRows / 2>{};
   const bool few = rows <= kTileRows / 2;
-  const int64_t width = few ? 2 * kTileColumns<T> : kTileColumns<T>;
-  for (int64_t j = 0; j < columns; j += width) {
+  for (int64_t j = 0, width; j < columns; j += width) {
     const int64_t rest = columns - j;
+    const bool wide = few && rest > 3 * kLanes<T>;
+    width = wide ? 2 * kTileColumns<T> : kTileColumns<T>;
     const int lanes =
         t.exact && rest < width ? static_cast<int>((rest - 1) % kLanes<T> + 1) : kLanes<T>;
     for_each_tile(rows, [&](int64_t index, int64_t first, int height) {
       const T* a = t.a + (panel == Panel::strips ? index * kStripWidth<T> * t.depth
                                                  : first * panel_row_step<T, panel>(t));
-      const auto tile = rest > kTileColumns<T> && few
-                            ? pick_tile<T, panel, kShifted, 4>(height, kFewRows)
+      const auto tile = wide               ? pick_tile<T, panel, kShifted, 4>(height, kFewRows)
                         : rest > kLanes<T> ? pick_tile<T, panel, kShifted, 2>(height, kRowCounts)
                                            : pick_tile<T, panel, kShifted, 1>(height, kRowCounts);
       tile(t, a, t.c + first * t.c_stride + j, j, lanes);

@@ -232,7 +232,9 @@ bool sum_winograd(Plan<T> plan) {
       blocks(blocks(c.columns, column_blocks), kTileColumns<float>) * kTileColumns<float>;
   const int64_t tiles = Tiles(c).count, units = row_blocks * column_blocks;
   plan.shares = smaller(blocks(kUnits, units), blocks(tiles, Winograd::kShareTiles));
-  const Scratch<float> sums(plan.shares * plan.share_size() + kLanes<T>);
+  const int64_t size = plan.shares * plan.share_size();
+  const Scratch<float> sums(size + kLanes<T>);
+  fill_zero(sums.get() + size, kLanes<T>);
   bool finite = true;
   parallel_for(plan.shares * units, 1, [&](int64_t begin, int64_t end) {
     Winograd work(c, static_cast<const T*>(plan.p.input), static_cast<const T*>(plan.p.grad_output),
@@ -270,8 +272,9 @@ void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
       if (winograd_pays(plan.c) && sum_winograd(plan)) return;
     }
     if (plan.share_size() == 0) return;
-    const Scratch<acc_t<T>> sums(plan.shares > 1 ? plan.shares * plan.share_size() + kLanes<T>
-                                                 : kLanes<T>);
+    const int64_t size = plan.shares > 1 ? plan.shares * plan.share_size() : 0;
+    const Scratch<acc_t<T>> sums(size + kLanes<T>);
+    fill_zero(sums.get() + size, kLanes<T>);
     const int64_t units = plan.shares * plan.c.groups * plan.row_blocks * plan.column_blocks;
     const int64_t flops = 2 * plan.c.positions() * plan.share_size() / (units + 1) + 1;
     parallel_for(units, kGrainFlops / flops + 1, [&](int64_t begin, int64_t end) {

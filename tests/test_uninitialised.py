@@ -1,5 +1,5 @@
-"""Kernels compute with nothing that nobody wrote: working memory is filled with subnormal numbers, and
-the processor's flag for a subnormal operand must stay down.
+"""Kernels compute with nothing that nobody wrote: working memory is filled with subnormal numbers,
+and the flag of the processor for a subnormal operand must stay down.
 
 Such lanes do no harm to results that do not contain them, but Intel's CPUs take up to twenty times
 as long for a multiplication with a subnormal number.
@@ -52,6 +52,8 @@ def subnormal_free_memory():
 @each_format
 @each_nonempty_sample
 def test_no_subnormal_operand(case, sample, memory_format):
+    if "max" in case.name:
+        pytest.skip("compares and adds, which subnormal numbers do not slow down")
     if sample.kwargs.get("activation") not in (None, "relu", "relu6", "leaky_relu"):
         pytest.skip("the exponential of an activation may be subnormal")
     tensors = case.tensors(sample, torch.float32, memory_format)

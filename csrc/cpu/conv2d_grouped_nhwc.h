@@ -148,6 +148,7 @@ class PixelPlan {
                              kUnitChannels / p.input_width / blocks_.groups * blocks_.groups))),
         pixel_(blocks_.spread() ? divide_up(unit_groups_, blocks_.groups) * p.input_width * L
                                 : unit_groups_ * p.input_width),
+        group_starts_(group_starts()),
         columns_(reach(p.grid.width, p.grid.columns)),
         count_(divide_up(p.groups, blocks_.groups) * blocks_.per_group),
         taps_(p.phases() + 1),
@@ -261,18 +262,23 @@ class PixelPlan {
                    [&](const scalar_t* from, int64_t x) { load(from, to + x * pixel_); });
   }
 
+  // Where the first channel of lane l's group lies in a register.
+  Mask<acc> group_starts() const {
+    Mask<acc> start;
+    for (int l = 0; l < L; ++l) {
+      start[l] = smaller(l / p_.input_width, blocks_.groups - 1) * p_.input_width;
+    }
+    return start;
+  }
+
   // Lane l becomes that of channel c in its group.
   void spread_pixel(const scalar_t* from, int64_t channels, acc* to) const {
-    Mask<acc> lane;
-    for (int l = 0; l < L; ++l) {
-      lane[l] = smaller(l / p_.input_width, blocks_.groups - 1) * p_.input_width;
-    }
     const int64_t width = blocks_.groups * p_.input_width;
     for (int64_t i = 0; i < channels; i += width) {
       __builtin_prefetch(from + i + p_.input.width * p_.input.channels);
       const Vec<acc> value = load_partial(from + i, int(smaller(width, channels - i)));
       for (int64_t c = 0; c < p_.input_width; ++c, to += L) {
-        store<acc>(to, __builtin_shuffle(value, lane + int(c)));
+        store<acc>(to, __builtin_shuffle(value, group_starts_ + int(c)));
       }
     }
   }
@@ -348,7 +354,9 @@ class PixelPlan {
 
   const Correlation<scalar_t>& p_;
   const PixelBlocks<acc> blocks_;
-  const int64_t unit_groups_, pixel_, columns_, count_;
+  const int64_t unit_groups_, pixel_;
+  const Mask<acc> group_starts_;
+  const int64_t columns_, count_;
   Scratch<int64_t> taps_, offsets_;  // taps before each phase, and where they lie
   Scratch<acc> weight_, bias_;
 };

@@ -6,16 +6,22 @@
 // registers while all input channels and taps of the group pass. grad_input is the same with the
 // weights' channels swapped, one set of taps for each phase of the stride.
 //
-// channels_last of groups that fill registers goes another way: conv2d_grouped_nhwc.h.
+// channels_last goes other ways: groups that fill registers that of conv2d_grouped_nhwc.h, several
+// to a register that of conv2d_grouped_narrow.h.
 //
 // Native's time over ours on Zen 3, fp32, contiguous / channels_last, forward and both gradients
 // (torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
 //   conv2d:mb8_g32ic128ih56oc128kh3ph1     5.85 / 1.93   8.18 / 2.08
 //   conv2d:mb8_g32ic512ih14oc512kh3ph1     1.49 / 1.35   1.10 / 1.32
 //   conv2d:mb8_g3ic72ih33iw75oc72kh3ph1    0.85 / 1.25   1.02 / 1.84
+// On a Xeon of 2024 (AVX-512), where native is faster:
+//   conv2d:mb8_g32ic128ih56oc128kh3ph1     1.93 / 2.07   4.10 / 1.85
+//   conv2d:mb8_g32ic256ih28oc256kh3ph1     1.26 / 1.26   1.26 / 1.15
+//   conv2d:mb8_g24ic72ih33iw75oc72kh3ph1      - / 2.73      - / 1.95
 //
 // Made no difference: 16 channels a unit in channels_last instead of 32. Did not pay: planes
 // loaded one after the other where their rows are on their way to the cache (1.05 to 1.08x slower).
+#include "cpu/conv2d_grouped_narrow.h"
 #include "cpu/conv2d_grouped_nhwc.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -218,6 +224,9 @@ void correlate(const Correlation<scalar_t>& p) {
   const Grid& grid = p.grid;
   if (p.batch * p.groups * grid.rows * grid.columns == 0) return;
   if constexpr (kHasWindowKernels<scalar_t>) {
+    if (p.input.channels_last && NarrowGroups<scalar_t>::suit(p.input_width, p.output_width)) {
+      return NarrowGroups<scalar_t>(p).run();
+    }
     if (p.input.channels_last && PixelBlocks<acc>::suit(p.input_width, p.output_width)) {
       return PixelPlan<scalar_t>(p).run();
     }

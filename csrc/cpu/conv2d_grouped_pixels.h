@@ -37,30 +37,24 @@ inline void copy_pixel(const T* from, int64_t channels, int64_t ahead, acc_t<T>*
   });
 }
 
-// How the channels of the groups lie in registers: blocks of `width` output channels in `vecs`
-// registers. A block belongs to one group, or holds `groups` narrow ones.
+// How the output channels of a group lie in registers: blocks of `width` channels in `vecs`.
 template <typename acc>
 struct PixelBlocks {
   static constexpr int64_t L = kLanes<acc>;
-  int64_t groups, width, vecs, per_group;  // per_group: blocks of a wide one
+  int64_t width, vecs, per_group;  // per_group: blocks of a wide one
 
-  PixelBlocks(int64_t output_width)
-      : groups(output_width > L / 2 ? 1 : L / output_width),
-        width(output_width * groups),
-        vecs(divide_up(width, L)),
-        per_group(1) {
+  explicit PixelBlocks(int64_t output_width)
+      : width(output_width), vecs(divide_up(width, L)), per_group(1) {
     if (vecs > kMostVecs) {
       vecs = 2;
       per_group = divide_up(width, vecs * L);
       width = vecs * L;
     }
   }
-  bool spread() const { return groups > 1; }
+  // Whether registers are nearly full.
   static bool suit(int64_t input_width, int64_t output_width) {
     const PixelBlocks b(output_width);
-    const int64_t lanes = b.per_group * b.vecs * L;
-    return input_width > 0 && (b.groups == 1 || input_width == output_width) &&
-           8 * output_width * b.groups >= 7 * lanes;
+    return input_width > 0 && 8 * output_width >= 7 * b.per_group * b.vecs * L;
   }
 };
 

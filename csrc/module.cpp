@@ -11,7 +11,7 @@ namespace {
 
 using torchops::Isa;
 
-constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512};
+constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::amx};
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;

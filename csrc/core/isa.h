@@ -11,7 +11,8 @@
 
 namespace torchops {
 
-enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
+// amx: the kernels of avx512, which multiply bf16 in tiles where active_isa() says so.
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 // Best-first choice at load, or what TORCHOPS_CPU_ISA names; see isa.cpp.
 Isa active_isa();
@@ -25,6 +26,7 @@ Isa active_isa();
   namespace avx512 { void kernel(const Params&); }     \
   inline void kernel(const Params& params) {           \
     switch (active_isa()) {                            \
+      case Isa::amx:                                   \
       case Isa::avx512: return avx512::kernel(params); \
       case Isa::avx2: return avx2::kernel(params);     \
       default: return baseline::kernel(params);        \

@@ -26,6 +26,7 @@
 
 #include "core/parallel.h"
 #include "core/scratch.h"
+#include "cpu/conv2d_bf16.h"
 #include "cpu/conv2d_lines.h"
 #include "cpu/conv2d_nhwc.h"
 #include "cpu/conv2d_weights.h"
@@ -297,6 +298,7 @@ struct Source {
 }  // namespace
 
 void conv2d(const Conv2dParams& p) {
+  if (conv2d_bf16(p)) return;
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Conv2dShape& s = p.shape;
@@ -309,6 +311,7 @@ void conv2d(const Conv2dParams& p) {
 }
 
 void conv2d_grad_input(const Conv2dGradInputParams& p) {
+  if (conv2d_bf16_grad_input(p)) return;
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     Conv2dShape s = p.shape;

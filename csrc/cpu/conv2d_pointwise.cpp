@@ -17,6 +17,7 @@
 // rows.
 #include "core/parallel.h"
 #include "core/scratch.h"
+#include "cpu/conv2d_bf16.h"
 #include "cpu/product.h"
 #include "ops/conv2d.h"
 
@@ -109,6 +110,7 @@ void multiply_by_shares(const Product<T>& p) {
 }  // namespace
 
 void conv2d_pointwise(const Conv2dParams& p) {
+  if (conv2d_bf16(p)) return;
   if (skips_pixels(p.shape)) return conv2d(p);
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -122,6 +124,7 @@ void conv2d_pointwise(const Conv2dParams& p) {
 }
 
 void conv2d_pointwise_grad_input(const Conv2dGradInputParams& p) {
+  if (conv2d_bf16_grad_input(p)) return;
   if (skips_pixels(p.shape)) return conv2d_grad_input(p);
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -1,0 +1,211 @@
+// bf16 products in hardware: blocks of 32 x 32 sums in fp32, by AMX's tiles or by vdpbf16ps.
+//
+// Both multiply pairs: two bf16 that are neighbours along the depth and fill 32 bits. A block of A
+// has rows of 16 pairs, one of B has 16 rows of pairs x 16 columns; a chunk of the depth is 16
+// pairs long and padded with zeros. So one set of panels serves both; which of the two runs is
+// decided at run time (core/isa.h), as long as the CPU allows it.
+//
+// Products are rounded to nearest even in fp32, and subnormal inputs and results count as zero:
+// native does the same. The order of summation depends on nothing but the depth.
+#pragma once
+
+#include "core/isa.h"
+#include "core/vec.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+}  // namespace torchops::cpu::TORCHOPS_ISA
+
+#if defined(__AVX512BF16__)
+namespace torchops::cpu::TORCHOPS_ISA {
+
+constexpr int kTile = 16;          // rows or columns of a tile, and its pairs of depth
+constexpr int kChunk = 2 * kTile;  // depth of a tile
+constexpr int kBlock = 2 * kTile;  // rows and columns of a block of sums
+
+// Chunk j of A or B starts at data + offsets[j]; its rows, or B's rows of pairs, are `stride`
+// elements apart, and the second tile beside it lies `next` elements further on.
+struct TileOperand {
+  const bf16* data;
+  const int64_t* offsets;
+  int64_t stride, next;
+};
+
+struct TileProduct {
+  TileOperand a, b;
+  int64_t chunks;
+  float* c;  // C(row, column) = c[row * c_stride + column], in whole tiles
+  int64_t c_stride;
+  bool accumulate;  // add to c, or overwrite it
+};
+
+// Lives as long as a thread may use tiles: these are part of what a switch of threads saves.
+class TileState {
+ public:
+  TileState() : on_(active_isa() == Isa::amx) {
+    if (on_) configure();
+  }
+  ~TileState() {
+    if (on_) release();
+  }
+  TileState(const TileState&) = delete;
+  TileState& operator=(const TileState&) = delete;
+
+  bool on() const { return on_; }
+
+ private:
+  [[gnu::target("amx-tile")]] static void configure() {
+    struct Config {
+      uint8_t palette, start_row, reserved[14];
+      uint16_t row_bytes[16];
+      uint8_t rows[16];
+    };
+    alignas(64) static constexpr Config kConfig{
+        1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&kConfig);
+  }
+  [[gnu::target("amx-tile")]] static void release() { _tile_release(); }
+
+  const bool on_;
+};
+
+// Tiles 0 to 3 hold C, 4 and 5 A, 6 and 7 B. GCC does not know that tiles are loaded from memory.
+template <int kRows, int kColumns>
+[[gnu::noinline, gnu::target("amx-tile,amx-bf16")]] void multiply_by_tiles(const TileProduct& t) {
+  asm volatile("" ::: "memory");
+  const int64_t a_stride = t.a.stride * 2, b_stride = t.b.stride * 2, c_stride = t.c_stride * 4;
+  float* const below = t.c + kTile * t.c_stride;
+  if (t.accumulate) {
+    _tile_loadd(0, t.c, c_stride);
+    if (kColumns == 2) _tile_loadd(1, t.c + kTile, c_stride);
+    if (kRows == 2) _tile_loadd(2, below, c_stride);
+    if (kRows == 2 && kColumns == 2) _tile_loadd(3, below + kTile, c_stride);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t j = 0; j < t.chunks; ++j) {
+    const bf16* a = t.a.data + t.a.offsets[j];
+    const bf16* b = t.b.data + t.b.offsets[j];
+    _tile_loadd(6, b, b_stride);
+    _tile_loadd(4, a, a_stride);
+    _tile_dpbf16ps(0, 4, 6);
+    if (kColumns == 2) {
+      _tile_loadd(7, b + t.b.next, b_stride);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (kRows == 2) {
+      _tile_loadd(5, a + t.a.next, a_stride);
+      _tile_dpbf16ps(2, 5, 6);
+      if (kColumns == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, t.c, c_stride);
+  if (kColumns == 2) _tile_stored(1, t.c + kTile, c_stride);
+  if (kRows == 2) _tile_stored(2, below, c_stride);
+  if (kRows == 2 && kColumns == 2) _tile_stored(3, below + kTile, c_stride);
+  asm volatile("" ::: "memory");
+}
+
+inline __m512bh as_pairs(__m512i v) { return bit_cast<__m512bh>(v); }
+
+// Eight rows at a time: twice as many sums as vdpbf16ps takes cycles.
+template <int kColumns>
+[[gnu::noinline]] void multiply_by_vectors(const TileProduct& t, int rows) {
+  constexpr int kHeight = 8;
+  const int64_t a_stride = t.a.stride, b_stride = t.b.stride;
+  for (int row = 0; row < rows; row += kHeight) {
+    const int64_t down = row / kTile * t.a.next + row % kTile * a_stride;
+    float* c = t.c + row * t.c_stride;
+    __m512 sum[kHeight][kColumns];
+#pragma GCC unroll 8
+    for (int r = 0; r < kHeight; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kColumns; ++v)
+        sum[r][v] =
+            t.accumulate ? _mm512_loadu_ps(c + r * t.c_stride + v * kTile) : _mm512_setzero_ps();
+    }
+    for (int64_t j = 0; j < t.chunks; ++j) {
+      const bf16* a = t.a.data + t.a.offsets[j] + down;
+      const bf16* b = t.b.data + t.b.offsets[j];
+      const bf16* middle = a + 4 * a_stride;
+      for (int k = 0; k < kTile; ++k, a += 2, middle += 2, b += b_stride) {
+        __m512i columns[kColumns];
+#pragma GCC unroll 2
+        for (int v = 0; v < kColumns; ++v) columns[v] = _mm512_loadu_si512(b + v * t.b.next);
+#pragma GCC unroll 8
+        for (int r = 0; r < kHeight; ++r) {
+          int32_t pair;
+          std::memcpy(&pair, (r < 4 ? a : middle) + r % 4 * a_stride, sizeof(pair));
+#pragma GCC unroll 2
+          for (int v = 0; v < kColumns; ++v)
+            sum[r][v] = _mm512_dpbf16_ps(sum[r][v], as_pairs(_mm512_set1_epi32(pair)),
+                                         as_pairs(columns[v]));
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kHeight; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kColumns; ++v)
+        _mm512_storeu_ps(c + r * t.c_stride + v * kTile, sum[r][v]);
+    }
+  }
+}
+
+// A block of `rows` x `columns` tiles, one or two each.
+inline void multiply_tiles(const TileState& state, const TileProduct& t, int rows, int columns) {
+  if (!state.on()) {
+    (columns == 2 ? multiply_by_vectors<2> : multiply_by_vectors<1>)(t, rows * kTile);
+  } else if (rows == 2) {
+    (columns == 2 ? multiply_by_tiles<2, 2> : multiply_by_tiles<2, 1>)(t);
+  } else {
+    (columns == 2 ? multiply_by_tiles<1, 2> : multiply_by_tiles<1, 1>)(t);
+  }
+}
+
+// ---- making pairs ------------------------------------------------------------------------------
+
+// All ones in lanes [first, last) of 32, of which either may lie outside.
+inline __mmask32 lanes_between(int64_t first, int64_t last) {
+  if (last <= 0 || first >= 32 || first >= last) return 0;
+  const uint32_t below = last >= 32 ? 0xffffffffu : (1u << last) - 1;
+  return __mmask32(first <= 0 ? below : below & ~((1u << first) - 1));
+}
+
+inline __m512i load_masked(const bf16* from, __mmask32 mask) {
+  return _mm512_maskz_loadu_epi16(mask, from);
+}
+
+// to[i] = from[i] for i in [first, last), and zeros in the rest of [0, padded), whole chunks.
+inline void copy_padded(bf16* to, const bf16* from, int64_t first, int64_t last, int64_t padded) {
+  for (int64_t i = 0; i < padded; i += kChunk)
+    _mm512_storeu_si512(to + i, load_masked(from + i, lanes_between(first - i, last - i)));
+}
+
+// Elements i of two rows as pairs: the first and the last half of them.
+inline void interleave(__m512i upper, __m512i lower, __m512i* pairs) {
+  alignas(64) static constexpr uint16_t kFirst[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                      37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i first = _mm512_load_si512(kFirst);
+  const __m512i last = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  pairs[0] = _mm512_permutex2var_epi16(upper, first, lower);
+  pairs[1] = _mm512_permutex2var_epi16(upper, last, lower);
+}
+
+// fp32 to bf16, rounded to nearest even, 32 at a time.
+inline __m512i round_pairs(__m512 first, __m512 last) {
+  return bit_cast<__m512i>(_mm512_cvtne2ps_pbh(last, first));
+}
+
+}  // namespace torchops::cpu::TORCHOPS_ISA
+#endif

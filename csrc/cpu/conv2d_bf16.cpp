@@ -1,0 +1,315 @@
+// Dense convolution of bf16 and the gradient of its input where the CPU multiplies bf16 in
+// hardware: AMX on Intel, vdpbf16ps on Zen 4 and later. 1x1 windows, too.
+//
+// Plan: a unit of work is a group of patches of about 512 positions x a block of output channels.
+// The patches' source is copied into panels of pairs in L2 (conv2d_bf16_patches.h), once for all
+// blocks of channels that follow; the weights were packed once per call (conv2d_bf16_weights.h).
+// channels_last, rows of the product are pixels and its columns output channels; contiguous, the
+// other way round, so that neither source nor output is transposed. Sums run over the whole depth
+// in registers. The gradient of the input is the same product, one per phase of the stride.
+#include "cpu/conv2d_bf16.h"
+
+#if defined(__AVX512BF16__)
+#include "cpu/conv2d_bf16_weights.h"
+#include "cpu/conv2d_epilogue.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+namespace {
+
+// Positions of a group, and elements of its panels: a quarter of L2.
+constexpr int64_t kPositions = 512, kPanelElements = 256 * 1024;
+constexpr int64_t kUnitChannels = 256;
+constexpr int64_t kGrainFlops = 16'000'000;  // about 30 us
+
+struct PairProblem {
+  Correlation c;
+  const bf16* weight;  // [out channel][tap][in channel]
+  int64_t taps, taps_wide;
+  const bf16* source;
+  const bf16* bias;  // or null
+  bf16* out;
+  const Epilogue* epilogue = nullptr;
+};
+
+// A 1x1 window of stride 1 sees no rows: all pixels are one, channels_last even those of all
+// images.
+Correlation without_rows(Correlation c, bool channels_last) {
+  const auto plain = [](const Axis& a) {
+    return a.taps == 1 && a.step == 1 && a.offset == 0 && a.out_step == 1 &&
+           a.count == a.source_length && a.count == a.out_length;
+  };
+  if (!plain(c.height) || !plain(c.width)) return c;
+  const int64_t images = channels_last ? c.batch : 1;
+  const int64_t pixels = images * c.height.count * c.width.count;
+  c.batch /= images ? images : 1;
+  c.height.count = c.height.source_length = c.height.out_length = 1;
+  c.width.count = c.width.source_length = c.width.out_length = pixels;
+  return c;
+}
+
+// How the product is cut up, for either format.
+struct PairPlan {
+  const PairProblem& p;
+  const Correlation& c;
+  PairDepth depth;
+  Patches patches;
+  int64_t group, groups, channel_blocks, block_channels;
+  Scratch<int64_t> source_offsets, weight_offsets;  // of chunks
+
+  explicit PairPlan(const PairProblem& p)
+      : p(p),
+        c(p.c),
+        depth(c),
+        patches(
+            c, depth.merged,
+            clamp(kPanelElements / (depth.padded + 1) / kBlock * kBlock, 2 * kBlock, kPositions)),
+        source_offsets(depth.chunks()),
+        weight_offsets(depth.chunks()) {
+    const int64_t most = clamp(kPositions / (patches.rows * patches.pitch), 1,
+                               kPanelElements / (depth.padded * patches.plane + 1) + 1);
+    group = blocks(patches.count, blocks(patches.count, most));
+    groups = blocks(patches.count, group);
+    channel_blocks = blocks(c.columns, kUnitChannels);
+    block_channels = round_up(blocks(c.columns, channel_blocks), kBlock);
+    channel_blocks = blocks(c.columns, block_channels);
+  }
+  // Fills the offsets: `pixel` elements from pixel to pixel, `chunk` from chunk to chunk.
+  void place_chunks(int64_t pixel, int64_t chunk, int64_t weight_chunk) const {
+    const int64_t run = depth.padded / kChunk, taps = depth.merged ? 1 : c.width.taps;
+    for (int64_t j = 0; j < depth.chunks(); ++j) {
+      const int64_t line = j / run;
+      source_offsets.get()[j] = patches.shift(line / taps, line % taps) * pixel + j % run * chunk;
+      weight_offsets.get()[j] = j * weight_chunk;
+    }
+  }
+  int64_t units() const { return groups * channel_blocks; }
+  int64_t grain() const {
+    return kGrainFlops /
+               (2 * group * patches.rows * patches.part * block_channels * depth.size() + 1) +
+           1;
+  }
+  // Calls pack(patch, its index in the group) for the patches of a group, once for all blocks of
+  // channels, and work(patch, index, first channel, channels).
+  template <typename F, typename G>
+  void for_each_unit(int64_t begin, int64_t end, const F& pack, const G& work) const {
+    int64_t packed = -1;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t g = unit / channel_blocks, first = g * group;
+      const int64_t count = smaller(group, patches.count - first);
+      if (g != packed) {
+        for (int64_t i = 0; i < count; ++i) pack(patches.at(first + i), i);
+        packed = g;
+      }
+      const int64_t channel = unit % channel_blocks * block_channels;
+      const int64_t channels = smaller(block_channels, c.columns - channel);
+      for (int64_t i = 0; i < count; ++i) {
+        const Patch patch = patches.at(first + i);
+        work(patch, i, channel, channels);
+        if (p.epilogue)
+          patches.for_each_output(patch, [&](int64_t, int64_t pixel, int64_t length) {
+            p.epilogue->finish(pixel, pixel + length, channel, channels);
+          });
+      }
+    }
+  }
+};
+
+// ---- channels_last -----------------------------------------------------------------------------
+
+// Writes columns [column, column + columns) of the positions [first, first + rows) of a patch.
+void store_pixels(const PairPlan& plan, bf16* const* pixels, int64_t rows, int64_t column,
+                  int64_t columns, const float* sums) {
+  const bf16* bias = plan.p.bias;
+  const __mmask32 mask = lanes_between(0, columns);
+  VecF32 more[2] = {};
+  if (bias) {
+    alignas(64) bf16 numbers[kBlock];
+    _mm512_store_si512(numbers, load_masked(bias + column, mask));
+    more[0] = load(numbers);
+    more[1] = load(numbers + kTile);
+  }
+  for (int64_t r = 0; r < rows; ++r, sums += kBlock) {
+    if (!pixels[r]) continue;
+    const VecF32 first = load(sums) + more[0], last = load(sums + kTile) + more[1];
+    const __m512i values = round_pairs(bit_cast<__m512>(first), bit_cast<__m512>(last));
+    if (columns >= kBlock) {
+      _mm512_storeu_si512(pixels[r] + column, values);
+    } else {
+      _mm512_mask_storeu_epi16(pixels[r] + column, mask, values);
+    }
+  }
+}
+
+void multiply_channels_last(const PairPlan& plan, const PairWeights& weights) {
+  const Correlation& c = plan.c;
+  const PixelRows rows(c, plan.depth);
+  const Patches& patches = plan.patches;
+  const int64_t size = patches.pixels() * rows.stride;
+  plan.place_chunks(rows.stride, kChunk, weights.chunk_size());
+  parallel_for(plan.units(), plan.grain(), [&](int64_t begin, int64_t end) {
+    const TileState state;
+    const Scratch<bf16> panels(plan.group * size);
+    alignas(64) float sums[kBlock * kBlock];
+    const Scratch<bf16*> pixels(round_up(patches.rows * patches.pitch, kBlock));
+    plan.for_each_unit(
+        begin, end,
+        [&](const Patch& patch, int64_t i) {
+          rows.fill(patches, patch, plan.p.source, panels.get() + i * size);
+        },
+        [&](const Patch& patch, int64_t i, int64_t channel, int64_t channels) {
+          pixels.zero();
+          patches.for_each_output(patch, [&](int64_t first, int64_t pixel, int64_t count) {
+            for (int64_t k = 0; k < count; ++k)
+              pixels.get()[first + k] = plan.p.out + (pixel + k * c.width.out_step) * c.columns;
+          });
+          const int64_t length = patches.length(patch);
+          for (int64_t row = 0; row < length; row += kBlock) {
+            const int64_t height = smaller(kBlock, length - row);
+            for (int64_t j = channel; j < channel + channels; j += kBlock) {
+              const int64_t width = smaller(kBlock, c.columns - j);
+              multiply_tiles(state,
+                             {{panels.get() + i * size + row * rows.stride,
+                               plan.source_offsets.get(), rows.stride, kTile * rows.stride},
+                              weights.operand(j, plan.weight_offsets.get()),
+                              plan.depth.chunks(),
+                              sums,
+                              kBlock,
+                              false},
+                             height > kTile ? 2 : 1, width > kTile ? 2 : 1);
+              store_pixels(plan, pixels.get() + row, height, j, width, sums);
+            }
+          }
+        });
+  });
+}
+
+// ---- contiguous --------------------------------------------------------------------------------
+
+// Writes `rows` channels of a patch from its sums.
+void store_planes(const PairPlan& plan, const Patch& patch, int64_t channel, int64_t rows,
+                  const float* sums, int64_t stride) {
+  const Correlation& c = plan.c;
+  const int64_t plane = c.out_plane(), step = c.width.out_step;
+  for (int64_t r = 0; r < rows; ++r, sums += stride) {
+    const float bias = plan.p.bias ? to_acc(plan.p.bias[channel + r]) : 0.0f;
+    bf16* out = plan.p.out + (patch.image * (c.columns - 1) + channel + r) * plane;
+    plan.patches.for_each_output(patch, [&](int64_t first, int64_t pixel, int64_t count) {
+      const float* from = sums + first;
+      bf16* to = out + pixel;
+      if (step != 1) {
+        for (int64_t i = 0; i < count; ++i) to[i * step] = from_acc<bf16>(from[i] + bias);
+        return;
+      }
+      for (int64_t i = 0; i < count; i += kBlock) {
+        const VecF32 low = load(from + i) + bias, high = load(from + i + kTile) + bias;
+        const __m512i values = round_pairs(bit_cast<__m512>(low), bit_cast<__m512>(high));
+        _mm512_mask_storeu_epi16(to + i, lanes_between(0, count - i), values);
+      }
+    });
+  }
+}
+
+void multiply_contiguous(const PairPlan& plan, const PairWeights& weights) {
+  const Correlation& c = plan.c;
+  const Patches& patches = plan.patches;
+  const PairPlanes planes(c, plan.depth, patches);
+  const int64_t size = plan.depth.padded / 2 * planes.stride;
+  plan.place_chunks(2, kTile * planes.stride, weights.chunk_size());
+  // Two blocks more may be read than there are positions, and no block shares its cache sets.
+  const int64_t stride = round_up(patches.rows * patches.pitch, kBlock) + kBlock + kTile;
+  parallel_for(plan.units(), plan.grain(), [&](int64_t begin, int64_t end) {
+    const TileState state;
+    const Scratch<bf16> panels(plan.group * size);
+    const Scratch<float> sums(kBlock * stride);
+    panels.zero();
+    sums.zero();
+    plan.for_each_unit(
+        begin, end,
+        [&](const Patch& patch, int64_t i) {
+          planes.fill(patches, patch, plan.p.source, panels.get() + i * size);
+        },
+        [&](const Patch& patch, int64_t i, int64_t channel, int64_t channels) {
+          const int64_t length = patches.length(patch);
+          for (int64_t row = channel; row < channel + channels; row += kBlock) {
+            const int64_t height = smaller(kBlock, c.columns - row);
+            for (int64_t j = 0; j < length; j += kBlock) {
+              multiply_tiles(state,
+                             {weights.operand(row, plan.weight_offsets.get()),
+                              {panels.get() + i * size + j * 2, plan.source_offsets.get(),
+                               planes.stride, kChunk},
+                              plan.depth.chunks(),
+                              sums.get() + j,
+                              stride,
+                              false},
+                             height > kTile ? 2 : 1, length - j > kTile ? 2 : 1);
+            }
+            store_planes(plan, patch, row, height, sums.get(), stride);
+          }
+        });
+  });
+}
+
+void multiply(const PairProblem& p, bool channels_last, bool swapped) {
+  if (p.c.positions() == 0 || p.c.columns == 0) return;
+  const PairPlan plan(p);
+  const PairWeights weights(p.c, plan.depth, swapped, channels_last);
+  weights.pack(p.weight, p.taps, p.taps_wide);
+  (channels_last ? multiply_channels_last : multiply_contiguous)(plan, weights);
+}
+
+bool applies(const Conv2dShape& s) { return s.dtype == DType::bf16 && s.groups == 1; }
+
+// The weight in the order of channels_last.
+struct WeightByTaps {
+  int64_t taps;
+  Scratch<bf16> copy;
+  const bf16* data;
+
+  WeightByTaps(const Conv2dShape& s, const void* weight)
+      : taps(s.window_height.size * s.window_width.size),
+        copy(s.weight_channels_last || taps == 1 ? 0 : s.out_channels * s.in_channels * taps),
+        data(static_cast<const bf16*>(weight)) {
+    if (s.weight_channels_last || taps == 1) return;
+    weights_by_taps(s, data, copy.get());
+    data = copy.get();
+  }
+};
+
+}  // namespace
+
+bool conv2d_bf16(const Conv2dParams& p) {
+  const Conv2dShape& s = p.shape;
+  if (!applies(s)) return false;
+  const WeightByTaps weight(s, p.weight);
+  const Epilogue epilogue(p);
+  multiply({without_rows(forward_correlation(s), s.channels_last), weight.data, weight.taps,
+            s.window_width.size, static_cast<const bf16*>(p.input),
+            static_cast<const bf16*>(p.bias), static_cast<bf16*>(p.output), epilogue.get()},
+           s.channels_last, false);
+  return true;
+}
+
+bool conv2d_bf16_grad_input(const Conv2dGradInputParams& p) {
+  const Conv2dShape& s = p.shape;
+  if (!applies(s)) return false;
+  const WeightByTaps weight(s, p.weight);
+  for (int64_t h = 0; h < smaller(s.window_height.stride, s.in_height); ++h) {
+    for (int64_t w = 0; w < smaller(s.window_width.stride, s.in_width); ++w) {
+      multiply({without_rows(grad_input_correlation(s, h, w), s.channels_last), weight.data,
+                weight.taps, s.window_width.size, static_cast<const bf16*>(p.grad_output), nullptr,
+                static_cast<bf16*>(p.grad_input)},
+               s.channels_last, true);
+    }
+  }
+  return true;
+}
+
+}  // namespace torchops::cpu::TORCHOPS_ISA
+#else
+namespace torchops::cpu::TORCHOPS_ISA {
+
+bool conv2d_bf16(const Conv2dParams&) { return false; }
+bool conv2d_bf16_grad_input(const Conv2dGradInputParams&) { return false; }
+
+}  // namespace torchops::cpu::TORCHOPS_ISA
+#endif

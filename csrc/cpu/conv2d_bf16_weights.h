@@ -1,0 +1,125 @@
+// The weight of a bf16 convolution as panels of pairs, packed once per call.
+//
+// It is read in the order [out channel][tap][in channel]. Forward, the depth is the in channels and
+// pairs are neighbours in memory; for the gradient of the input it is the out channels, and two of
+// their rows are interleaved. As B's columns, channels_last, pairs are turned over 16 x 16 at a
+// time, which as A's rows, contiguous, they are for the gradient.
+#pragma once
+
+#include "core/parallel.h"
+#include "core/transpose.h"
+#include "cpu/conv2d_bf16_patches.h"
+#include "cpu/conv2d_weights.h"
+
+#if defined(__AVX512BF16__)
+namespace torchops::cpu::TORCHOPS_ISA {
+namespace {
+
+// Where the first in channel of an out channel's element lies, by depth: -1 for padding.
+struct PairWeights {
+  const Correlation& c;
+  const PairDepth& depth;
+  bool swapped;  // the depth is the out channels
+  bool columns;  // panels of B: [16 columns][chunk][pair][column]; else A's rows
+  int64_t row_stride;
+  Scratch<bf16> data;
+
+  PairWeights(const Correlation& c, const PairDepth& depth, bool swapped, bool columns)
+      : c(c),
+        depth(depth),
+        swapped(swapped),
+        columns(columns),
+        row_stride(depth.size() + (columns || depth.size() % 256 ? 0 : kChunk)),
+        data(round_up(c.columns, kBlock) * row_stride) {}
+
+  // The panel of 16 columns of the product.
+  bf16* at(int64_t column) const { return data.get() + column * row_stride; }
+  TileOperand operand(int64_t column, const int64_t* offsets) const {
+    return {at(column), offsets, columns ? kChunk : row_stride, kTile * row_stride};
+  }
+  int64_t chunk_size() const { return columns ? kTile * kChunk : kChunk; }
+
+  // `weight` is of `taps_wide` taps a row, `taps` in all.
+  void pack(const bf16* weight, int64_t taps, int64_t taps_wide) const {
+    const int64_t size = depth.size();
+    const int64_t row = taps * (swapped ? c.columns : c.channels);
+    const Scratch<int64_t> places(size);
+    for (int64_t k = 0; k < size; ++k) places.get()[k] = -1;
+    for (int64_t t = 0; t < c.height.taps * c.width.taps; ++t) {
+      const int64_t h = t / c.width.taps, w = t % c.width.taps;
+      const int64_t tap = (c.height.first_tap + h * c.height.tap_step) * taps_wide +
+                          c.width.first_tap + w * c.width.tap_step;
+      int64_t* to =
+          places.get() + (depth.merged ? h * depth.padded + w * c.channels : t * depth.padded);
+      for (int64_t k = 0; k < c.channels; ++k)
+        to[k] = swapped ? k * row + tap * c.columns : tap * c.channels + k;
+    }
+    parallel_for(blocks(c.columns, kTile), 65'536 / (size + 1) / kTile + 1,
+                 [&](int64_t begin, int64_t end) {
+                   const Scratch<bf16> rows(swapped || !columns ? 1 : kTile * size);
+                   for (int64_t i = begin * kTile; i < end * kTile; i += kTile) {
+                     if (swapped) {
+                       pack_swapped(weight, i, places.get());
+                     } else {
+                       pack_rows(weight, i, row, places.get(), columns ? rows.get() : at(i));
+                       if (columns) turn(rows.get(), at(i));
+                     }
+                   }
+                 });
+  }
+
+ private:
+  // Sixteen rows of the depth, those beyond the last column zeros.
+  void pack_rows(const bf16* weight, int64_t column, int64_t row, const int64_t* places,
+                 bf16* to) const {
+    const int64_t size = depth.size(), step = columns ? size : row_stride;
+    for (int64_t r = 0; r < kTile; ++r, to += step) {
+      std::memset(static_cast<void*>(to), 0, size * sizeof(bf16));
+      if (column + r >= c.columns) continue;
+      const bf16* from = weight + (column + r) * row;
+      for (int64_t k = 0; k < size;) {
+        if (places[k] < 0) {
+          ++k;
+          continue;
+        }
+        std::memcpy(to + k, from + places[k], c.channels * sizeof(bf16));
+        k += c.channels;
+      }
+    }
+  }
+  void turn(const bf16* rows, bf16* to) const {
+    const int64_t size = depth.size();
+    for (int64_t k = 0; k < size; k += kChunk, to += kTile * kChunk) {
+      VecF32 pairs[kTile];
+#pragma GCC unroll 16
+      for (int r = 0; r < kTile; ++r) std::memcpy(&pairs[r], rows + r * size + k, 64);
+      transpose<float>(pairs);
+#pragma GCC unroll 16
+      for (int r = 0; r < kTile; ++r) std::memcpy(to + r * kChunk, &pairs[r], 64);
+    }
+  }
+  void pack_swapped(const bf16* weight, int64_t column, const int64_t* places) const {
+    const __mmask32 mask = lanes_between(0, smaller(kTile, c.columns - column));
+    const auto load_row = [&](int64_t place) {
+      return place < 0 ? _mm512_setzero_si512() : load_masked(weight + place + column, mask);
+    };
+    bf16* to = at(column);
+    for (int64_t k = 0; k < depth.size(); k += kChunk, to += chunk_size()) {
+      VecF32 pairs[kTile];
+#pragma GCC unroll 16
+      for (int r = 0; r < kTile; ++r) {
+        __m512i both[2];
+        interleave(load_row(places[k + 2 * r]), load_row(places[k + 2 * r + 1]), both);
+        pairs[r] = bit_cast<VecF32>(both[0]);
+      }
+      if (!columns) transpose<float>(pairs);
+      const int64_t step = columns ? kChunk : row_stride;
+#pragma GCC unroll 16
+      for (int r = 0; r < kTile; ++r) std::memcpy(to + r * step, &pairs[r], 64);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace torchops::cpu::TORCHOPS_ISA
+#endif

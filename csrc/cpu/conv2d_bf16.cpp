@@ -31,22 +31,6 @@ struct PairProblem {
   const Epilogue* epilogue = nullptr;
 };
 
-// A 1x1 window of stride 1 sees no rows: all pixels are one, channels_last even those of all
-// images.
-Correlation without_rows(Correlation c, bool channels_last) {
-  const auto plain = [](const Axis& a) {
-    return a.taps == 1 && a.step == 1 && a.offset == 0 && a.out_step == 1 &&
-           a.count == a.source_length && a.count == a.out_length;
-  };
-  if (!plain(c.height) || !plain(c.width)) return c;
-  const int64_t images = channels_last ? c.batch : 1;
-  const int64_t pixels = images * c.height.count * c.width.count;
-  c.batch /= images ? images : 1;
-  c.height.count = c.height.source_length = c.height.out_length = 1;
-  c.width.count = c.width.source_length = c.width.out_length = pixels;
-  return c;
-}
-
 // How the product is cut up, for either format.
 struct PairPlan {
   const PairProblem& p;
@@ -257,8 +241,6 @@ void multiply(const PairProblem& p, bool channels_last, bool swapped) {
   (channels_last ? multiply_channels_last : multiply_contiguous)(plan, weights);
 }
 
-bool applies(const Conv2dShape& s) { return s.dtype == DType::bf16 && s.groups == 1; }
-
 // The weight in the order of channels_last.
 struct WeightByTaps {
   int64_t taps;
@@ -279,7 +261,7 @@ struct WeightByTaps {
 
 bool conv2d_bf16(const Conv2dParams& p) {
   const Conv2dShape& s = p.shape;
-  if (!applies(s)) return false;
+  if (!is_dense_bf16(s)) return false;
   const WeightByTaps weight(s, p.weight);
   const Epilogue epilogue(p);
   multiply({without_rows(forward_correlation(s), s.channels_last), weight.data, weight.taps,
@@ -291,7 +273,7 @@ bool conv2d_bf16(const Conv2dParams& p) {
 
 bool conv2d_bf16_grad_input(const Conv2dGradInputParams& p) {
   const Conv2dShape& s = p.shape;
-  if (!applies(s)) return false;
+  if (!is_dense_bf16(s)) return false;
   const WeightByTaps weight(s, p.weight);
   for (int64_t h = 0; h < smaller(s.window_height.stride, s.in_height); ++h) {
     for (int64_t w = 0; w < smaller(s.window_width.stride, s.in_width); ++w) {

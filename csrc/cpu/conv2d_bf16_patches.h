@@ -17,6 +17,24 @@ namespace {
 
 inline int64_t round_up(int64_t count, int64_t unit) { return blocks(count, unit) * unit; }
 
+inline bool is_dense_bf16(const Conv2dShape& s) { return s.dtype == DType::bf16 && s.groups == 1; }
+
+// A 1x1 window of stride 1 sees no rows: all pixels are one, channels_last even those of all
+// images.
+inline Correlation without_rows(Correlation c, bool channels_last) {
+  const auto plain = [](const Axis& a) {
+    return a.taps == 1 && a.step == 1 && a.offset == 0 && a.out_step == 1 &&
+           a.count == a.source_length && a.count == a.out_length;
+  };
+  if (!plain(c.height) || !plain(c.width)) return c;
+  const int64_t images = channels_last ? c.batch : 1;
+  const int64_t pixels = images * c.height.count * c.width.count;
+  c.batch /= images ? images : 1;
+  c.height.count = c.height.source_length = c.height.out_length = 1;
+  c.width.count = c.width.source_length = c.width.out_length = pixels;
+  return c;
+}
+
 // The depth: `lines` runs, one per tap or per row of taps, each padded to whole chunks.
 struct PairDepth {
   bool merged;

@@ -13,6 +13,7 @@
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "core/transpose.h"
+#include "cpu/conv2d_bf16.h"
 #include "cpu/conv2d_gather.h"
 #include "cpu/conv2d_lines.h"
 #include "cpu/conv2d_winograd_grad_weight.h"
@@ -265,6 +266,7 @@ bool sum_winograd(Plan<T> plan) {
 }  // namespace
 
 void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
+  if (conv2d_bf16_grad_weight(p)) return;
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Plan<T> plan(p);

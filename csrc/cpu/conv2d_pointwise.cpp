@@ -136,6 +136,7 @@ void conv2d_pointwise_grad_input(const Conv2dGradInputParams& p) {
 }
 
 void conv2d_pointwise_grad_weight(const Conv2dGradWeightParams& p) {
+  if (conv2d_bf16_grad_weight(p)) return;
   if (skips_pixels(p.shape)) return conv2d_grad_weight(p);
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -17,7 +17,7 @@ namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
 // Positions of a group, and elements of its panels: a quarter of L2.
-constexpr int64_t kPositions = 512, kPanelElements = 256 * 1024;
+constexpr int64_t kPositions = 1024, kPanelElements = 256 * 1024;
 constexpr int64_t kUnitChannels = 256;
 constexpr int64_t kGrainFlops = 16'000'000;  // about 30 us
 
@@ -53,7 +53,8 @@ struct PairPlan {
                                kPanelElements / (depth.padded * patches.plane + 1) + 1);
     group = blocks(patches.count, blocks(patches.count, most));
     groups = blocks(patches.count, group);
-    channel_blocks = blocks(c.columns, kUnitChannels);
+    channel_blocks = blocks(
+        c.columns, clamp(kPanelElements / (depth.size() + 1) / kBlock * kBlock, kBlock, kUnitChannels));
     block_channels = round_up(blocks(c.columns, channel_blocks), kBlock);
     channel_blocks = blocks(c.columns, block_channels);
   }
@@ -151,6 +152,7 @@ void multiply_channels_last(const PairPlan& plan, const PairWeights& weights) {
             const int64_t height = smaller(kBlock, length - row);
             for (int64_t j = channel; j < channel + channels; j += kBlock) {
               const int64_t width = smaller(kBlock, c.columns - j);
+              for (int64_t r = 0; r < height; ++r) __builtin_prefetch(pixels.get()[row + r] + j, 1);
               multiply_tiles(state,
                              {{panels.get() + i * size + row * rows.stride,
                                plan.source_offsets.get(), rows.stride, kTile * rows.stride},

@@ -147,22 +147,24 @@ struct PixelRows {
   void fill_line(const bf16* row, int64_t x, int64_t pixels, bf16* to) const {
     const int64_t step = c.width.step, length = c.width.source_length, channels = c.channels;
     const Inside whole = inside(x, step, pixels, length - depth.run_taps + 1);
-    for (int64_t i = 0; i < pixels; ++i, x += step, to += stride) {
-      const bf16* from = row + x * channels;
-      if (i >= whole.first && i < whole.last) {
-        copy_run(to, from);
-        continue;
-      }
-      const Inside taps = inside(x, 1, depth.run_taps, length);
-      copy_padded(to, from, taps.first * channels, taps.last * channels, depth.padded);
-    }
+    const auto copy_some = [&](int64_t i) {
+      const Inside taps = inside(x + i * step, 1, depth.run_taps, length);
+      copy_padded(to + i * stride, row + (x + i * step) * channels, taps.first * channels,
+                  taps.last * channels, depth.padded);
+    };
+    for (int64_t i = 0; i < whole.first; ++i) copy_some(i);
+    copy_runs(to + whole.first * stride, row + (x + whole.first * step) * channels,
+              step * channels, whole.last - whole.first);
+    for (int64_t i = whole.last; i < pixels; ++i) copy_some(i);
   }
-  void copy_run(bf16* to, const bf16* from) const {
-    int64_t k = 0;
-    for (; k + kChunk <= depth.run; k += kChunk)
-      _mm512_storeu_si512(to + k, _mm512_loadu_si512(from + k));
-    if (k < depth.run)
-      _mm512_storeu_si512(to + k, load_masked(from + k, lanes_between(0, depth.run - k)));
+  void copy_runs(bf16* to, const bf16* from, int64_t from_step, int64_t count) const {
+    const __mmask32 rest = lanes_between(0, depth.run % kChunk);
+    const int64_t last = depth.run / kChunk * kChunk, to_step = stride;
+    for (int64_t i = 0; i < count; ++i, to += to_step, from += from_step) {
+      for (int64_t k = 0; k < last; k += kChunk)
+        _mm512_storeu_si512(to + k, _mm512_loadu_si512(from + k));
+      if (rest) _mm512_storeu_si512(to + last, load_masked(from + last, rest));
+    }
   }
 };
 

@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kUnits = 16;  // as in conv2d_grad_weight.cpp
 constexpr int64_t kPositions = 512;
+constexpr int64_t kShareGroups = 4;
 constexpr int64_t kGrainFlops = 16'000'000;  // about 30 us
 
 // How positions lie in the panels. `pitch` is even: a pair never spans rows.
@@ -104,7 +105,7 @@ struct GradWeightPlan {
     column_blocks = blocks(width, most_columns);
     block_columns = round_up(blocks(width, column_blocks), kBlock);
     column_blocks = blocks(width, block_columns);
-    shares = smaller(blocks(kUnits, row_blocks * column_blocks), groups);
+    shares = smaller(blocks(kUnits, row_blocks * column_blocks), blocks(groups, kShareGroups));
   }
   // One share's sums: [output channel][tap along the height][column], in whole tiles.
   int64_t row_size() const { return c.height.taps * padded_width; }

@@ -126,6 +126,7 @@ class GradWeightPanels {
         columns_(plan.block_columns / kTile * column_stride_),
         stage_(plan.p.shape.channels_last ? 2 * (plan.padded_width + kChunk)
                                           : kTile * stage_stride()),
+        pixels_(q_.length),
         row_offsets_(plan.group * q_.length / kChunk),
         column_offsets_(c_.height.taps * plan.group * q_.length / kChunk) {
     rows_.zero();
@@ -192,14 +193,11 @@ class GradWeightPanels {
   }
 
   void fill_rows_from_pixels(const Patch& patch, int64_t row, int64_t rows, bf16* to) const {
-    const int64_t channels = c_.columns, count = round_up(patch.rows * q_.pitch, kChunk);
-    const auto* grads =
-        static_cast<const bf16*>(plan_.p.grad_output) + row +
-        ((patch.image * c_.height.count + patch.row) * c_.width.count + patch.column) * channels;
+    const int64_t count = round_up(patch.rows * q_.pitch, kChunk);
+    place_pixels(patch, row, count);
+    const bf16* const* pixels = pixels_.get();
     const auto load_row = [&](int64_t position, int64_t r, __mmask32 mask) {
-      const int64_t y = position / q_.pitch, x = position % q_.pitch;
-      if (y >= patch.rows || x >= patch.columns) return _mm512_setzero_si512();
-      return load_masked(grads + (y * c_.width.count + x) * channels + r, mask);
+      return pixels[position] ? load_masked(pixels[position] + r, mask) : _mm512_setzero_si512();
     };
     alignas(64) bf16 pairs[2][kTile * kChunk];
     for (int64_t position = 0; position < count; position += kChunk) {
@@ -216,6 +214,18 @@ class GradWeightPanels {
         turn_pairs(pairs[0], kChunk, panel, row_stride_);
         turn_pairs(pairs[1], kChunk, panel + kTile * row_stride_, row_stride_);
       }
+    }
+  }
+
+  // grad_output's channels from `row` on at each position: null between rows.
+  void place_pixels(const Patch& patch, int64_t row, int64_t count) const {
+    const auto* grads = static_cast<const bf16*>(plan_.p.grad_output) + row;
+    const bf16** to = pixels_.get();
+    for (int64_t i = 0; i < count; ++i) to[i] = nullptr;
+    for (int64_t y = 0; y < patch.rows; ++y, to += q_.pitch) {
+      const int64_t line = patch.image * c_.height.count + patch.row + y;
+      const int64_t first = line * c_.width.count + patch.column;
+      for (int64_t x = 0; x < patch.columns; ++x) to[x] = grads + (first + x) * c_.columns;
     }
   }
 
@@ -268,8 +278,18 @@ class GradWeightPanels {
         const Run upper = run(i, stage_.get());
         const Run lower = run(i + 1, stage_.get() + plan_.padded_width + kChunk);
         bf16* panel = pairs;
-        for (int64_t k = 0; k < columns; k += kBlock, panel += 2 * column_stride_) {
-          __m512i both[2];
+        int64_t k = 0;
+        __m512i both[2];
+        if (upper.first <= 0 && lower.first <= 0) {
+          const int64_t whole = smaller(columns, smaller(upper.last, lower.last));
+          for (; k + kBlock <= whole; k += kBlock, panel += 2 * column_stride_) {
+            interleave(_mm512_loadu_si512(upper.from + k), _mm512_loadu_si512(lower.from + k),
+                       both);
+            _mm512_storeu_si512(panel, both[0]);
+            _mm512_storeu_si512(panel + column_stride_, both[1]);
+          }
+        }
+        for (; k < columns; k += kBlock, panel += 2 * column_stride_) {
           interleave(load_masked(upper.from + k, lanes_between(upper.first - k, upper.last - k)),
                      load_masked(lower.from + k, lanes_between(lower.first - k, lower.last - k)),
                      both);
@@ -311,6 +331,7 @@ class GradWeightPanels {
   const Correlation& c_;
   const int64_t row_stride_, column_stride_;
   const Scratch<bf16> rows_, columns_, stage_;
+  const Scratch<const bf16*> pixels_;
   const Scratch<int64_t> row_offsets_, column_offsets_;
   int64_t chunks_ = 0;
 };

@@ -75,7 +75,11 @@ class TileState {
   const bool on_;
 };
 
-// Tiles 0 to 3 hold C, 4 and 5 A, 6 and 7 B. GCC does not know that tiles are loaded from memory.
+// Tiles 0 to 3 hold C, 4 and 5 A, 6 and 7 B, of which a block streams through while A stays in L1.
+// GCC does not know that tiles are loaded from memory.
+//
+// Now and then a tile is stored in vain: after 128 products without a store the next one takes 250
+// ns on Granite Rapids, a third of the time of 36 chunks.
 template <int kRows, int kColumns>
 [[gnu::noinline, gnu::target("amx-tile,amx-bf16")]] void multiply_by_tiles(const TileProduct& t) {
   asm volatile("" ::: "memory");
@@ -92,14 +96,16 @@ template <int kRows, int kColumns>
     _tile_zero(2);
     _tile_zero(3);
   }
+  alignas(64) char vain[kTile * 64];
   for (int64_t j = 0; j < t.chunks; ++j) {
     const bf16* a = t.a.data + t.a.offsets[j];
     const bf16* b = t.b.data + t.b.offsets[j];
-    _tile_loadd(6, b, b_stride);
+    if (j % 16 == 15) _tile_stored(6, vain, 64);
+    _tile_stream_loadd(6, b, b_stride);
     _tile_loadd(4, a, a_stride);
     _tile_dpbf16ps(0, 4, 6);
     if (kColumns == 2) {
-      _tile_loadd(7, b + t.b.next, b_stride);
+      _tile_stream_loadd(7, b + t.b.next, b_stride);
       _tile_dpbf16ps(1, 4, 7);
     }
     if (kRows == 2) {

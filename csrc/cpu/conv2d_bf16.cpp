@@ -53,8 +53,8 @@ struct PairPlan {
                                kPanelElements / (depth.padded * patches.plane + 1) + 1);
     group = blocks(patches.count, blocks(patches.count, most));
     groups = blocks(patches.count, group);
-    channel_blocks = blocks(
-        c.columns, clamp(kPanelElements / (depth.size() + 1) / kBlock * kBlock, kBlock, kUnitChannels));
+    channel_blocks = blocks(c.columns, clamp(kPanelElements / (depth.size() + 1) / kBlock * kBlock,
+                                             kBlock, kUnitChannels));
     block_channels = round_up(blocks(c.columns, channel_blocks), kBlock);
     channel_blocks = blocks(c.columns, block_channels);
   }

@@ -153,16 +153,18 @@ struct PixelRows {
                   taps.last * channels, depth.padded);
     };
     for (int64_t i = 0; i < whole.first; ++i) copy_some(i);
-    copy_runs(to + whole.first * stride, row + (x + whole.first * step) * channels,
-              step * channels, whole.last - whole.first);
+    copy_runs(to + whole.first * stride, row + (x + whole.first * step) * channels, step * channels,
+              whole.last - whole.first);
     for (int64_t i = whole.last; i < pixels; ++i) copy_some(i);
   }
   void copy_runs(bf16* to, const bf16* from, int64_t from_step, int64_t count) const {
     const __mmask32 rest = lanes_between(0, depth.run % kChunk);
     const int64_t last = depth.run / kChunk * kChunk, to_step = stride;
     for (int64_t i = 0; i < count; ++i, to += to_step, from += from_step) {
-      for (int64_t k = 0; k < last; k += kChunk)
+      for (int64_t k = 0; k < last; k += kChunk) {
+        __builtin_prefetch(from + k + 1024);
         _mm512_storeu_si512(to + k, _mm512_loadu_si512(from + k));
+      }
       if (rest) _mm512_storeu_si512(to + last, load_masked(from + last, rest));
     }
   }

@@ -75,12 +75,12 @@ class TileState {
   const bool on_;
 };
 
-// Tiles 0 to 3 hold C, 4 and 5 A, 6 and 7 B, of which a block streams through while A stays in L1.
+// Tiles 0 to 3 hold C, 4 and 5 A, 6 and 7 B.
 // GCC does not know that tiles are loaded from memory.
 //
 // Now and then a tile is stored in vain: after 128 products without a store the next one takes 250
 // ns on Granite Rapids, a third of the time of 36 chunks.
-template <int kRows, int kColumns>
+template <int kRows, int kColumns, bool kStream>
 [[gnu::noinline, gnu::target("amx-tile,amx-bf16")]] void multiply_by_tiles(const TileProduct& t) {
   asm volatile("" ::: "memory");
   const int64_t a_stride = t.a.stride * 2, b_stride = t.b.stride * 2, c_stride = t.c_stride * 4;
@@ -101,11 +101,19 @@ template <int kRows, int kColumns>
     const bf16* a = t.a.data + t.a.offsets[j];
     const bf16* b = t.b.data + t.b.offsets[j];
     if (j % 16 == 15) _tile_stored(6, vain, 64);
-    _tile_stream_loadd(6, b, b_stride);
+    if (kStream) {
+      _tile_stream_loadd(6, b, b_stride);
+    } else {
+      _tile_loadd(6, b, b_stride);
+    }
     _tile_loadd(4, a, a_stride);
     _tile_dpbf16ps(0, 4, 6);
     if (kColumns == 2) {
-      _tile_stream_loadd(7, b + t.b.next, b_stride);
+      if (kStream) {
+        _tile_stream_loadd(7, b + t.b.next, b_stride);
+      } else {
+        _tile_loadd(7, b + t.b.next, b_stride);
+      }
       _tile_dpbf16ps(1, 4, 7);
     }
     if (kRows == 2) {
@@ -167,14 +175,23 @@ template <int kColumns>
   }
 }
 
-// A block of `rows` x `columns` tiles, one or two each.
-inline void multiply_tiles(const TileState& state, const TileProduct& t, int rows, int columns) {
+template <bool kStream>
+inline void multiply_by_tiles(const TileProduct& t, int rows, int columns) {
+  if (rows == 2) {
+    (columns == 2 ? multiply_by_tiles<2, 2, kStream> : multiply_by_tiles<2, 1, kStream>)(t);
+  } else {
+    (columns == 2 ? multiply_by_tiles<1, 2, kStream> : multiply_by_tiles<1, 1, kStream>)(t);
+  }
+}
+
+// A block of `rows` x `columns` tiles, one or two each. Where `stream`, B is not used again soon:
+// A is to stay in L1.
+inline void multiply_tiles(const TileState& state, const TileProduct& t, int rows, int columns,
+                           bool stream = false) {
   if (!state.on()) {
     (columns == 2 ? multiply_by_vectors<2> : multiply_by_vectors<1>)(t, rows * kTile);
-  } else if (rows == 2) {
-    (columns == 2 ? multiply_by_tiles<2, 2> : multiply_by_tiles<2, 1>)(t);
   } else {
-    (columns == 2 ? multiply_by_tiles<1, 2> : multiply_by_tiles<1, 1>)(t);
+    (stream ? multiply_by_tiles<true> : multiply_by_tiles<false>)(t, rows, columns);
   }
 }
 

@@ -134,12 +134,13 @@ void multiply_channels_last(const PairPlan& plan, const PairWeights& weights) {
   parallel_for(plan.units(), plan.grain(), [&](int64_t begin, int64_t end) {
     const TileState state;
     const Scratch<bf16> panels(plan.group * size);
-    alignas(64) float sums[kBlock * kBlock];
+    alignas(64) float sums[2][kBlock * kBlock];
     const Scratch<bf16*> pixels(round_up(patches.rows * patches.pitch, kBlock));
     plan.for_each_unit(
         begin, end,
         [&](const Patch& patch, int64_t i) {
-          rows.fill(patches, patch, plan.p.source, panels.get() + i * size);
+          if (!rows.in_place(patch))
+            rows.fill(patches, patch, plan.p.source, panels.get() + i * size);
         },
         [&](const Patch& patch, int64_t i, int64_t channel, int64_t channels) {
           pixels.zero();
@@ -148,23 +149,39 @@ void multiply_channels_last(const PairPlan& plan, const PairWeights& weights) {
               pixels.get()[first + k] = plan.p.out + (pixel + k * c.width.out_step) * c.columns;
           });
           const int64_t length = patches.length(patch);
+          const bool in_place = rows.in_place(patch);
+          const bf16* source =
+              in_place ? plan.p.source + patch.column * c.channels : panels.get() + i * size;
+          const int64_t stride = in_place ? c.channels : rows.stride;
+          // A block is stored while the next one is summed.
+          struct Block { int64_t row, height, column, width; } last{};
+          int turn = 0;
+          const auto store_last = [&] {
+            store_pixels(plan, pixels.get() + last.row, last.height, last.column, last.width,
+                         sums[turn]);
+          };
           for (int64_t row = 0; row < length; row += kBlock) {
             const int64_t height = smaller(kBlock, length - row);
             for (int64_t j = channel; j < channel + channels; j += kBlock) {
               const int64_t width = smaller(kBlock, c.columns - j);
-              for (int64_t r = 0; r < height; ++r) __builtin_prefetch(pixels.get()[row + r] + j, 1);
-              multiply_tiles(state,
-                             {{panels.get() + i * size + row * rows.stride,
-                               plan.source_offsets.get(), rows.stride, kTile * rows.stride},
-                              weights.operand(j, plan.weight_offsets.get()),
-                              plan.depth.chunks(),
-                              sums,
-                              kBlock,
-                              false},
-                             height > kTile ? 2 : 1, width > kTile ? 2 : 1);
-              store_pixels(plan, pixels.get() + row, height, j, width, sums);
+              for (int64_t r = 0; r < height; ++r) {
+                if (pixels.get()[row + r]) __builtin_prefetch(pixels.get()[row + r] + j, 1);
+              }
+              multiply_tiles(
+                  state,
+                  {{source + row * stride, plan.source_offsets.get(), stride, kTile * stride},
+                   weights.operand(j, plan.weight_offsets.get()),
+                   plan.depth.chunks(),
+                   sums[1 - turn],
+                   kBlock,
+                   false},
+                  height > kTile ? 2 : 1, width > kTile ? 2 : 1, true);
+              store_last();
+              last = {row, height, j, width};
+              turn = 1 - turn;
             }
           }
+          store_last();
         });
   });
 }

@@ -131,6 +131,12 @@ struct PixelRows {
   PixelRows(const Correlation& c, const PairDepth& depth)
       : c(c), depth(depth), stride(depth.padded + (depth.padded % 256 ? 0 : kChunk)) {}
 
+  // Whether the patch is read where it lies: pixels in a row of their own, whole chunks of
+  // channels, in different cache sets, and as many as whole blocks read.
+  bool in_place(const Patch& patch) const {
+    return flat() && c.channels % kChunk == 0 && c.channels <= 1024 &&
+           patch.column + round_up(patch.columns, kBlock) <= c.width.count;
+  }
   void fill(const Patches& patches, const Patch& patch, const bf16* source, bf16* to) const {
     patches.for_each_line(patch, [&](int64_t first, int64_t y, int64_t x, int64_t pixels) {
       bf16* line = to + first * stride;
@@ -144,6 +150,13 @@ struct PixelRows {
   }
 
  private:
+  // As without_rows leaves a 1x1 window's pixels.
+  bool flat() const {
+    const auto plain = [](const Axis& a) {
+      return a.taps == 1 && a.step == 1 && a.offset == 0 && a.count == a.source_length;
+    };
+    return c.batch == 1 && c.height.count == 1 && plain(c.height) && plain(c.width);
+  }
   void fill_line(const bf16* row, int64_t x, int64_t pixels, bf16* to) const {
     const int64_t step = c.width.step, length = c.width.source_length, channels = c.channels;
     const Inside whole = inside(x, step, pixels, length - depth.run_taps + 1);

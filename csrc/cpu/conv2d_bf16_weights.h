@@ -56,13 +56,11 @@ struct PairWeights {
     }
     parallel_for(blocks(c.columns, kTile), 65'536 / (size + 1) / kTile + 1,
                  [&](int64_t begin, int64_t end) {
-                   const Scratch<bf16> rows(swapped || !columns ? 1 : kTile * size);
                    for (int64_t i = begin * kTile; i < end * kTile; i += kTile) {
                      if (swapped) {
                        pack_swapped(weight, i, places.get());
                      } else {
-                       pack_rows(weight, i, row, places.get(), columns ? rows.get() : at(i));
-                       if (columns) turn(rows.get(), at(i));
+                       pack_rows(weight, i, row, places.get());
                      }
                    }
                  });
@@ -70,32 +68,31 @@ struct PairWeights {
 
  private:
   // Sixteen rows of the depth, those beyond the last column zeros.
-  void pack_rows(const bf16* weight, int64_t column, int64_t row, const int64_t* places,
-                 bf16* to) const {
-    const int64_t size = depth.size(), step = columns ? size : row_stride;
-    for (int64_t r = 0; r < kTile; ++r, to += step) {
-      std::memset(static_cast<void*>(to), 0, size * sizeof(bf16));
-      if (column + r >= c.columns) continue;
-      const bf16* from = weight + (column + r) * row;
-      for (int64_t k = 0; k < size;) {
-        if (places[k] < 0) {
-          ++k;
-          continue;
-        }
-        std::memcpy(to + k, from + places[k], c.channels * sizeof(bf16));
-        k += c.channels;
-      }
-    }
-  }
-  void turn(const bf16* rows, bf16* to) const {
-    const int64_t size = depth.size();
-    for (int64_t k = 0; k < size; k += kChunk, to += kTile * kChunk) {
+  void pack_rows(const bf16* weight, int64_t column, int64_t row, const int64_t* places) const {
+    bf16* to = at(column);
+    alignas(64) bf16 stage[kTile][kChunk];
+    for (int64_t k = 0; k < depth.size(); k += kChunk, to += chunk_size()) {
+      // Merged taps may meet in a chunk, and lie apart in the weight.
+      const bool one =
+          places[k] >= 0 && (!depth.merged || places[k + kChunk - 1] == places[k] + kChunk - 1);
+      const __mmask32 mask = lanes_between(0, depth.run - k % depth.padded);
       VecF32 pairs[kTile];
+      for (int64_t r = 0; r < kTile; ++r) {
+        const bf16* from = weight + (column + r) * row;
+        if (column + r >= c.columns) {
+          pairs[r] = VecF32{};
+        } else if (one) {
+          pairs[r] = bit_cast<VecF32>(load_masked(from + places[k], mask));
+        } else {
+          for (int64_t i = 0; i < kChunk; ++i)
+            stage[r][i] = places[k + i] < 0 ? bf16{} : from[places[k + i]];
+          std::memcpy(&pairs[r], stage[r], 64);
+        }
+      }
+      if (columns) transpose<float>(pairs);
+      const int64_t step = columns ? kChunk : row_stride;
 #pragma GCC unroll 16
-      for (int r = 0; r < kTile; ++r) std::memcpy(&pairs[r], rows + r * size + k, 64);
-      transpose<float>(pairs);
-#pragma GCC unroll 16
-      for (int r = 0; r < kTile; ++r) std::memcpy(to + r * kChunk, &pairs[r], 64);
+      for (int r = 0; r < kTile; ++r) std::memcpy(to + r * step, &pairs[r], 64);
     }
   }
   void pack_swapped(const bf16* weight, int64_t column, const int64_t* places) const {

@@ -170,12 +170,18 @@ inline void store(T* p, Vec<T> v) {
 
 template <typename T>
 inline Mask<T> widen_bytes(const uint8_t* p) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  // GCC 12 takes vectors of eight bytes apart lane by lane.
-  if constexpr (kLanes<T> == 8) {
-    return bit_cast<Mask<T>>(
-        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-  }
+#if defined(__AVX2__)
+  // GCC 12 takes vectors of bytes apart lane by lane.
+  const __m128i* from = reinterpret_cast<const __m128i*>(p);
+#if defined(__AVX512F__)
+  if constexpr (kLanes<T> == 16)
+    return bit_cast<Mask<T>>(_mm512_cvtepu8_epi32(_mm_loadu_si128(from)));
+  else
+    return bit_cast<Mask<T>>(_mm512_cvtepu8_epi64(_mm_loadl_epi64(from)));
+#else
+  if constexpr (kLanes<T> == 8)
+    return bit_cast<Mask<T>>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from)));
+#endif
 #endif
   typedef uint8_t Bytes __attribute__((vector_size(kLanes<T>)));
   Bytes bytes;

@@ -207,6 +207,33 @@ inline Rows make_rows(const BatchNormShape& shape) {
   return rows;
 }
 
+// Writes `count` rows of `length` elements, one behind the other, of each of kCount streams that
+// are `stride` apart, as f(at, i, n, registers) gives those of the row that begins at element `at`.
+// With `past_cache`, rows are whole steps, aligned to a register.
+template <int kCount, typename T, typename F>
+[[gnu::always_inline]] inline void write_rows(T* output, int64_t stride, int64_t count,
+                                              int64_t length, bool past_cache, const F& f) {
+  const auto write_step = [&](int64_t row, int64_t i, int n) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kCount; ++s) {
+      const int64_t at = row * length + s * stride;
+      Vec<T> v[2];
+      f(at, i, n, v);
+      store_some(output + at + i, v, n, past_cache);
+    }
+  };
+  for (int64_t row = 0; row < count; ++row) {
+    int64_t i = 0;
+    for (; i + kStep<T> <= length; i += kStep<T>) write_step(row, i, kStep<T>);
+    if (i == length) continue;
+    // The last step goes again up to the end, over some that are done.
+    if (length >= kStep<T>)
+      write_step(row, length - kStep<T>, kStep<T>);
+    else
+      write_step(row, 0, static_cast<int>(length));
+  }
+}
+
 // The numbers of `channels` channels, repeated over a row.
 template <typename T>
 inline void repeat_over_row(const Rows& rows, T* numbers) {

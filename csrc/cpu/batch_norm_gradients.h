@@ -160,6 +160,28 @@ template <bool kPerLane, typename T, typename G>
               });
 }
 
+// The same over rows of channels: `count` of each of kCount streams, `stride` apart.
+template <int kCount, typename T>
+[[gnu::noinline]] void write_grad_input_rows(Sources<T, T> from, const Channels<T>& channels,
+                                             T* output, int64_t stride, int64_t count,
+                                             int64_t length, bool training, bool past_cache) {
+  const AffineLanes<true, T> lanes(channels.affine, 0);
+  const Slopes<T>& slopes = channels.slopes;
+  const Lanes<true, T> gradient(slopes.gradient, 0), slope(slopes.centered, 0),
+      constant(slopes.constant, 0);
+  write_rows<kCount>(output, stride, count, length, past_cache,
+                     [&](int64_t at, int64_t i, int n, Vec<T>(&v)[2])
+                         __attribute__((always_inline)) {
+                           Vec<T> h[2], centered[2];
+                           differentiate(from.shifted(at), lanes, i, n, h, centered);
+                           for (int u = 0; u < 2; ++u) {
+                             const int64_t lane = i + u * kLanes<T>;
+                             v[u] = h[u] * gradient.at(lane);
+                             if (training) v[u] += centered[u] * slope.at(lane) + constant.at(lane);
+                           }
+                         });
+}
+
 // What the first pass left in grad_input: out of the way of its second pass, which may write an
 // element twice.
 template <typename T>
@@ -188,6 +210,23 @@ void second_pass(const Call<T>& call, const Channels<T>& channels, int64_t c, in
               : bend<kPerLane>(call, channels.affine, channel, offset + i, strip, buffer);
     write_grad_input<kPerLane>(bent, channels, channel, output + i, strip, call.p.training,
                                past_cache);
+  }
+}
+
+// `count` rows of channels of each of kCount streams, `stride` apart, from `offset` on.
+template <int kCount, typename T>
+void second_pass_rows(const Call<T>& call, const Channels<T>& channels, int64_t offset,
+                      int64_t stride, int64_t count, int64_t length, bool past_cache) {
+  const bool residual = call.kept && call.kept != call.grad_input;
+  if (residual || !call.curve) {
+    Sources<T, T> from = call.at(offset);
+    if (residual) from = {call.kept + offset, from.input, nullptr, {}};
+    return write_grad_input_rows<kCount>(from, channels, call.grad_input + offset, stride, count,
+                                         length, call.p.training, past_cache);
+  }
+  for (int64_t row = 0; row < count; ++row) {
+    for (int s = 0; s < kCount; ++s)
+      second_pass<true>(call, channels, 0, offset + s * stride + row * length, length, past_cache);
   }
 }
 

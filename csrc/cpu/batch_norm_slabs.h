@@ -1,0 +1,51 @@
+// Small contiguous planes: what a plane costs beside its elements, calls, half-empty registers and
+// sums over lanes, would be most of the time. So the planes that a slab of channels has in one
+// image are one run of memory, in which every number of a channel stands once per pixel, and images
+// go through the passes of channels_last as rows do there.
+#pragma once
+
+#include "cpu/batch_norm_channels.h"
+
+namespace torchops::cpu::TORCHOPS_ISA {
+namespace {
+
+constexpr int64_t kSmallPlane = 128;     // pixels of the largest
+constexpr int64_t kSlabElements = 512;   // of a run, about
+constexpr int64_t kImagesTogether = 64;  // until float sums join the float64 ones
+
+struct Slabs {
+  int64_t channels, count;
+  int64_t pixels, length;  // of all but the last
+
+  explicit Slabs(const BatchNormShape& shape) : pixels(shape.pixels) {
+    channels = min(ceil_div(kSlabElements, pixels), shape.channels);
+    count = ceil_div(shape.channels, channels);
+    length = channels * pixels;
+  }
+  // Of arrays with a number for each element.
+  template <typename T> int64_t padded() const { return ceil_div(length, kStep<T>) * kStep<T>; }
+};
+
+inline bool takes_slabs(const BatchNormShape& shape) {
+  return shape.pixels <= kSmallPlane && shape.batch > 1;
+}
+
+// numbers[k] for each of `channels` channels -> to[k * pixels + i] for each pixel.
+template <typename A>
+inline void spread(const A* numbers, int64_t channels, int64_t pixels, A* to) {
+  for (int64_t k = 0; k < channels; ++k) {
+    const A number = numbers[k];
+    for (int64_t i = 0; i < pixels; ++i) *to++ = number;
+  }
+}
+
+// The sum of a channel's `pixels` numbers.
+template <typename A>
+inline double fold(const A* numbers, int64_t pixels) {
+  Vec<A> sum{};
+  for_each_vec<A>(pixels, [&](int64_t i, int lanes) { sum += load_partial(numbers + i, lanes); });
+  return lane_sum<A>(sum);
+}
+
+}  // namespace
+}  // namespace torchops::cpu::TORCHOPS_ISA

@@ -5,10 +5,10 @@
 //     grad_bias = sum h    grad_weight = sum h x^    grad_residual = h
 //     grad_input = weight invstd (h - mean(h) - x^ mean(h x^)), in evaluation weight invstd h
 // Two passes read grad_output and input, the second writes grad_input, past the cache where it is
-// large; contiguous: slab by slab of channels, so that the second read comes from the cache, and
-// small planes as in batch_norm_slabs.h. The first writes grad_residual, and the second reads that instead of residual and grad_output. So it
-// is under a curve like SiLU in fp32, where h waits in grad_input: the exponential costs more than
-// a write. Block sums are merged in float64.
+// large; contiguous: slab by slab of channels, so that the second read comes from the cache (small
+// planes: batch_norm_slabs.h). The first writes grad_residual, and the second reads that instead of
+// residual and grad_output. So it is under a curve like SiLU in fp32, where h waits in grad_input:
+// the exponential costs more than a write. Block sums are merged in float64.
 //
 // Floor: two reads, one write at the bandwidth of a copy. Reached on Zen 3: 0.91
 // contiguous, 0.55 channels_last in fp32 (command: batch_norm.cpp). On Granite Rapids, the kernel

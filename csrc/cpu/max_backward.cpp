@@ -3,14 +3,14 @@
 // In contiguous planes windows scatter into zeros, in order; those of few taps that are 1 apart
 // have their own kernel (max_backward_planes.cpp), and so has a window that is the whole plane
 // (max_whole.cpp). In channels_last, where lanes are channels, each register of grad_input gathers
-// from the windows that cover it and is written once. Where those windows are many, separably: a
-// row's winner in the columns of a window is the same for every window row that takes in the row,
-// so the gradients of windows that differ by rows only are added first, and then gathered along the
-// row.
+// from the windows that cover it and is written once; few channels scatter. Where those windows are
+// many, separably: a row's winner in the columns of a window is the same for every window row that
+// takes in the row, so the gradients of windows that differ by rows only are added first, and then
+// gathered along the row.
 //
-// In the order of max_forward.cpp: 1.5 / 1.9, 1.2 / 4.3, 1.4 / 1.8 and 1.0 / 1.7. Small maps
-// contiguous, by the same command: max_pool2d:mb8_ic480ih14kh3sh2 0.85, where a call costs more
-// than native's.
+// In the order of max_forward.cpp, on Zen 3: 1.5 / 1.9, 1.2 / 4.3, 1.4 / 1.8 and 1.0 / 1.7; on
+// Granite Rapids: 1.9 / 1.5, 1.4 / 1.7, 2.5 / 2.1 and 1.2 / 1.9. Small maps contiguous, by the same
+// command, on Zen 3: max_pool2d:mb8_ic480ih14kh3sh2 0.85, where a call costs more than native's.
 // Slower: memset in front of a scatter, which leaves the lines outside the cache.
 #include "cpu/max_backward.h"
 #include "core/parallel.h"
@@ -248,6 +248,7 @@ void scatter_images(const MaxWindows& p, int64_t channels, bool overlap, const T
 
 constexpr int64_t kGatherBudget = 256 << 10;  // bytes of rows gathered from: they stay in L2
 constexpr int64_t kFewestChannels = 128;      // in a block: fewer make for short runs of memory
+constexpr int64_t kFewestGathered = 32;       // below, a pixel costs more than its elements
 
 template <typename T, typename O>
 void gather(const MaxWindows& p, const Covering& above, const Covering& left, const T* grad_output,
@@ -273,7 +274,8 @@ void backward(const MaxWindows& p, const T* grad_output, const O* offsets, T* gr
     });
   };
   if (p.channels_last) {
-    if (!overlap && inputs >= 16 * outputs) return scatter(p.batch, p.channels);
+    const bool few = p.channels < kFewestGathered && p.batch > 1;  // images go to threads
+    if (few || (!overlap && inputs >= 16 * outputs)) return scatter(p.batch, p.channels);
     gather(p, above, left, grad_output, offsets, grad_input);
   } else {
     if (!gathers_in_planes(p) || inputs >= 8 * outputs) return scatter(p.planes(), 1);

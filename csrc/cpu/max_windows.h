@@ -129,6 +129,14 @@ inline Mask<T> same_in_all(int64_t value) {
 
 template <typename T, typename O>
 inline void store_offsets(O* p, Mask<T> offsets, int lanes) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(O) == 1 && kLanes<T> == 16) {
+    if (lanes < kLanes<T>) {
+      const __mmask16 some = static_cast<__mmask16>((1u << lanes) - 1);
+      return _mm_mask_storeu_epi8(p, some, _mm512_cvtepi32_epi8(bit_cast<__m512i>(offsets)));
+    }
+  }
+#endif
   O buffer[kLanes<T>];
   O* to = lanes == kLanes<T> ? p : buffer;
   if constexpr (sizeof(O) == 1) {
@@ -143,6 +151,14 @@ inline void store_offsets(O* p, Mask<T> offsets, int lanes) {
 
 template <typename T, typename O>
 inline Mask<T> load_offsets(const O* p, int lanes) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(O) == 1 && kLanes<T> == 16) {
+    if (lanes < kLanes<T>) {
+      const __mmask16 some = static_cast<__mmask16>((1u << lanes) - 1);
+      return bit_cast<Mask<T>>(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, p)));
+    }
+  }
+#endif
   O buffer[kLanes<T>] = {};
   if (lanes < kLanes<T>) copy_few(buffer, p, lanes * sizeof(O));
   const O* from = lanes == kLanes<T> ? p : buffer;

@@ -33,8 +33,11 @@ FULL = Effort(seconds=10.0, fewest=7, most=31, sample_seconds=0.0, warm_up_secon
 QUICK = Effort(seconds=0.0, fewest=3, most=3, sample_seconds=0.0, warm_up_seconds=0.0)
 
 LOSS_STEPS = 3
-# Correct kernels sum in different orders, and every step carries that on; bfloat16 keeps 8 bits.
-LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+# Correct kernels sum in different orders, and every step carries that on: an input of ReLU6 within
+# rounding of a corner lets its gradient pass, or not, which in MobileNetV2 on one image is a
+# hundredth of the whole gradient, in torch.nn as in torchops (against float64, two seeds each way).
+# bfloat16 keeps 8 bits.
+LOSS_TOLERANCE = {"float32": 5e-3, "bfloat16": 5e-2}
 
 
 class Run:

@@ -49,6 +49,14 @@ CASES = [
     # straight into the output; then an odd number of them, over a tile, in parts of a row
     (1, 40, 6, 53, (3, 3), (2, 2), (1, 1), (1, 1), 136, 1),
     (2, 3, 9, 110, (5, 5), (2, 2), (2, 2), (1, 1), 19, 1),
+    # bf16 in pairs: taps merged into runs that straddle chunks, dilation that keeps them apart, rows
+    # of odd length, blocks of patches and of channels with a rest, rows cut into parts, all phases
+    (2, 22, 9, 13, (3, 5), (1, 2), (1, 2), (1, 1), 35, 1),
+    (1, 21, 14, 23, (3, 3), (1, 2), (2, 3), (2, 3), 50, 1),
+    (2, 66, 45, 31, (3, 3), (1, 1), (1, 1), (1, 1), 34, 1),
+    (1, 33, 4, 1100, (2, 3), (2, 1), (1, 1), (1, 1), 20, 1),
+    (5, 530, 5, 7, (3, 2), (2, 3), (1, 1), (1, 1), 300, 1),
+    (2, 64, 19, 31, (1, 1), (1, 1), (0, 0), (1, 1), 300, 1),
     # tensor cores: stride and dilation that share a divisor, channels in whole chunks of 16 bytes
     (1, 16, 13, 21, (3, 4), (2, 4), (3, 2), (2, 6), 48, 2),
     (2, 64, 9, 7, (1, 1), (2, 2), (0, 0), (1, 1), 72, 1),
@@ -98,15 +106,47 @@ def test_conv2d_and_its_gradients(case, align, channels_last, dtype):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_what_is_not_finite_stays_where_it_is(value, channels_last):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_finite_stays_where_it_is(dtype, value, channels_last):
     """Winograd's transform would carry it to outputs whose windows do not see it."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.ones(1, 32, 16, 16).contiguous(memory_format=memory_format)
+    x = torch.ones(1, 32, 16, 16, dtype=dtype).contiguous(memory_format=memory_format)
     x[0, 5, 7, 7] = value
-    weight = torch.full((32, 32, 3, 3), 0.25)
+    weight = torch.full((32, 32, 3, 3), 0.25, dtype=dtype)
     result = torch.ops.torchops.conv2d(x, weight, None, [1, 1], [1, 1], [1, 1], 1)
-    expected = F.conv2d(x.double(), weight.double(), None, 1, 1).float()
+    expected = F.conv2d(x.double(), weight.double(), None, 1, 1).to(dtype)
     torch.testing.assert_close(result, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [3, 20, 40])
+@pytest.mark.parametrize("kernel, stride", [((2, 2), 3), ((3, 2), 4), ((1, 1), 2)], ids=str)
+def test_pixels_that_no_window_sees_are_infinite(kernel, stride, channels, dtype, channels_last):
+    """They lie beside what is seen, and zero times infinity is NaN."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    generator = torch.Generator().manual_seed(0)
+    height, width = 4 * stride + kernel[0], 5 * stride + kernel[1] + 1
+    seen = torch.zeros(height, width, dtype=torch.bool)
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
+            seen[i::stride, j::stride] = True
+    seen[5 * stride :] = seen[:, 6 * stride :] = False
+    x = torch.randn(2, channels, height, width, generator=generator).to(dtype)
+    x = x.contiguous(memory_format=memory_format)
+    infinite = torch.where(seen, x, float("inf")).contiguous(memory_format=memory_format)
+    weight = torch.randn(10, channels, *kernel, generator=generator).to(dtype)
+    arguments = ([stride, stride], [0, 0], [1, 1], 1)
+    raw = torch.ops.torchops
+    output = raw.conv2d(x, weight, None, *arguments)
+    assert output.isfinite().all()
+    torch.testing.assert_close(raw.conv2d(infinite, weight, None, *arguments), output)
+    grad = torch.randn(output.shape, generator=generator).to(dtype)
+    sizes = list(weight.shape)
+    torch.testing.assert_close(
+        raw.conv2d_grad_weight(infinite, grad, sizes, *arguments, channels_last),
+        raw.conv2d_grad_weight(x, grad, sizes, *arguments, channels_last),
+    )
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "core/isa.h"
+#include "core/transpose.h"
 #include "core/vec.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -75,12 +76,24 @@ class TileState {
   const bool on_;
 };
 
+// The operand that is not used again soon: its tiles pass L1 by, so that the other's stay there.
+enum class Stream { none, a, b };
+
+#define TORCHOPS_LOAD_TILE(tile, from, stride, operand) \
+  do {                                                  \
+    if (kStream == (operand)) {                         \
+      _tile_stream_loadd(tile, from, stride);           \
+    } else {                                            \
+      _tile_loadd(tile, from, stride);                  \
+    }                                                   \
+  } while (false)
+
 // Tiles 0 to 3 hold C, 4 and 5 A, 6 and 7 B.
 // GCC does not know that tiles are loaded from memory.
 //
 // Now and then a tile is stored in vain: after 128 products without a store the next one takes 250
 // ns on Granite Rapids, a third of the time of 36 chunks.
-template <int kRows, int kColumns, bool kStream>
+template <int kRows, int kColumns, Stream kStream>
 [[gnu::noinline, gnu::target("amx-tile,amx-bf16")]] void multiply_by_tiles(const TileProduct& t) {
   asm volatile("" ::: "memory");
   const int64_t a_stride = t.a.stride * 2, b_stride = t.b.stride * 2, c_stride = t.c_stride * 4;
@@ -101,23 +114,15 @@ template <int kRows, int kColumns, bool kStream>
     const bf16* a = t.a.data + t.a.offsets[j];
     const bf16* b = t.b.data + t.b.offsets[j];
     if (j % 16 == 15) _tile_stored(6, vain, 64);
-    if (kStream) {
-      _tile_stream_loadd(6, b, b_stride);
-    } else {
-      _tile_loadd(6, b, b_stride);
-    }
-    _tile_loadd(4, a, a_stride);
+    TORCHOPS_LOAD_TILE(6, b, b_stride, Stream::b);
+    TORCHOPS_LOAD_TILE(4, a, a_stride, Stream::a);
     _tile_dpbf16ps(0, 4, 6);
     if (kColumns == 2) {
-      if (kStream) {
-        _tile_stream_loadd(7, b + t.b.next, b_stride);
-      } else {
-        _tile_loadd(7, b + t.b.next, b_stride);
-      }
+      TORCHOPS_LOAD_TILE(7, b + t.b.next, b_stride, Stream::b);
       _tile_dpbf16ps(1, 4, 7);
     }
     if (kRows == 2) {
-      _tile_loadd(5, a + t.a.next, a_stride);
+      TORCHOPS_LOAD_TILE(5, a + t.a.next, a_stride, Stream::a);
       _tile_dpbf16ps(2, 5, 6);
       if (kColumns == 2) _tile_dpbf16ps(3, 5, 7);
     }
@@ -128,6 +133,8 @@ template <int kRows, int kColumns, bool kStream>
   if (kRows == 2 && kColumns == 2) _tile_stored(3, below + kTile, c_stride);
   asm volatile("" ::: "memory");
 }
+
+#undef TORCHOPS_LOAD_TILE
 
 inline __m512bh as_pairs(__m512i v) { return bit_cast<__m512bh>(v); }
 
@@ -175,7 +182,7 @@ template <int kColumns>
   }
 }
 
-template <bool kStream>
+template <Stream kStream>
 inline void multiply_by_tiles(const TileProduct& t, int rows, int columns) {
   if (rows == 2) {
     (columns == 2 ? multiply_by_tiles<2, 2, kStream> : multiply_by_tiles<2, 1, kStream>)(t);
@@ -184,14 +191,13 @@ inline void multiply_by_tiles(const TileProduct& t, int rows, int columns) {
   }
 }
 
-// A block of `rows` x `columns` tiles, one or two each. Where `stream`, B is not used again soon:
-// A is to stay in L1.
-inline void multiply_tiles(const TileState& state, const TileProduct& t, int rows, int columns,
-                           bool stream = false) {
+// A block of `rows` x `columns` tiles, one or two each.
+template <Stream kStream>
+inline void multiply_tiles(const TileState& state, const TileProduct& t, int rows, int columns) {
   if (!state.on()) {
     (columns == 2 ? multiply_by_vectors<2> : multiply_by_vectors<1>)(t, rows * kTile);
   } else {
-    (stream ? multiply_by_tiles<true> : multiply_by_tiles<false>)(t, rows, columns);
+    multiply_by_tiles<kStream>(t, rows, columns);
   }
 }
 
@@ -223,6 +229,16 @@ inline void interleave(__m512i upper, __m512i lower, __m512i* pairs) {
   const __m512i last = _mm512_add_epi16(first, _mm512_set1_epi16(16));
   pairs[0] = _mm512_permutex2var_epi16(upper, first, lower);
   pairs[1] = _mm512_permutex2var_epi16(upper, last, lower);
+}
+
+// 16 x 16 pairs, rows for columns; strides in elements.
+inline void turn_pairs(const bf16* from, int64_t from_stride, bf16* to, int64_t to_stride) {
+  VecF32 block[kTile];
+#pragma GCC unroll 16
+  for (int r = 0; r < kTile; ++r) std::memcpy(&block[r], from + r * from_stride, 64);
+  transpose<float>(block);
+#pragma GCC unroll 16
+  for (int r = 0; r < kTile; ++r) std::memcpy(to + r * to_stride, &block[r], 64);
 }
 
 // fp32 to bf16, rounded to nearest even, 32 at a time.

@@ -167,7 +167,7 @@ void multiply_channels_last(const PairPlan& plan, const PairWeights& weights) {
               for (int64_t r = 0; r < height; ++r) {
                 if (pixels.get()[row + r]) __builtin_prefetch(pixels.get()[row + r] + j, 1);
               }
-              multiply_tiles(
+              multiply_tiles<Stream::b>(
                   state,
                   {{source + row * stride, plan.source_offsets.get(), stride, kTile * stride},
                    weights.operand(j, plan.weight_offsets.get()),
@@ -175,7 +175,7 @@ void multiply_channels_last(const PairPlan& plan, const PairWeights& weights) {
                    sums[1 - turn],
                    kBlock,
                    false},
-                  height > kTile ? 2 : 1, width > kTile ? 2 : 1, true);
+                  height > kTile ? 2 : 1, width > kTile ? 2 : 1);
               store_last();
               last = {row, height, j, width};
               turn = 1 - turn;
@@ -188,27 +188,44 @@ void multiply_channels_last(const PairPlan& plan, const PairWeights& weights) {
 
 // ---- contiguous --------------------------------------------------------------------------------
 
-// Writes `rows` channels of a patch from its sums.
-void store_planes(const PairPlan& plan, const Patch& patch, int64_t channel, int64_t rows,
-                  const float* sums, int64_t stride) {
+// Writes `rows` channels of the positions [begin, end) of a patch; `sums` starts with them.
+void store_planes(const PairPlan& plan, const Patch& patch, int64_t begin, int64_t end,
+                  int64_t channel, int64_t rows, const float* sums, int64_t stride) {
   const Correlation& c = plan.c;
   const int64_t plane = c.out_plane(), step = c.width.out_step;
-  for (int64_t r = 0; r < rows; ++r, sums += stride) {
-    const float bias = plan.p.bias ? to_acc(plan.p.bias[channel + r]) : 0.0f;
-    bf16* out = plan.p.out + (patch.image * (c.columns - 1) + channel + r) * plane;
-    plan.patches.for_each_output(patch, [&](int64_t first, int64_t pixel, int64_t count) {
-      const float* from = sums + first;
-      bf16* to = out + pixel;
+  const bf16* bias = plan.p.bias ? plan.p.bias + channel : nullptr;
+  bf16* out = plan.p.out + (patch.image * (c.columns - 1) + channel) * plane;
+  plan.patches.for_each_output(patch, [&](int64_t first, int64_t pixel, int64_t count) {
+    const int64_t low = larger(begin, first), length = smaller(end, first + count) - low;
+    if (length <= 0) return;
+    const float* from = sums + low - begin;
+    bf16* to = out + pixel + (low - first) * step;
+    for (int64_t r = 0; r < rows; ++r, from += stride, to += plane) {
+      const float more = bias ? to_acc(bias[r]) : 0.0f;
       if (step != 1) {
-        for (int64_t i = 0; i < count; ++i) to[i * step] = from_acc<bf16>(from[i] + bias);
-        return;
+        for (int64_t i = 0; i < length; ++i) to[i * step] = from_acc<bf16>(from[i] + more);
+        continue;
       }
-      for (int64_t i = 0; i < count; i += kBlock) {
-        const VecF32 low = load(from + i) + bias, high = load(from + i + kTile) + bias;
-        const __m512i values = round_pairs(bit_cast<__m512>(low), bit_cast<__m512>(high));
-        _mm512_mask_storeu_epi16(to + i, lanes_between(0, count - i), values);
+      for (int64_t i = 0; i < length; i += kBlock) {
+        const VecF32 lower = load(from + i) + more, upper = load(from + i + kTile) + more;
+        const __m512i values = round_pairs(bit_cast<__m512>(lower), bit_cast<__m512>(upper));
+        _mm512_mask_storeu_epi16(to + i, lanes_between(0, length - i), values);
       }
-    });
+    }
+  });
+}
+
+// C with rows for columns.
+void turn_block(const float* from, float* to) {
+  for (int64_t i = 0; i < kBlock; i += kTile) {
+    for (int64_t j = 0; j < kBlock; j += kTile) {
+      VecF32 block[kTile];
+#pragma GCC unroll 16
+      for (int r = 0; r < kTile; ++r) block[r] = load(from + (i + r) * kBlock + j);
+      transpose<float>(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < kTile; ++r) store(to + (j + r) * kBlock + i, block[r]);
+    }
   }
 }
 
@@ -218,12 +235,11 @@ void multiply_contiguous(const PairPlan& plan, const PairWeights& weights) {
   const PairPlanes planes(c, plan.depth, patches);
   const int64_t size = plan.depth.padded / 2 * planes.stride;
   plan.place_chunks(2, kTile * planes.stride, weights.chunk_size());
-  // Two blocks more may be read than there are positions, and no block shares its cache sets.
-  const int64_t stride = round_up(patches.rows * patches.pitch, kBlock) + kBlock + kTile;
+  const int64_t stride = round_up(patches.rows * patches.pitch, kBlock) + kTile;
   parallel_for(plan.units(), plan.grain(), [&](int64_t begin, int64_t end) {
     const TileState state;
     const Scratch<bf16> panels(plan.group * size);
-    const Scratch<float> sums(kBlock * stride);
+    const Scratch<float> sums((kBlock + 1) * stride);  // what a store reads past the end, too
     panels.zero();
     sums.zero();
     plan.for_each_unit(
@@ -236,28 +252,77 @@ void multiply_contiguous(const PairPlan& plan, const PairWeights& weights) {
           for (int64_t row = channel; row < channel + channels; row += kBlock) {
             const int64_t height = smaller(kBlock, c.columns - row);
             for (int64_t j = 0; j < length; j += kBlock) {
-              multiply_tiles(state,
-                             {weights.operand(row, plan.weight_offsets.get()),
-                              {panels.get() + i * size + j * 2, plan.source_offsets.get(),
-                               planes.stride, kChunk},
-                              plan.depth.chunks(),
-                              sums.get() + j,
-                              stride,
-                              false},
-                             height > kTile ? 2 : 1, length - j > kTile ? 2 : 1);
+              multiply_tiles<Stream::b>(state,
+                                        {weights.operand(row, plan.weight_offsets.get()),
+                                         {panels.get() + i * size + j * 2,
+                                          plan.source_offsets.get(), planes.stride, kChunk},
+                                         plan.depth.chunks(),
+                                         sums.get() + j,
+                                         stride,
+                                         false},
+                                        height > kTile ? 2 : 1, length - j > kTile ? 2 : 1);
             }
-            store_planes(plan, patch, row, height, sums.get(), stride);
+            store_planes(plan, patch, 0, length, row, height, sums.get(), stride);
           }
         });
   });
 }
 
+// With several taps, rows of the product are pixels here, too: shifted by a tap, blocks of planes
+// would straddle cache lines, which took twice as long.
+void multiply_turned(const PairPlan& plan, const PairWeights& weights) {
+  const Correlation& c = plan.c;
+  const PixelRows rows(c, plan.depth);
+  const Patches& patches = plan.patches;
+  const int64_t size = patches.pixels() * rows.stride;
+  plan.place_chunks(rows.stride, kChunk, weights.chunk_size());
+  parallel_for(plan.units(), plan.grain(), [&](int64_t begin, int64_t end) {
+    const TileState state;
+    const Scratch<bf16> panels(plan.group * size);
+    alignas(64) float sums[kBlock * kBlock];
+    alignas(64) float turned[kBlock * kBlock + kBlock];  // what a store reads past the end, too
+    std::memset(turned, 0, sizeof(turned));
+    plan.for_each_unit(
+        begin, end,
+        [&](const Patch& patch, int64_t i) {
+          rows.turn(patches, patch, plan.p.source, panels.get() + i * size);
+        },
+        [&](const Patch& patch, int64_t i, int64_t channel, int64_t channels) {
+          const int64_t length = patches.length(patch);
+          const bf16* source = panels.get() + i * size;
+          for (int64_t row = 0; row < length; row += kBlock) {
+            const int64_t height = smaller(kBlock, length - row);
+            for (int64_t j = channel; j < channel + channels; j += kBlock) {
+              const int64_t width = smaller(kBlock, c.columns - j);
+              multiply_tiles<Stream::b>(state,
+                                        {{source + row * rows.stride, plan.source_offsets.get(),
+                                          rows.stride, kTile * rows.stride},
+                                         weights.operand(j, plan.weight_offsets.get()),
+                                         plan.depth.chunks(),
+                                         sums,
+                                         kBlock,
+                                         false},
+                                        height > kTile ? 2 : 1, width > kTile ? 2 : 1);
+              turn_block(sums, turned);
+              store_planes(plan, patch, row, row + height, j, width, turned, kBlock);
+            }
+          }
+        });
+  });
+}
+
+// Whether a contiguous source is turned over on its way into the panels.
+bool turns(const PairPlan& plan) { return plan.depth.lines > 1 && !plan.depth.merged; }
+
 void multiply(const PairProblem& p, bool channels_last, bool swapped) {
   if (p.c.positions() == 0 || p.c.columns == 0) return;
   const PairPlan plan(p);
-  const PairWeights weights(p.c, plan.depth, swapped, channels_last);
+  const bool turned = !channels_last && turns(plan);
+  const PairWeights weights(p.c, plan.depth, swapped, channels_last || turned);
   weights.pack(p.weight, p.taps, p.taps_wide);
-  (channels_last ? multiply_channels_last : multiply_contiguous)(plan, weights);
+  (channels_last ? multiply_channels_last
+   : turned      ? multiply_turned
+                 : multiply_contiguous)(plan, weights);
 }
 
 // The weight in the order of channels_last.

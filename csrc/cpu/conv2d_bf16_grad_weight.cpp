@@ -11,7 +11,6 @@
 
 #if defined(__AVX512BF16__)
 #include "core/parallel.h"
-#include "core/transpose.h"
 #include "cpu/conv2d_bf16_patches.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -69,15 +68,6 @@ struct PairPositions {
     }
   }
 };
-
-inline void turn_pairs(const bf16* from, int64_t from_stride, bf16* to, int64_t to_stride) {
-  VecF32 block[kTile];
-#pragma GCC unroll 16
-  for (int r = 0; r < kTile; ++r) std::memcpy(&block[r], from + r * from_stride, 64);
-  transpose<float>(block);
-#pragma GCC unroll 16
-  for (int r = 0; r < kTile; ++r) std::memcpy(to + r * to_stride, &block[r], 64);
-}
 
 struct GradWeightPlan {
   const Conv2dGradWeightParams& p;
@@ -353,11 +343,11 @@ void sum_unit(const GradWeightPlan& plan, GradWeightPanels& panels, const TileSt
     for (int64_t j = 0; j < columns; j += kBlock) {
       for (int64_t tap = 0; tap < plan.c.height.taps; ++tap) {
         for (int64_t r = 0; r < rows; r += kBlock) {
-          multiply_tiles(state,
-                         {panels.rows(r), panels.columns(j, tap), panels.chunks(),
-                          sums + r * plan.row_size() + tap * plan.padded_width + j, plan.row_size(),
-                          g > begin},
-                         rows - r > kTile ? 2 : 1, columns - j > kTile ? 2 : 1);
+          multiply_tiles<Stream::a>(state,
+                                    {panels.rows(r), panels.columns(j, tap), panels.chunks(),
+                                     sums + r * plan.row_size() + tap * plan.padded_width + j,
+                                     plan.row_size(), g > begin},
+                                    rows - r > kTile ? 2 : 1, columns - j > kTile ? 2 : 1);
         }
       }
     }

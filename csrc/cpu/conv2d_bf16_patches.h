@@ -15,6 +15,7 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t count, int64_t unit) { return blocks(count, unit) * unit; }
 
 inline bool is_dense_bf16(const Conv2dShape& s) { return s.dtype == DType::bf16 && s.groups == 1; }
@@ -122,7 +123,36 @@ struct Patches {
   }
 };
 
-// channels_last: a patch's pixels one after the other, each with a run of the depth.
+// A line of the image, every step-th element, with zeros beyond its ends.
+struct ImageLine {
+  const bf16* row;  // null: all zeros
+  int64_t x, step;
+  Inside valid;
+
+  ImageLine(const bf16* row, int64_t x, int64_t step, int64_t count, int64_t length)
+      : row(row), x(x), step(step), valid(inside(x, step, count, length)) {}
+
+  // Elements i to i + 31.
+  __m512i load(int64_t i) const {
+    if (!row) return _mm512_setzero_si512();
+    const int64_t first = valid.first - i, last = valid.last - i;
+    const bf16* from = row + x + i * step;
+    if (step == 1) return load_masked(from, lanes_between(first, last));
+    if (step == 2) {
+      const __m512i low = load_masked(from, lanes_between(2 * first, 2 * last - 1));
+      const __m512i high = load_masked(from + 32, lanes_between(2 * first - 32, 2 * last - 33));
+      alignas(64) static constexpr uint16_t kEven[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
+                                                         22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42,
+                                                         44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+      return _mm512_permutex2var_epi16(low, _mm512_load_si512(kEven), high);
+    }
+    alignas(64) bf16 line[32] = {};
+    for (int64_t l = clamp(first, 0, 32); l < clamp(last, 0, 32); ++l) line[l] = from[l * step];
+    return _mm512_load_si512(line);
+  }
+};
+
+// Rows of A: a patch's pixels one after the other, each with a run of the depth.
 struct PixelRows {
   const Correlation& c;
   const PairDepth& depth;
@@ -146,6 +176,34 @@ struct PixelRows {
       }
       const int64_t row = patch.image * c.height.source_length + y;
       fill_line(source + row * c.width.source_length * c.channels, x, pixels, line);
+    });
+  }
+
+  // From planes: 32 channels of 32 pixels at a time. What a line writes past its end, the next
+  // overwrites.
+  void turn(const Patches& patches, const Patch& patch, const bf16* source, bf16* to) const {
+    const int64_t length = c.width.source_length, plane = c.source_plane();
+    patches.for_each_line(patch, [&](int64_t first, int64_t y, int64_t x, int64_t pixels) {
+      const bool exists = y >= 0 && y < c.height.source_length;
+      const bf16* row = source + patch.image * c.channels * plane + y * length;
+      for (int64_t k = 0; k < depth.padded; k += kChunk) {
+        for (int64_t i = 0; i < pixels; i += 2 * kTile) {
+          alignas(64) bf16 pairs[2][kTile * kChunk];
+          for (int64_t r = 0; r < kTile; ++r) {
+            const auto load_line = [&](int64_t channel) {
+              const bf16* line = exists && channel < c.channels ? row + channel * plane : nullptr;
+              return ImageLine(line, x, c.width.step, pixels, length).load(i);
+            };
+            __m512i both[2];
+            interleave(load_line(k + 2 * r), load_line(k + 2 * r + 1), both);
+            _mm512_store_si512(pairs[0] + r * kChunk, both[0]);
+            _mm512_store_si512(pairs[1] + r * kChunk, both[1]);
+          }
+          bf16* at = to + (first + i) * stride + k;
+          turn_pairs(pairs[0], kChunk, at, stride);
+          if (i + kTile < pixels) turn_pairs(pairs[1], kChunk, at + kTile * stride, stride);
+        }
+      }
     });
   }
 
@@ -183,36 +241,7 @@ struct PixelRows {
   }
 };
 
-// A line of the image, every step-th element, with zeros beyond its ends.
-struct ImageLine {
-  const bf16* row;  // null: all zeros
-  int64_t x, step;
-  Inside valid;
-
-  ImageLine(const bf16* row, int64_t x, int64_t step, int64_t count, int64_t length)
-      : row(row), x(x), step(step), valid(inside(x, step, count, length)) {}
-
-  // Elements i to i + 31.
-  __m512i load(int64_t i) const {
-    if (!row) return _mm512_setzero_si512();
-    const int64_t first = valid.first - i, last = valid.last - i;
-    const bf16* from = row + x + i * step;
-    if (step == 1) return load_masked(from, lanes_between(first, last));
-    if (step == 2) {
-      const __m512i low = load_masked(from, lanes_between(2 * first, 2 * last - 1));
-      const __m512i high = load_masked(from + 32, lanes_between(2 * first - 32, 2 * last - 33));
-      alignas(64) static constexpr uint16_t kEven[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
-                                                         22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42,
-                                                         44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
-      return _mm512_permutex2var_epi16(low, _mm512_load_si512(kEven), high);
-    }
-    alignas(64) bf16 line[32] = {};
-    for (int64_t l = clamp(first, 0, 32); l < clamp(last, 0, 32); ++l) line[l] = from[l * step];
-    return _mm512_load_si512(line);
-  }
-};
-
-// contiguous: a plane per pair of the depth, its pixels pairs of 32 bits.
+// Columns of B, contiguous: a plane per pair of the depth, its pixels pairs of 32 bits.
 struct PairPlanes {
   const Correlation& c;
   const PairDepth& depth;

@@ -69,8 +69,61 @@ struct PairPositions {
   }
 };
 
+// A contiguous input of many channels, of which each tap along the width would be turned over by
+// itself, turned over once, as a whole.
+struct GradWeightInput {
+  bool pixels;
+  Scratch<bf16> copy;
+  const bf16* data;
+
+  GradWeightInput(const Conv2dShape& s, const void* input)
+      : pixels(s.channels_last || (s.window_width.size > 1 && s.in_channels >= kTile)),
+        copy(pixels && !s.channels_last ? s.batch * s.in_channels * s.in_height * s.in_width : 0),
+        data(static_cast<const bf16*>(input)) {
+    if (!pixels || s.channels_last) return;
+    const int64_t channels = s.in_channels, plane = s.in_height * s.in_width;
+    const int64_t strips = blocks(plane, kBlock);
+    parallel_for(s.batch * strips, 65'536 / (kBlock * channels) + 1,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t item = begin; item < end; ++item) {
+                     const int64_t offset = item / strips * plane * channels;
+                     const int64_t pixel = item % strips * kBlock;
+                     turn(data + offset + pixel, plane, channels, smaller(kBlock, plane - pixel),
+                          copy.get() + offset + pixel * channels);
+                   }
+                 });
+    data = copy.get();
+  }
+
+ private:
+  // At most 32 pixels.
+  static void turn(const bf16* from, int64_t plane, int64_t channels, int64_t pixels, bf16* to) {
+    const __mmask32 mask = lanes_between(0, pixels);
+    alignas(64) bf16 pairs[2][kTile * kChunk], turned[kBlock * kChunk];
+    for (int64_t k = 0; k < channels; k += kChunk) {
+      const auto load_plane = [&](int64_t channel) {
+        return channel < channels ? load_masked(from + channel * plane, mask)
+                                  : _mm512_setzero_si512();
+      };
+      for (int64_t r = 0; r < kTile; ++r) {
+        __m512i both[2];
+        interleave(load_plane(k + 2 * r), load_plane(k + 2 * r + 1), both);
+        _mm512_store_si512(pairs[0] + r * kChunk, both[0]);
+        _mm512_store_si512(pairs[1] + r * kChunk, both[1]);
+      }
+      turn_pairs(pairs[0], kChunk, turned, kChunk);
+      turn_pairs(pairs[1], kChunk, turned + kTile * kChunk, kChunk);
+      const __mmask32 lanes = lanes_between(0, channels - k);
+      for (int64_t i = 0; i < pixels; ++i)
+        _mm512_mask_storeu_epi16(to + i * channels + k, lanes,
+                                 _mm512_load_si512(turned + i * kChunk));
+    }
+  }
+};
+
 struct GradWeightPlan {
   const Conv2dGradWeightParams& p;
+  GradWeightInput input;
   Correlation c;
   PairPositions positions;
   int64_t width;                  // columns: (tap along the width, input channel)
@@ -80,6 +133,7 @@ struct GradWeightPlan {
 
   explicit GradWeightPlan(const Conv2dGradWeightParams& params)
       : p(params),
+        input(params.shape, params.input),
         c(without_rows(forward_correlation(params.shape), params.shape.channels_last)),
         positions(c),
         width(c.width.taps * c.channels),
@@ -114,8 +168,7 @@ class GradWeightPanels {
         column_stride_(plan.group * q_.pairs * kChunk),
         rows_(plan.block_rows * row_stride_),
         columns_(plan.block_columns / kTile * column_stride_),
-        stage_(plan.p.shape.channels_last ? 2 * (plan.padded_width + kChunk)
-                                          : kTile * stage_stride()),
+        stage_(plan.input.pixels ? 2 * (plan.padded_width + kChunk) : kTile * stage_stride()),
         pixels_(q_.length),
         row_offsets_(plan.group * q_.length / kChunk),
         column_offsets_(c_.height.taps * plan.group * q_.length / kChunk) {
@@ -132,9 +185,12 @@ class GradWeightPanels {
       bf16* b = columns_.get() + i * q_.pairs * kChunk;
       if (plan_.p.shape.channels_last) {
         fill_rows_from_pixels(patch, row, rows, a);
-        fill_columns_from_pixels(patch, column, columns, b);
       } else {
         fill_rows_from_planes(patch, row, rows, a);
+      }
+      if (plan_.input.pixels) {
+        fill_columns_from_pixels(patch, column, columns, b);
+      } else {
         fill_columns_from_planes(patch, column, columns, b);
       }
       if (!q_.whole(patch)) copy_last_chunks(patch, columns, b);
@@ -238,7 +294,7 @@ class GradWeightPanels {
   void fill_columns_from_pixels(const Patch& patch, int64_t column, int64_t columns,
                                 bf16* to) const {
     const Axis& width = c_.width;
-    const auto* input = static_cast<const bf16*>(plan_.p.input);
+    const bf16* input = plan_.input.data;
     const int64_t channels = c_.channels;
     q_.for_each_line(patch, [&](int64_t first, int64_t y, int64_t x) {
       const bool exists = y >= 0 && y < c_.height.source_length;
@@ -292,7 +348,7 @@ class GradWeightPanels {
 
   void fill_columns_from_planes(const Patch& patch, int64_t column, int64_t columns,
                                 bf16* to) const {
-    const auto* input = static_cast<const bf16*>(plan_.p.input);
+    const bf16* input = plan_.input.data;
     const int64_t stride = stage_stride(), pairs = q_.phases * q_.plane / 2;
     for (int64_t j = 0; j < columns; j += kTile, to += column_stride_) {
       for (int64_t r = 0; r < kTile; ++r) {

@@ -49,8 +49,8 @@ CASES = [
     # straight into the output; then an odd number of them, over a tile, in parts of a row
     (1, 40, 6, 53, (3, 3), (2, 2), (1, 1), (1, 1), 136, 1),
     (2, 3, 9, 110, (5, 5), (2, 2), (2, 2), (1, 1), 19, 1),
-    # bf16 in pairs: taps merged into runs that straddle chunks, dilation that keeps them apart, rows
-    # of odd length, blocks of patches and of channels with a rest, rows cut into parts, all phases
+    # bf16 in pairs: taps merged into runs that straddle chunks, dilation that keeps them apart, odd
+    # rows, blocks of patches and of channels with a rest, rows cut into parts, all phases
     (2, 22, 9, 13, (3, 5), (1, 2), (1, 2), (1, 1), 35, 1),
     (1, 21, 14, 23, (3, 3), (1, 2), (2, 3), (2, 3), 50, 1),
     (2, 66, 45, 31, (3, 3), (1, 1), (1, 1), (1, 1), 34, 1),

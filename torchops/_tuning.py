@@ -34,8 +34,8 @@ def _dense(input: Any, weight: Any) -> bool:
     return weight.shape[1] == input.shape[-3]
 
 
-def _bfloat16(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
-    return input.dtype is torch.bfloat16 and _not_depthwise(input, weight)
+def _bfloat16_groups(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
+    return input.dtype is torch.bfloat16 and not _dense(input, weight) and weight.shape[1] >= 16
 
 
 def _half(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
@@ -50,13 +50,13 @@ def _not_depthwise(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
     return weight.shape[1] > 1 or _dense(input, weight)
 
 
-_XEON = "Xeon with AVX-512 and AMX, one thread, N=8"
+_XEON = "Xeon with AMX, mb8_g2ic512ih14oc512kh3ph1"
 
-# Whether native multiplies bfloat16 in hardware of its own (AMX tiles, vdpbf16ps), which no kernel
-# here does yet. With AVX2 alone it does not: on Zen 3, native took 7 and 16 times our time forward
-# and backward for conv1x1:mb8_ic1024ih14oc256, 19 and 20 for conv2d:mb8_g32ic128ih56oc128kh3ph1
-# (torchops bench PROBLEM --dtype bf16 --layout channels_last --threads 1 --quick). Asked once:
-# hardware does not change.
+# Whether native multiplies bfloat16 in hardware of its own (AMX tiles, vdpbf16ps), which here only
+# dense convolutions do. With AVX2 alone it does not: on Zen 3, native took 7 and 16 times our time
+# forward and backward for conv1x1:mb8_ic1024ih14oc256, 19 and 20 for
+# conv2d:mb8_g32ic128ih56oc128kh3ph1 (torchops bench PROBLEM --dtype bf16 --layout channels_last
+# --threads 1 --quick). Asked once: hardware does not change.
 _NATIVE_BFLOAT16 = torch.cpu._is_avx512_supported() or not torch.cpu._is_avx2_supported()
 
 # On CUDA nothing is measured yet. Native runs at best at the peak of an H100's wgmma: 989 TFLOP/s
@@ -72,10 +72,8 @@ DEBTS: tuple[Debt, ...] = (
     Debt("conv1x1", "cuda", "float32, float64", _full, 7.4, _CALCULATED),
 )
 if _NATIVE_BFLOAT16:
-    DEBTS += (
-        Debt("conv2d", "cpu", "bfloat16, all but depthwise", _bfloat16, 5.5, _XEON),
-        Debt("conv1x1", "cpu", "bfloat16", _bfloat16, 5.5, _XEON),
-    )
+    _GROUPS = "bfloat16, groups of 16 channels up"
+    DEBTS += (Debt("conv2d", "cpu", _GROUPS, _bfloat16_groups, 4.9, _XEON),)
 
 
 def indebted(operator: str) -> bool:

@@ -10,7 +10,8 @@
 // planes first. grad_input is the same product with the weights' channels swapped and the taps
 // reversed, one per phase of the stride. The order of summation depends on nothing but the shapes.
 //
-// 3x3 of stride 1 goes another way: conv2d_winograd.h; 1x1, too: conv2d_pointwise.cpp.
+// 3x3 of stride 1 goes another way: conv2d_winograd.h; 1x1, too: conv2d_pointwise.cpp; and bf16
+// where the CPU multiplies it: conv2d_bf16.cpp.
 //
 // Reached on Zen 3, fp32, native's time over ours, contiguous / channels_last, forward and backward
 // with both gradients (torchops bench PROBLEM --layout contiguous,channels_last --threads 1

@@ -40,10 +40,10 @@ struct PairPlan {
   int64_t group, groups, channel_blocks, block_channels;
   Scratch<int64_t> source_offsets, weight_offsets;  // of chunks
 
-  explicit PairPlan(const PairProblem& p)
+  PairPlan(const PairProblem& p, bool channels_last)
       : p(p),
         c(p.c),
-        depth(c),
+        depth(c, channels_last),
         patches(
             c, depth.merged,
             clamp(kPanelElements / (depth.padded + 1) / kBlock * kBlock, 2 * kBlock, kPositions)),
@@ -316,7 +316,7 @@ bool turns(const PairPlan& plan) { return plan.depth.lines > 1 && !plan.depth.me
 
 void multiply(const PairProblem& p, bool channels_last, bool swapped) {
   if (p.c.positions() == 0 || p.c.columns == 0) return;
-  const PairPlan plan(p);
+  const PairPlan plan(p, channels_last);
   const bool turned = !channels_last && turns(plan);
   const PairWeights weights(p.c, plan.depth, swapped, channels_last || turned);
   weights.pack(p.weight, p.taps, p.taps_wide);

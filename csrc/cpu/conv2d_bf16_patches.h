@@ -41,9 +41,10 @@ struct PairDepth {
   bool merged;
   int64_t run_taps, run, padded, lines;
 
-  explicit PairDepth(const Correlation& c) {
+  PairDepth(const Correlation& c, bool channels_last) {
     const int64_t taps = c.width.taps;
-    merged = taps > 1 && c.width.tap_offset == 1 &&
+    // Planes of many channels are turned over with one tap each.
+    merged = taps > 1 && c.width.tap_offset == 1 && (channels_last || c.channels < kTile) &&
              4 * taps * round_up(c.channels, kChunk) > 5 * round_up(taps * c.channels, kChunk);
     run_taps = merged ? taps : 1;
     run = run_taps * c.channels;

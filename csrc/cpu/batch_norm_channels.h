@@ -132,6 +132,13 @@ template <bool kPerLane, typename T>
 // Activations that are curves work on strips of this many elements, in buffers of acc_t.
 constexpr int64_t kStrip = 512;
 
+// A step that will soon be read; it need not exist.
+template <typename T>
+[[gnu::always_inline]] inline void prefetch_step(const T* p) {
+  const char* from = reinterpret_cast<const char*>(p);
+  for (int64_t i = 0; i < kStep<T> * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(from + i);
+}
+
 // ---- units of work --------------------------------------------------------------------------
 
 inline int64_t elements(const BatchNormShape& shape) {

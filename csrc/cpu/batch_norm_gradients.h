@@ -120,6 +120,8 @@ template <bool kPerLane, typename T>
   const AffineLanes<kPerLane, T> lanes(affine, c);
   for_each_step<T>(length, [&](int64_t i, int n) __attribute__((always_inline)) {
     Vec<T> centered[2], z[2], g[2];
+    prefetch_step(at.input + i + kStrip);
+    prefetch_step(at.gradient + i + kStrip);
     preactivate(lanes, i, n, at.input, at.residual, centered, z);
     load_two(at.gradient + i, n, g);
     store_two(preactivation + i, z, false);
@@ -187,6 +189,10 @@ template <int kCount, typename T>
 template <typename T>
 Sources<T, acc_t<T>> lift(const Call<T>& call, int64_t offset, int64_t length, acc_t<T>* buffer) {
   std::memcpy(buffer, call.kept + offset, length * sizeof(acc_t<T>));
+  for (int64_t i = 0; i < length; i += kStep<T>) {
+    prefetch_step(call.kept + offset + i + kStrip);
+    prefetch_step(call.input + offset + i + kStrip);
+  }
   return {buffer, call.input + offset, nullptr, {}};
 }
 

@@ -10,7 +10,7 @@ namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
 constexpr int64_t kSmallPlane = 128;     // pixels of the largest
-constexpr int64_t kSlabElements = 512;   // of a run, about
+constexpr int64_t kSlabElements = 512;   // of a run, at most: a strip of kStrip
 constexpr int64_t kImagesTogether = 64;  // until float sums join the float64 ones
 
 struct Slabs {
@@ -18,7 +18,7 @@ struct Slabs {
   int64_t pixels, length;  // of all but the last
 
   explicit Slabs(const BatchNormShape& shape) : pixels(shape.pixels) {
-    channels = min(ceil_div(kSlabElements, pixels), shape.channels);
+    channels = min(max(1, kSlabElements / pixels), shape.channels);
     count = ceil_div(shape.channels, channels);
     length = channels * pixels;
   }

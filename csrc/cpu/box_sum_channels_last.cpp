@@ -88,10 +88,22 @@ void mean_images(const BoxSum<T>& p, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < H; ++r) {
       const T* row = p.source + (n * H + r) * W * C;
       const auto add = [&](int64_t c, auto registers, int lanes) {
-        Vec<T> sum[registers] = {};
-        for (int64_t x = 0; x < W; ++x) {
+        // Few registers, several pixels: a chain of sums would wait for itself.
+        constexpr int kPixels = registers < 4 ? 4 : 1;
+        Vec<T> sum[registers] = {}, more[kPixels][registers] = {};
+        int64_t x = 0;
+        for (; kPixels > 1 && x + kPixels <= W; x += kPixels) {
+          for (int s = 0; s < kPixels; ++s) {
+            for (int k = 0; k < registers; ++k)
+              more[s][k] += load_partial(row + (x + s) * C + c + k * L, lanes);
+          }
+        }
+        for (; x < W; ++x) {
           for (int k = 0; k < registers; ++k)
             sum[k] += load_partial(row + x * C + c + k * L, lanes);
+        }
+        for (int s = 0; kPixels > 1 && s < kPixels; ++s) {
+          for (int k = 0; k < registers; ++k) sum[k] += more[s][k];
         }
         for (int k = 0; k < registers; ++k) {
           A* kept = sums.get() + c + k * L;
@@ -103,6 +115,8 @@ void mean_images(const BoxSum<T>& p, int64_t begin, int64_t end) {
       int64_t c = 0;
       for (; c + 4 * L <= C; c += 4 * L)
         add(c, std::integral_constant<int, 4>{}, std::integral_constant<int, L>{});
+      for (; c + 2 * L <= C; c += 2 * L)
+        add(c, std::integral_constant<int, 2>{}, std::integral_constant<int, L>{});
       for (; c < C; c += L)
         add(c, std::integral_constant<int, 1>{}, static_cast<int>(C - c < L ? C - c : L));
     }

@@ -42,6 +42,9 @@ CASES = [
     (2, 20, 13, 12, (1, 1), (1, 1), (0, 0), (1, 1), 137, 1),
     (9, 17, 1, 1, (1, 1), (1, 1), (0, 0), (1, 1), 9, 1),
     (1, 70, 7, 7, (1, 1), (1, 1), (0, 0), (1, 1), 45, 1),  # few pixels, the last one a column alone
+    # 1x1, images read where they lie: two blocks of rows and of depth, the last pixel alone; a row
+    (2, 60, 15, 15, (1, 1), (1, 1), (0, 0), (1, 1), 140, 1),
+    (1, 140, 1, 150, (1, 1), (1, 1), (0, 0), (1, 1), 17, 1),
     # 3x3 through Winograd's transform: odd sizes and channels, several blocks of all
     (2, 37, 11, 19, (3, 3), (1, 1), (1, 1), (1, 1), 41, 1),
     (1, 130, 9, 14, (3, 3), (1, 1), (0, 2), (1, 1), 150, 1),

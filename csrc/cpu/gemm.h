@@ -72,6 +72,38 @@ inline int64_t panel_row_step(const TileArguments<T>& t) {
   return panel == Panel::rows ? kPanelStride<panel> : panel == Panel::in_place ? t.a_stride : 1;
 }
 
+// Writes a tile's sums, or adds them to what is there.
+template <typename T, int kRows, int kVecs>
+[[gnu::always_inline]] inline void finish_tile(const TileArguments<T>& t,
+                                               const Vec<T> (&sum)[kRows][kVecs], T* c, int lanes) {
+  const int64_t c_stride = t.c_stride;
+  const auto finish = [&](auto put) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r, c += c_stride) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) put(c + v * kLanes<T>, sum[r][v], v == kVecs - 1);
+    }
+  };
+  if (lanes < kLanes<T>) {
+    finish([&](T* to, Vec<T> value, bool last) {
+      const int count = last ? lanes : kLanes<T>;
+      store_partial(to, t.accumulate ? load_partial(to, count) + value : value, count);
+    });
+  } else if (t.accumulate) {
+    finish([](T* to, Vec<T> value, bool) { store(to, load<T>(to) + value); });
+  } else {
+    finish([](T* to, Vec<T> value, bool) { store(to, value); });
+  }
+}
+
+// Fetches a row of a tile that is going to be written. With AVX-512 it takes two lines: what is
+// stored while lines come from L3 holds up all stores after it.
+template <typename T, int kVecs>
+[[gnu::always_inline]] inline void fetch_row(const T* c) {
+  __builtin_prefetch(c, 1);
+  if (kVecBytes == 64 && kVecs > 1) __builtin_prefetch(c + kVecs * kLanes<T> - 1, 1);
+}
+
 // What differs from tile to tile is passed in registers: the tile's first column, and the lanes of
 // its last vector.
 template <typename T, Panel panel, bool kShifted, int kRows, int kVecs>
@@ -86,7 +118,7 @@ void multiply_tile(const TileArguments<T>& t, const T* a, T* c, int64_t column, 
   for (int v = 0; v < kVecs; ++v) bases[v] = kShifted ? t.bases[column / kLanes<T> + v] : nullptr;
   const int64_t b_stride = t.b_stride, c_stride = t.c_stride, depth = t.depth;
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) __builtin_prefetch(c + r * c_stride, 1);
+  for (int r = 0; r < kRows; ++r) fetch_row<T, kVecs>(c + r * c_stride);
   for (int64_t k = 0; k < depth; ++k) {
     if (panel == Panel::in_place && k % (64 / sizeof(T)) == 0) {
       // The next tile's rows: they may lie pages apart.
@@ -108,23 +140,7 @@ void multiply_tile(const TileArguments<T>& t, const T* a, T* c, int64_t column, 
     a += kDepthStep;
     if (!kShifted) b += b_stride;
   }
-  const auto finish = [&](auto put) {
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r, c += c_stride) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) put(c + v * kLanes<T>, sum[r][v], v == kVecs - 1);
-    }
-  };
-  if (lanes < kLanes<T>) {
-    finish([&](T* to, Vec<T> value, bool last) {
-      const int count = last ? lanes : kLanes<T>;
-      store_partial(to, t.accumulate ? load_partial(to, count) + value : value, count);
-    });
-  } else if (t.accumulate) {
-    finish([](T* to, Vec<T> value, bool) { store(to, load<T>(to) + value); });
-  } else {
-    finish([](T* to, Vec<T> value, bool) { store(to, value); });
-  }
+  finish_tile<T, kRows, kVecs>(t, sum, c, lanes);
 }
 
 template <typename T>

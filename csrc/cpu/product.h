@@ -7,7 +7,11 @@
 // the results added to C in place. So B is copied once, and A once for 4 blocks of columns. What
 // needs conversion, lies across images or transposed goes through panels of A and blocks of C. One
 // column that is left over, of 7 x 7 pixels for one, is a product of rows: its sums are made in
-// lanes. Otherwise the order of summation depends on nothing but the depth.
+// lanes. Otherwise the order of summation depends on nothing but the depth and how it is cut.
+//
+// With AVX-512, where copies take as long as half the product, B's columns are not copied
+// beforehand if rows of A are few (product_tiles.h), and A is read in place only if columns are
+// few.
 #pragma once
 
 #include <type_traits>
@@ -16,6 +20,7 @@
 #include "core/scratch.h"
 #include "core/transpose.h"
 #include "cpu/product_plan.h"
+#include "cpu/product_tiles.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -146,6 +151,17 @@ class ProductUnit {
                                depth,
                                accumulate || block > begin};
           t.exact = to.exact;
+          if constexpr (kTensorTiles) {
+            const bool fresh = plan_.streams && i == g.row;
+            if (fresh) fetch_next(g, begin, end, block);
+            tensor_ = {p_.a.rows.stride,
+                       depth,
+                       to.stride,
+                       t.accumulate,
+                       b_.get() + (j - g.column) * part_size_,
+                       fresh ? at(block, j) : nullptr,
+                       p_.b.rows.stride};
+          }
           const auto finish_strip = [&](int64_t r, int64_t count, int64_t c, int64_t length) {
             if (block + 1 == end) finish(row + r, count, column + c, length);
           };
@@ -164,16 +180,36 @@ class ProductUnit {
   }
 
  private:
-  // A tile of more rows has too few address registers for rows in place.
-  static constexpr bool kInPlace = std::is_same_v<T, Acc> && kTileRows <= 6;
+  static constexpr bool kInPlace = std::is_same_v<T, Acc>;
+  static constexpr bool kTensorTiles = kInPlace && kHasTensorTiles;
 
   bool along() const { return p_.a.columns.stride == 1; }
   // The rows of a tile share few cache sets with the panel of B.
   bool rows_collide() const {
     return p_.a.rows.stride * sizeof(T) % 2048 == 0 && p_.b.columns.size >= 2 * Plan::kColumns;
   }
+  // A copy is written once for all columns of a group, and its rows lie closer together.
+  bool copy_pays() const {
+    return kTensorTiles ? plan_.streams || p_.b.columns.size >= Plan::kColumns : rows_collide();
+  }
   bool copies_a() const {
-    return !along() || !kInPlace || plan_.depth.run > p_.a.columns.run || rows_collide();
+    return !along() || !kInPlace || plan_.depth.run > p_.a.columns.run || copy_pays();
+  }
+  const T* at(int64_t depth_block, int64_t column_block) const {
+    return p_.b.data + p_.b.rows.at(plan_.depth.begin(depth_block)) +
+           p_.b.columns.at(plan_.columns.begin(column_block));
+  }
+  // While a block is multiplied, the next one's columns of B are fetched.
+  void fetch_next(const ProductGroup& g, int64_t begin, int64_t end, int64_t block) {
+    const bool last = block + 1 == end;
+    const int64_t next_block = last ? begin : block + 1, j = last ? g.column_end : g.column;
+    stream_ = {};
+    if (j >= plan_.columns.count) return;
+    const int64_t width = plan_.columns.begin(j + 1) - plan_.columns.begin(j);
+    const int64_t depth = plan_.depth.begin(next_block + 1) - plan_.depth.begin(next_block);
+    const int64_t tiles = product_blocks(plan_.rows.size, kTileRows);
+    stream_ = {at(next_block, j), depth, width, p_.b.rows.stride,
+               tiles * product_blocks(width, Plan::kWidth)};
   }
   // The last of so many columns would have a vector for itself.
   bool leaves_one(int64_t columns) const { return along() && columns % kLanes<Acc> == 1; }
@@ -183,9 +219,17 @@ class ProductUnit {
     for (int64_t j = g.column; j < g.column_end; ++j) {
       const int64_t column = plan_.columns.begin(j), width = plan_.columns.begin(j + 1) - column;
       Acc* panels = b_.get() + (j - g.column) * part_size_;
+      const int64_t last = width - 1;
+      if constexpr (kInPlace) {
+        if (plan_.streams) {
+          const T* from = p_.b.data + p_.b.rows.at(k) + p_.b.columns.at(column + last);
+          for (int64_t i = 0; leaves_one(width) && i < depth; ++i)
+            panels[panels_size_ + i] = from[i * p_.b.rows.stride];
+          continue;
+        }
+      }
       pack_b(p_.b, k, depth, column, width, panels);
       if (!leaves_one(width)) continue;
-      const int64_t last = width - 1;
       const Acc* from =
           panels + last / Plan::kWidth * (depth + 1) * Plan::kWidth + last % Plan::kWidth;
       for (int64_t i = 0; i < depth; ++i) panels[panels_size_ + i] = from[i * Plan::kWidth];
@@ -207,33 +251,50 @@ class ProductUnit {
   // itself.
   template <Panel panel, typename F>
   void multiply_panels(const TileArguments<Acc>& t, int64_t rows, int64_t columns,
-                       const F& finish) const {
+                       const F& finish) {
     constexpr int64_t kWidth = Plan::kWidth;
-    constexpr auto kRowCounts = std::make_integer_sequence<int, kTileRows>{};
     const int64_t row_step = panel_row_step<Acc, panel>(t);
     const int64_t tiled = columns - leaves_one(columns);
     if (tiled < columns)
       multiply_column(t.a, row_step, rows, t.b + panels_size_, t.depth, t.c + tiled, t.c_stride,
                       t.accumulate);
-    const int64_t strip = Plan::kDepth / t.depth * kWidth;
+    const int64_t strip = plan_.streams ? columns : Plan::kDepth / t.depth * kWidth;
     const bool by_strips = strip >= 3 * kWidth;
     for (int64_t begin = 0, end; begin < columns; begin = end) {
       end = columns - begin < strip + kWidth ? columns : begin + strip;
       const int64_t tiles_end = product_least(end, tiled);
-      for_each_tile(rows, [&](int64_t, int64_t first, int height) {
-        const auto wide = pick_tile<Acc, panel, false, 2>(height, kRowCounts);
-        const auto narrow = pick_tile<Acc, panel, false, 1>(height, kRowCounts);
+      for_each_tile(rows, [&](int64_t index, int64_t first, int height) {
         const Acc* a = t.a + first * row_step;
         Acc* c = t.c + first * t.c_stride;
         for (int64_t j = begin; j < tiles_end; j += kWidth) {
           const int64_t width = product_least(kWidth, tiles_end - j);
-          const int lanes = t.exact ? static_cast<int>((width - 1) % kLanes<Acc> + 1) : kLanes<Acc>;
-          (width > kLanes<Acc> ? wide : narrow)(t, a, c + j, j * (t.depth + 1), lanes);
+          const int lanes = t.exact || plan_.streams
+                                ? static_cast<int>((width - 1) % kLanes<Acc> + 1)
+                                : kLanes<Acc>;
+          multiply_panel<panel>(t, index == 0, height, width, a, c + j, j, lanes);
         }
         if (by_strips) finish(first, height, begin, end - begin);
       });
     }
     if (!by_strips) finish(0, rows, 0, columns);
+  }
+
+  template <Panel panel>
+  void multiply_panel(const TileArguments<Acc>& t, bool first, int height, int64_t width,
+                      const Acc* a, Acc* c, int64_t column, int lanes) {
+    constexpr bool kInPlacePanel = panel == Panel::in_place;
+    if constexpr (kTensorTiles) {
+      if (kInPlacePanel || plan_.streams) {
+        const auto fetch = stream_.next();
+        const bool fresh = !kInPlacePanel && tensor_.tensor && first;
+        const auto tile = fresh ? pick_tensor_tile<Acc, panel, !kInPlacePanel>(height, width)
+                                : pick_tensor_tile<Acc, panel, false>(height, width);
+        return tile(tensor_, a, c, column, fetch.from, {lanes, fetch.pairs});
+      }
+    }
+    if constexpr (!kTensorTiles || !kInPlacePanel) {
+      pick_panel_tile<Acc, panel>(height, width)(t, a, c, column * (t.depth + 1), lanes);
+    }
   }
 
   const Plan& plan_;
@@ -243,6 +304,8 @@ class ProductUnit {
   const Scratch<Acc> b_, a_;
   int64_t packed_k_ = -1;  // what b_ holds
   ProductGroup packed_{};
+  TensorTile<Acc> tensor_{};
+  Stream<T> stream_;
 };
 
 constexpr int64_t kProductGrain = 2'000'000;  // operations: about 30 us

@@ -1,9 +1,11 @@
 // What a product of matrices is, and how it is cut up: see product.h.
 #pragma once
 
+#include "core/thread_count.h"
 #include "core/transpose.h"
 #include "cpu/conv2d_epilogue.h"
 #include "cpu/gemm.h"
+#include "cpu/product_tiles.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -91,19 +93,32 @@ struct ProductPlan {
   static constexpr int64_t kDepth = kPanelLength<Panel::rows>;
   static constexpr int64_t kRows = kPanelLength<Panel::columns> / kTileRows * kTileRows;
   static constexpr int64_t kWidth = kTileColumns<Acc>, kColumns = 8 * kWidth;
+  // What is read where it lies comes in long runs, which the hardware foresees, and is used within
+  // the time that L2 keeps it.
+  static constexpr int64_t kStreamRows = 256, kStreamDepth = 48, kStreamColumns = 1024;
   // Blocks that share copies.
   static constexpr int64_t kGroupRows = 8, kGroupColumns = 4;
   static constexpr int64_t kGroupBlocks = kGroupRows * kGroupColumns;
 
   const Product<T>& p;
+  // B's columns are read where they lie: see product_tiles.h.
+  bool streams;
   Parts rows;
   RunParts columns, depth;
 
   explicit ProductPlan(const Product<T>& p)
       : p(p),
+        streams(kHasTensorTiles && std::is_same_v<T, Acc> && p.c.rows.size <= kStreamRows &&
+                p.b.columns.stride == 1 && p.b.rows.run == p.b.rows.size &&
+                p.b.columns.run == p.c.columns.run && p.b.columns.run >= kColumns / 2),
         rows(p.c.rows.size, kRows),
-        columns(p.c.columns, kColumns, kWidth, kColumns / 2),
-        depth(p.b.rows, kDepth, 1, kDepth / 2) {}
+        columns(p.c.columns, longest_columns(), kWidth, kColumns / 2),
+        depth(p.b.rows, streams ? kStreamDepth : kDepth, 1, kDepth / 2) {}
+
+  int64_t longest_columns() const {
+    return streams && p.c.columns.size >= 2 * kStreamColumns * thread_count() ? kStreamColumns
+                                                                              : kColumns;
+  }
 
   int64_t blocks() const { return rows.count * columns.count; }
 
@@ -116,8 +131,8 @@ struct ProductPlan {
       const int64_t height = product_least(kGroupRows, rows.count - first);
       const int64_t within = begin - first * columns.count, left = end - begin;
       const int64_t row = within % height, column = within / height;
-      const int64_t whole =
-          product_least(kGroupColumns, product_least(left / height, columns.count - column));
+      const int64_t whole = product_least(streams ? 1 : kGroupColumns,
+                                          product_least(left / height, columns.count - column));
       ProductGroup g{first, first + height, column, column + whole};
       if (row > 0 || whole == 0) {
         g = {first + row, first + row + product_least(height - row, left), column, column + 1};

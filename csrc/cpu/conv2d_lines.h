@@ -8,6 +8,7 @@
 // one writes past its end, the next overwrites.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "core/scratch.h"
@@ -18,6 +19,20 @@ namespace torchops::cpu::TORCHOPS_ISA {
 template <typename V, std::size_t... e>
 inline V even_lanes(V a, V b, std::index_sequence<e...>) {
   return __builtin_shufflevector(a, b, static_cast<int>(2 * e)...);
+}
+
+// Every `step`-th of `count` elements, a power of two, and zeros behind the last.
+template <int step, typename T>
+inline Vec<T> load_every(const T* from, int64_t count) {
+  if constexpr (step == 1) {
+    if (count >= kLanes<T>) return load(from);
+    return count > 0 ? load_partial(from, static_cast<int>(count)) : Vec<T>{};
+  } else {
+    constexpr int64_t kHalf = kLanes<T> * step / 2;
+    return even_lanes(load_every<step / 2>(from, count),
+                      load_every<step / 2>(from + kHalf, count - kHalf),
+                      std::make_index_sequence<kLanes<T>>{});
+  }
 }
 
 template <typename T>
@@ -38,6 +53,18 @@ inline void copy_run(acc_t<T>* to, const T* from, int64_t step, int64_t count, i
     }
     if (i < count) store<acc_t<T>>(to + i, load_partial(from + i, static_cast<int>(count - i)));
     return;
+  }
+  if constexpr (kVecBytes == 64 && std::is_same_v<T, acc_t<T>>) {
+    // Rows are often shorter than a vector, which masked loads make up for.
+    const auto copy = [&](auto every) {
+      for (; i < count; i += kLanes<T>) {
+        const T* source = from + every * i;
+        __builtin_prefetch(source + ahead);
+        store<T>(to + i, load_every<every>(source, (count - i - 1) * every + 1));
+      }
+    };
+    if (step == 2) return copy(std::integral_constant<int, 2>{});
+    if (step == 4) return copy(std::integral_constant<int, 4>{});
   }
   if (step == 2) {
     for (; i + kLanes<T> < count; i += kLanes<T>) {

@@ -7,14 +7,17 @@
 // more work than the product with 48 output channels.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "core/scratch.h"
 #include "cpu/conv2d_weights.h"
+#include "cpu/product_tiles.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-// Six rows for 32 registers, too: a row's address takes a register.
-constexpr int kLineRows = 6;
+constexpr int kLineRows = kTileRows;
 
 // C[rows x columns] = A x B + more, for the columns of one or two registers:
 // A(row, (line, k)) = a[line * line_stride + row * step + k], k < run
@@ -31,54 +34,80 @@ struct LineTile {
   int64_t more_stride;
 };
 
+// Rows in place with an address each, for tiles of few.
+template <typename A>
+class FewLineRows {
+ public:
+  FewLineRows(const A* a, int64_t stride) : a_(a), stride_(stride) {}
+  A at(int row, int k) const { return a_[row * stride_ + k]; }
+  void advance(int count) { a_ += count; }
+
+ private:
+  const A* a_;
+  int64_t stride_;
+};
+template <typename A>
+using LineRows = std::conditional_t<kHasTensorTiles, TileRows<A, Panel::in_place>, FewLineRows<A>>;
+
 template <typename A, int kRows, int kVecs>
 void multiply_line_tile(const LineTile<A>& t) {
+  constexpr int kSteps = kHasTensorTiles ? 2 : 1;  // of depth at a time
   Vec<A> sum[kRows][kVecs] = {};
   const A* b = t.b;
   for (int64_t line = 0; line < t.lines; ++line) {
-    const A* a = t.a + line * t.line_stride;
-    for (int64_t k = 0; k < t.run; ++k, ++a, b += t.b_stride) {
+    LineRows<A> rows(t.a + line * t.line_stride, t.step);
+    const auto step = [&](int k) __attribute__((always_inline)) {
       Vec<A> columns[kVecs];
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) columns[v] = load(b + v * kLanes<A>);
-#pragma GCC unroll 8
+      b += t.b_stride;
+#pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const Vec<A> value = broadcast<A>(a[r * t.step]);
+        const Vec<A> value = broadcast<A>(rows.at(r, k));
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) sum[r][v] += value * columns[v];
       }
+    };
+    int64_t k = 0;
+    for (; k + kSteps <= t.run; k += kSteps) {
+#pragma GCC unroll 2
+      for (int i = 0; i < kSteps; ++i) step(i);
+      rows.advance(kSteps);
     }
+    if (k < t.run) step(0);
   }
   const A* more = t.more;
   if (more) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r, more += t.more_stride) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) sum[r][v] += load<A>(more + v * kLanes<A>);
     }
   }
   A* c = t.c;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r, c += t.c_stride) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) store(c + v * kLanes<A>, sum[r][v]);
   }
 }
 
+template <typename A, int kVecs, int... kRowsMinusOne>
+inline auto pick_line_tile(int64_t rows, std::integer_sequence<int, kRowsMinusOne...>) {
+  using Tile = void (*)(const LineTile<A>&);
+  static constexpr Tile kTiles[] = {multiply_line_tile<A, kRowsMinusOne + 1, kVecs>...};
+  return kTiles[rows - 1];
+}
+
 // `rows` rows of A times `vecs` registers of columns.
 template <typename A>
 void multiply_lines(LineTile<A> t, int64_t rows, int64_t vecs) {
-  using Tile = void (*)(const LineTile<A>&);
-  static constexpr Tile kTiles[kLineRows][kTileVecs] = {
-      {multiply_line_tile<A, 1, 1>, multiply_line_tile<A, 1, 2>},
-      {multiply_line_tile<A, 2, 1>, multiply_line_tile<A, 2, 2>},
-      {multiply_line_tile<A, 3, 1>, multiply_line_tile<A, 3, 2>},
-      {multiply_line_tile<A, 4, 1>, multiply_line_tile<A, 4, 2>},
-      {multiply_line_tile<A, 5, 1>, multiply_line_tile<A, 5, 2>},
-      {multiply_line_tile<A, 6, 1>, multiply_line_tile<A, 6, 2>}};
+  constexpr auto kRowCounts = std::make_integer_sequence<int, kLineRows>{};
   for (int64_t tiles = blocks(rows, kLineRows); tiles > 0; --tiles) {
     const int64_t height = blocks(rows, tiles);  // nearly equal ones
-    kTiles[height - 1][vecs - 1](t);
+    const auto tile = vecs == 1 ? pick_line_tile<A, 1>(height, kRowCounts)
+                                : pick_line_tile<A, 2>(height, kRowCounts);
+    tile(t);
     t.a += height * t.step;
     t.c += height * t.c_stride;
     if (t.more) t.more += height * t.more_stride;

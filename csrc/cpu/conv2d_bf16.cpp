@@ -16,9 +16,11 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-// Positions of a group, and elements of its panels: a quarter of L2.
+// Positions of a group, and elements of its panels: a quarter of L2. Weights of twice as many stay
+// in L2 whatever the group; then it may be smaller, for threads, and the source is read once.
 constexpr int64_t kPositions = 1024, kPanelElements = 256 * 1024;
-constexpr int64_t kUnitChannels = 256;
+constexpr int64_t kUnits = 16, kLeastPositions = 128;
+constexpr int64_t kFewChannels = 256, kManyChannels = 1024;
 constexpr int64_t kGrainFlops = 16'000'000;  // about 30 us
 
 struct PairProblem {
@@ -36,6 +38,8 @@ struct PairPlan {
   const PairProblem& p;
   const Correlation& c;
   PairDepth depth;
+  bool light;  // the weights
+  int64_t positions;
   Patches patches;
   int64_t group, groups, channel_blocks, block_channels;
   Scratch<int64_t> source_offsets, weight_offsets;  // of chunks
@@ -44,17 +48,23 @@ struct PairPlan {
       : p(p),
         c(p.c),
         depth(c, channels_last),
+        light(depth.size() * c.columns <= 2 * kPanelElements),
+        positions(light ? clamp(round_up(blocks(c.positions(), kUnits), kBlock), kLeastPositions,
+                                kPositions)
+                        : kPositions),
         patches(
             c, depth.merged,
-            clamp(kPanelElements / (depth.padded + 1) / kBlock * kBlock, 2 * kBlock, kPositions)),
+            clamp(kPanelElements / (depth.padded + 1) / kBlock * kBlock, 2 * kBlock, positions)),
         source_offsets(depth.chunks()),
         weight_offsets(depth.chunks()) {
-    const int64_t most = clamp(kPositions / (patches.rows * patches.pitch), 1,
+    const int64_t most = clamp(positions / (patches.rows * patches.pitch), 1,
                                kPanelElements / (depth.padded * patches.plane + 1) + 1);
     group = blocks(patches.count, blocks(patches.count, most));
     groups = blocks(patches.count, group);
-    channel_blocks = blocks(c.columns, clamp(kPanelElements / (depth.size() + 1) / kBlock * kBlock,
-                                             kBlock, kUnitChannels));
+    const int64_t channels =
+        light ? kManyChannels
+              : clamp(kPanelElements / (depth.size() + 1) / kBlock * kBlock, kBlock, kFewChannels);
+    channel_blocks = blocks(c.columns, channels);
     block_channels = round_up(blocks(c.columns, channel_blocks), kBlock);
     channel_blocks = blocks(c.columns, block_channels);
   }
@@ -153,6 +163,9 @@ void multiply_channels_last(const PairPlan& plan, const PairWeights& weights) {
           const bf16* source =
               in_place ? plan.p.source + patch.column * c.channels : panels.get() + i * size;
           const int64_t stride = in_place ? c.channels : rows.stride;
+          // The next block's pixels, some with each block of channels, where these are as many.
+          const bool ahead = in_place && c.channels <= channels;
+          const int64_t share = blocks(kBlock, blocks(channels, kBlock)) * stride;
           // A block is stored while the next one is summed.
           struct Block { int64_t row, height, column, width; } last{};
           int turn = 0;
@@ -166,6 +179,11 @@ void multiply_channels_last(const PairPlan& plan, const PairWeights& weights) {
               const int64_t width = smaller(kBlock, c.columns - j);
               for (int64_t r = 0; r < height; ++r) {
                 if (pixels.get()[row + r]) __builtin_prefetch(pixels.get()[row + r] + j, 1);
+              }
+              if (ahead && row + kBlock < length) {
+                const bf16* next =
+                    source + (row + kBlock) * stride + (j - channel) / kBlock * share;
+                for (int64_t k = 0; k < share; k += kChunk) __builtin_prefetch(next + k);
               }
               multiply_tiles<Stream::b>(
                   state,

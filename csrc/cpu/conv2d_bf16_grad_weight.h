@@ -1,0 +1,379 @@
+// How the gradient of a bf16 weight is cut up, and its panels of pairs: see
+// conv2d_bf16_grad_weight.cpp.
+#pragma once
+
+#include "core/parallel.h"
+#include "cpu/conv2d_bf16_patches.h"
+
+#if defined(__AVX512BF16__)
+namespace torchops::cpu::TORCHOPS_ISA {
+namespace {
+
+constexpr int64_t kUnits = 16;  // as in conv2d_grad_weight.cpp
+constexpr int64_t kPositions = 512;
+constexpr int64_t kShareGroups = 4;  // at least: a share is as large as the weight
+
+// How positions lie in the panels. `pitch` is even: a pair never spans rows.
+struct PairPositions {
+  const Correlation& c;
+  int64_t parts, part, pitch, rows, row_blocks, patches;
+  int64_t phases, plane;  // of the rows that the taps along the height see
+  int64_t length;         // positions of a patch, in whole chunks
+  int64_t pairs;          // of a patch's input, with a last chunk of its own per tap
+
+  explicit PairPositions(const Correlation& c) : c(c) {
+    parts = blocks(c.width.count, kPositions);
+    part = smaller(c.width.count, round_up(blocks(c.width.count, parts), kChunk));
+    parts = blocks(c.width.count, part);
+    pitch = round_up(part, 2);
+    const int64_t taps = c.height.taps;
+    rows = parts > 1 ? 1 : smaller(kPositions / pitch, c.height.count);
+    rows = blocks(c.height.count, blocks(c.height.count, rows));
+    row_blocks = blocks(c.height.count, rows);
+    patches = c.batch * row_blocks * parts;
+    phases = taps > 1 ? c.height.step : 1;
+    plane = (rows + (taps > 1 ? (taps - 1) * c.height.tap_offset / phases : 0)) * pitch;
+    length = round_up(rows * pitch, kChunk);
+    pairs = (phases * plane / 2 + taps * kTile) | 1;
+  }
+  Patch at(int64_t i) const {
+    const int64_t column = i % parts * part, row = i / parts % row_blocks * rows;
+    return {i / parts / row_blocks, row, smaller(rows, c.height.count - row), column,
+            smaller(part, c.width.count - column)};
+  }
+  int64_t shift(int64_t tap) const {
+    const int64_t h = tap * c.height.tap_offset;
+    return h % phases * plane + h / phases * pitch;
+  }
+  // Where the last chunk under a tap lies, by itself: what follows the positions must be zeros.
+  int64_t last_pair(int64_t tap) const { return phases * plane / 2 + tap * kTile; }
+  bool whole(const Patch& p) const { return p.rows * pitch % kChunk == 0; }
+
+  // Calls f(first position, row of the image, its first column) for the rows that are seen.
+  template <typename F>
+  void for_each_line(const Patch& p, const F& f) const {
+    const int64_t x = c.width.offset + p.column * c.width.step;
+    for (int64_t phase = 0; phase < phases; ++phase) {
+      const int64_t y = c.height.offset + p.row * c.height.step + phase;
+      for (int64_t i = 0; i < plane / pitch - rows + p.rows; ++i)
+        f(phase * plane + i * pitch, y + i * c.height.step, x);
+    }
+  }
+};
+
+// A contiguous input of many channels, of which each tap along the width would be turned over by
+// itself, turned over once, as a whole.
+struct GradWeightInput {
+  bool pixels;
+  Scratch<bf16> copy;
+  const bf16* data;
+
+  GradWeightInput(const Conv2dShape& s, const void* input)
+      : pixels(s.channels_last || (s.window_width.size > 1 && s.in_channels >= kTile)),
+        copy(pixels && !s.channels_last ? s.batch * s.in_channels * s.in_height * s.in_width : 0),
+        data(static_cast<const bf16*>(input)) {
+    if (!pixels || s.channels_last) return;
+    const int64_t channels = s.in_channels, plane = s.in_height * s.in_width;
+    const int64_t strips = blocks(plane, kBlock);
+    parallel_for(s.batch * strips, 65'536 / (kBlock * channels) + 1,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t item = begin; item < end; ++item) {
+                     const int64_t offset = item / strips * plane * channels;
+                     const int64_t pixel = item % strips * kBlock;
+                     turn(data + offset + pixel, plane, channels, smaller(kBlock, plane - pixel),
+                          copy.get() + offset + pixel * channels);
+                   }
+                 });
+    data = copy.get();
+  }
+
+ private:
+  // At most 32 pixels.
+  static void turn(const bf16* from, int64_t plane, int64_t channels, int64_t pixels, bf16* to) {
+    const __mmask32 mask = lanes_between(0, pixels);
+    alignas(64) bf16 pairs[2][kTile * kChunk], turned[kBlock * kChunk];
+    for (int64_t k = 0; k < channels; k += kChunk) {
+      const auto load_plane = [&](int64_t channel) {
+        return channel < channels ? load_masked(from + channel * plane, mask)
+                                  : _mm512_setzero_si512();
+      };
+      for (int64_t r = 0; r < kTile; ++r) {
+        __m512i both[2];
+        interleave(load_plane(k + 2 * r), load_plane(k + 2 * r + 1), both);
+        _mm512_store_si512(pairs[0] + r * kChunk, both[0]);
+        _mm512_store_si512(pairs[1] + r * kChunk, both[1]);
+      }
+      turn_pairs(pairs[0], kChunk, turned, kChunk);
+      turn_pairs(pairs[1], kChunk, turned + kTile * kChunk, kChunk);
+      const __mmask32 lanes = lanes_between(0, channels - k);
+      for (int64_t i = 0; i < pixels; ++i)
+        _mm512_mask_storeu_epi16(to + i * channels + k, lanes,
+                                 _mm512_load_si512(turned + i * kChunk));
+    }
+  }
+};
+
+struct GradWeightPlan {
+  const Conv2dGradWeightParams& p;
+  GradWeightInput input;
+  Correlation c;
+  PairPositions positions;
+  int64_t width;                  // columns: (tap along the width, input channel)
+  int64_t padded_width;           // in whole tiles
+  int64_t group, groups, shares;  // of patches
+  int64_t row_blocks, block_rows, column_blocks, block_columns;
+
+  explicit GradWeightPlan(const Conv2dGradWeightParams& params)
+      : p(params),
+        input(params.shape, params.input),
+        c(without_rows(forward_correlation(params.shape), params.shape.channels_last)),
+        positions(c),
+        width(c.width.taps * c.channels),
+        padded_width(round_up(width, kTile)) {
+    const int64_t fit = clamp(kPositions / positions.length, 1, kPositions);
+    group = blocks(positions.patches, blocks(positions.patches, fit));
+    groups = blocks(positions.patches, group);
+    const int64_t most_rows = c.height.taps > 1 ? 128 : 256;
+    const int64_t most_columns = c.height.taps > 1 ? 384 : 512;
+    row_blocks = blocks(c.columns, most_rows);
+    block_rows = round_up(blocks(c.columns, row_blocks), kBlock);
+    row_blocks = blocks(c.columns, block_rows);
+    column_blocks = blocks(width, most_columns);
+    block_columns = round_up(blocks(width, column_blocks), kBlock);
+    column_blocks = blocks(width, block_columns);
+    shares = smaller(blocks(kUnits, row_blocks * column_blocks), blocks(groups, kShareGroups));
+  }
+  // One share's sums: [output channel][tap along the height][column], in whole tiles.
+  int64_t row_size() const { return c.height.taps * padded_width; }
+  int64_t share_size() const { return round_up(c.columns, kTile) * row_size(); }
+  int64_t units() const { return shares * row_blocks * column_blocks; }
+};
+
+// The panels of a group of patches.
+class GradWeightPanels {
+ public:
+  explicit GradWeightPanels(const GradWeightPlan& plan)
+      : plan_(plan),
+        q_(plan.positions),
+        c_(plan.c),
+        row_stride_(plan.group * q_.length + (plan.group * q_.length % 256 ? 0 : kChunk)),
+        column_stride_(plan.group * q_.pairs * kChunk),
+        rows_(plan.block_rows * row_stride_),
+        columns_(plan.block_columns / kTile * column_stride_),
+        stage_(plan.input.pixels ? 2 * (plan.padded_width + kChunk) : kTile * stage_stride()),
+        pixels_(q_.length),
+        row_offsets_(plan.group * q_.length / kChunk),
+        column_offsets_(c_.height.taps * plan.group * q_.length / kChunk) {
+    rows_.zero();
+    columns_.zero();
+  }
+
+  void fill(int64_t first, int64_t count, int64_t row, int64_t rows, int64_t column,
+            int64_t columns) {
+    chunks_ = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const Patch patch = q_.at(first + i);
+      bf16* a = rows_.get() + i * q_.length;
+      bf16* b = columns_.get() + i * q_.pairs * kChunk;
+      if (plan_.p.shape.channels_last) {
+        fill_rows_from_pixels(patch, row, rows, a);
+      } else {
+        fill_rows_from_planes(patch, row, rows, a);
+      }
+      if (plan_.input.pixels) {
+        fill_columns_from_pixels(patch, column, columns, b);
+      } else {
+        fill_columns_from_planes(patch, column, columns, b);
+      }
+      if (!q_.whole(patch)) copy_last_chunks(patch, columns, b);
+      place_chunks(patch, i);
+    }
+  }
+  int64_t chunks() const { return chunks_; }
+  TileOperand rows(int64_t row) const {
+    return {rows_.get() + row * row_stride_, row_offsets_.get(), row_stride_, kTile * row_stride_};
+  }
+  TileOperand columns(int64_t column, int64_t tap) const {
+    return {columns_.get() + column / kTile * column_stride_,
+            column_offsets_.get() + tap * chunks_most(), kChunk, column_stride_};
+  }
+
+ private:
+  int64_t chunks_most() const { return plan_.group * q_.length / kChunk; }
+  int64_t stage_stride() const { return q_.phases * q_.plane + 3 * kChunk; }
+
+  void place_chunks(const Patch& patch, int64_t index) {
+    const int64_t count = blocks(patch.rows * q_.pitch, kChunk), a = index * q_.length;
+    const int64_t b = index * q_.pairs * kChunk;
+    for (int64_t j = 0; j < count; ++j) {
+      const bool last = j + 1 == count && !q_.whole(patch);
+      row_offsets_.get()[chunks_ + j] = a + j * kChunk;
+      for (int64_t tap = 0; tap < c_.height.taps; ++tap)
+        column_offsets_.get()[tap * chunks_most() + chunks_ + j] =
+            b + (last ? q_.last_pair(tap) : q_.shift(tap) / 2 + j * kTile) * kChunk;
+    }
+    chunks_ += count;
+  }
+
+  // Behind the last position there are zeros, not the rows that later taps see: zero times infinity
+  // is NaN.
+  void copy_last_chunks(const Patch& patch, int64_t columns, bf16* to) const {
+    const int64_t pairs = patch.rows * q_.pitch / 2, first = pairs / kTile * kTile;
+    for (int64_t j = 0; j < columns; j += kTile, to += column_stride_) {
+      for (int64_t tap = 0; tap < c_.height.taps; ++tap)
+        std::memcpy(to + q_.last_pair(tap) * kChunk, to + (q_.shift(tap) / 2 + first) * kChunk,
+                    (pairs - first) * kChunk * sizeof(bf16));
+      // A patch of fewer rows than the one before leaves fewer pairs.
+      for (int64_t tap = 0; tap < c_.height.taps; ++tap)
+        std::memset(static_cast<void*>(to + (q_.last_pair(tap) + pairs - first) * kChunk), 0,
+                    (first + kTile - pairs) * kChunk * sizeof(bf16));
+    }
+  }
+
+  void fill_rows_from_pixels(const Patch& patch, int64_t row, int64_t rows, bf16* to) const {
+    const int64_t count = round_up(patch.rows * q_.pitch, kChunk);
+    place_pixels(patch, row, count);
+    const bf16* const* pixels = pixels_.get();
+    const auto load_row = [&](int64_t position, int64_t r, __mmask32 mask) {
+      return pixels[position] ? load_masked(pixels[position] + r, mask) : _mm512_setzero_si512();
+    };
+    alignas(64) bf16 pairs[2][kTile * kChunk];
+    for (int64_t position = 0; position < count; position += kChunk) {
+      for (int64_t r = 0; r < rows; r += kBlock) {
+        const __mmask32 mask = lanes_between(0, rows - r);
+        for (int64_t i = 0; i < kTile; ++i) {
+          __m512i both[2];
+          interleave(load_row(position + 2 * i, r, mask), load_row(position + 2 * i + 1, r, mask),
+                     both);
+          _mm512_store_si512(pairs[0] + i * kChunk, both[0]);
+          _mm512_store_si512(pairs[1] + i * kChunk, both[1]);
+        }
+        bf16* panel = to + r * row_stride_ + position;
+        turn_pairs(pairs[0], kChunk, panel, row_stride_);
+        turn_pairs(pairs[1], kChunk, panel + kTile * row_stride_, row_stride_);
+      }
+    }
+  }
+
+  // grad_output's channels from `row` on at each position: null between rows.
+  void place_pixels(const Patch& patch, int64_t row, int64_t count) const {
+    const auto* grads = static_cast<const bf16*>(plan_.p.grad_output) + row;
+    const bf16** to = pixels_.get();
+    for (int64_t i = 0; i < count; ++i) to[i] = nullptr;
+    for (int64_t y = 0; y < patch.rows; ++y, to += q_.pitch) {
+      const int64_t line = patch.image * c_.height.count + patch.row + y;
+      const int64_t first = line * c_.width.count + patch.column;
+      for (int64_t x = 0; x < patch.columns; ++x) to[x] = grads + (first + x) * c_.columns;
+    }
+  }
+
+  void fill_rows_from_planes(const Patch& patch, int64_t row, int64_t rows, bf16* to) const {
+    const int64_t plane = c_.height.count * c_.width.count, padded = round_up(q_.pitch, kChunk);
+    const auto* grads = static_cast<const bf16*>(plan_.p.grad_output) +
+                        (patch.image * c_.columns + row) * plane + patch.row * c_.width.count +
+                        patch.column;
+    const int64_t end = patch.rows * q_.pitch;
+    for (int64_t r = 0; r < rows; ++r, grads += plane, to += row_stride_) {
+      alignas(64) bf16 line[kPositions + 2 * kChunk];
+      // What a row writes past its end, the next overwrites.
+      for (int64_t y = 0; y < patch.rows; ++y)
+        copy_padded(line + y * q_.pitch, grads + y * c_.width.count, 0, patch.columns, padded);
+      copy_padded(to, line, 0, end, round_up(end, kChunk));
+    }
+  }
+
+  // Two positions' columns as pairs: one run each where neighbouring taps are neighbours in memory.
+  void fill_columns_from_pixels(const Patch& patch, int64_t column, int64_t columns,
+                                bf16* to) const {
+    const Axis& width = c_.width;
+    const bf16* input = plan_.input.data;
+    const int64_t channels = c_.channels;
+    q_.for_each_line(patch, [&](int64_t first, int64_t y, int64_t x) {
+      const bool exists = y >= 0 && y < c_.height.source_length;
+      const bf16* line =
+          input + (patch.image * c_.height.source_length + y) * width.source_length * channels;
+      struct Run {
+        const bf16* from;
+        int64_t first, last;
+      };
+      const auto run = [&](int64_t i, bf16* stage) -> Run {
+        if (!exists || i >= patch.columns) return {input, 0, 0};
+        const int64_t pixel = x + i * width.step;
+        if (width.tap_offset == 1) {
+          const Inside taps = inside(pixel, 1, width.taps, width.source_length);
+          return {line + pixel * channels + column, taps.first * channels - column,
+                  taps.last * channels - column};
+        }
+        std::memset(static_cast<void*>(stage), 0, plan_.width * sizeof(bf16));
+        const Inside taps = inside(pixel, width.tap_offset, width.taps, width.source_length);
+        for (int64_t t = taps.first; t < taps.last; ++t)
+          std::memcpy(stage + t * channels, line + (pixel + t * width.tap_offset) * channels,
+                      channels * sizeof(bf16));
+        return {stage + column, -column, plan_.width - column};
+      };
+      bf16* pairs = to + first / 2 * kChunk;
+      for (int64_t i = 0; i < q_.pitch; i += 2, pairs += kChunk) {
+        const Run upper = run(i, stage_.get());
+        const Run lower = run(i + 1, stage_.get() + plan_.padded_width + kChunk);
+        bf16* panel = pairs;
+        int64_t k = 0;
+        __m512i both[2];
+        if (upper.first <= 0 && lower.first <= 0) {
+          const int64_t whole = smaller(columns, smaller(upper.last, lower.last));
+          for (; k + kBlock <= whole; k += kBlock, panel += 2 * column_stride_) {
+            interleave(_mm512_loadu_si512(upper.from + k), _mm512_loadu_si512(lower.from + k),
+                       both);
+            _mm512_storeu_si512(panel, both[0]);
+            _mm512_storeu_si512(panel + column_stride_, both[1]);
+          }
+        }
+        for (; k < columns; k += kBlock, panel += 2 * column_stride_) {
+          interleave(load_masked(upper.from + k, lanes_between(upper.first - k, upper.last - k)),
+                     load_masked(lower.from + k, lanes_between(lower.first - k, lower.last - k)),
+                     both);
+          _mm512_storeu_si512(panel, both[0]);
+          _mm512_storeu_si512(panel + column_stride_, both[1]);
+        }
+      }
+    });
+  }
+
+  void fill_columns_from_planes(const Patch& patch, int64_t column, int64_t columns,
+                                bf16* to) const {
+    const bf16* input = plan_.input.data;
+    const int64_t stride = stage_stride(), pairs = q_.phases * q_.plane / 2;
+    for (int64_t j = 0; j < columns; j += kTile, to += column_stride_) {
+      for (int64_t r = 0; r < kTile; ++r) {
+        const int64_t k = column + j + r, channel = k % c_.channels, tap = k / c_.channels;
+        const bf16* plane = input + (patch.image * c_.channels + channel) * c_.source_plane();
+        q_.for_each_line(patch, [&](int64_t first, int64_t y, int64_t x) {
+          const bool exists = k < plan_.width && y >= 0 && y < c_.height.source_length;
+          const ImageLine line(exists ? plane + y * c_.width.source_length : nullptr,
+                               x + tap * c_.width.tap_offset, c_.width.step, patch.columns,
+                               c_.width.source_length);
+          bf16* stage = stage_.get() + r * stride + first;
+          for (int64_t i = 0; i < q_.pitch; i += kChunk)
+            _mm512_storeu_si512(stage + i, line.load(i));
+        });
+      }
+      for (int64_t i = 0; i < pairs; i += kTile) {
+        // The last chunk steps back where it can: what follows the pairs is another's.
+        const int64_t at = i + kTile > pairs && pairs >= kTile ? pairs - kTile : i;
+        turn_pairs(stage_.get() + 2 * at, stride, to + at * kChunk, kChunk);
+      }
+    }
+  }
+
+  const GradWeightPlan& plan_;
+  const PairPositions& q_;
+  const Correlation& c_;
+  const int64_t row_stride_, column_stride_;
+  const Scratch<bf16> rows_, columns_, stage_;
+  const Scratch<const bf16*> pixels_;
+  const Scratch<int64_t> row_offsets_, column_offsets_;
+  int64_t chunks_ = 0;
+};
+
+}  // namespace
+}  // namespace torchops::cpu::TORCHOPS_ISA
+#endif

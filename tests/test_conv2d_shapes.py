@@ -45,6 +45,9 @@ CASES = [
     # 1x1, images read where they lie: two blocks of rows and of depth, the last pixel alone; a row
     (2, 60, 15, 15, (1, 1), (1, 1), (0, 0), (1, 1), 140, 1),
     (1, 140, 1, 150, (1, 1), (1, 1), (0, 0), (1, 1), 17, 1),
+    # 1x1, grad_weight turned over: many pixels, of more channels than the other side has
+    (1, 9, 65, 64, (1, 1), (1, 1), (0, 0), (1, 1), 21, 1),
+    (2, 75, 16, 17, (1, 1), (1, 1), (0, 0), (1, 1), 33, 1),
     # 3x3 through Winograd's transform: odd sizes and channels, several blocks of all
     (2, 37, 11, 19, (3, 3), (1, 1), (1, 1), (1, 1), 41, 1),
     (1, 130, 9, 14, (3, 3), (1, 1), (0, 2), (1, 1), 150, 1),

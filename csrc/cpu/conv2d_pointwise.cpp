@@ -16,6 +16,8 @@
 // slower for deep products, alone on a core), a depth of 128 or 192 for each block, a depth
 // unrolled by 4, strips of A for the transposed weight, which take twice as long to copy as its
 // rows.
+#include <type_traits>
+
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "cpu/conv2d_bf16.h"
@@ -69,6 +71,32 @@ void multiply_images(const Conv2dShape& s, const Matrix<const T>& weight, const 
   }
 }
 
+// C as the sum of its shares, where it lies with its columns in rows of memory.
+template <typename T>
+void add_shares_turned(const Matrix<T>& c, int64_t shares, const acc_t<T>* sums) {
+  const int64_t rows = c.rows.size, width = c.columns.size;
+  const int64_t work = shares * rows * kLanes<T>;
+  parallel_for(product_blocks(width, kLanes<T>), 65'536 / work + 1,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t j = begin * kLanes<T>; j < product_least(end * kLanes<T>, width);
+                      j += kLanes<T>) {
+                   const int columns = static_cast<int>(product_least(kLanes<T>, width - j));
+                   for_each_vec<T>(rows, [&](int64_t row, int lanes) {
+                     Vec<T> block[kLanes<T>] = {};
+                     for (int r = 0; r < lanes; ++r) {
+                       const acc_t<T>* from = sums + (row + r) * width + j;
+                       block[r] = load_partial(from, columns);
+                       for (int64_t share = 1; share < shares; ++share)
+                         block[r] += load_partial(from + share * rows * width, columns);
+                     }
+                     transpose<T>(block);
+                     for (int k = 0; k < columns; ++k)
+                       store_partial(c.data + (j + k) * c.columns.stride + row, block[k], lanes);
+                   });
+                 }
+               });
+}
+
 // C summed over shares of the depth, and these in order: for the threads of a large CPU, where C
 // has few blocks. The split must not depend on their number.
 template <typename T>
@@ -102,6 +130,7 @@ void multiply_by_shares(const Product<T>& p) {
       begin = last;
     }
   });
+  if (p.c.columns.stride != 1) return add_shares_turned(p.c, shares, sums.get());
   parallel_for(size, 65'536 / shares, [&](int64_t begin, int64_t end) {
     for_each_vec<T>(end - begin, [&](int64_t i, int lanes) {
       const Acc* from = sums.get() + begin + i;
@@ -111,6 +140,21 @@ void multiply_by_shares(const Product<T>& p) {
       store_partial(p.c.data + begin + i, sum, lanes);
     });
   });
+}
+
+// Whether grad_weight is a product of input and grad_output rather than the other way round, which
+// reads the longer of the two where it lies: as B's columns in channels_last, as A's rows else.
+template <typename T>
+bool turns_weight(const Conv2dShape& s) {
+  if (!kHasTensorTiles || !std::is_same_v<T, acc_t<T>>) return false;
+  const int64_t pixels = s.batch * s.in_height * s.in_width;
+  // Else turning the result over takes longer than that saves.
+  constexpr int64_t kPixelsOfRows = 4096, kPixelsOfPlanes = 512, kMostTurned = 192;
+  if (channels_lie_last(s))
+    return s.in_channels < s.out_channels && s.in_channels <= ProductPlan<T>::kStreamRows &&
+           pixels >= kPixelsOfRows;
+  return s.in_channels > s.out_channels && s.out_channels <= kMostTurned &&
+         pixels >= kPixelsOfPlanes;
 }
 
 }  // namespace
@@ -147,9 +191,14 @@ void conv2d_pointwise_grad_weight(const Conv2dGradWeightParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Conv2dShape& s = p.shape;
-    multiply_by_shares<T>({images(s, static_cast<const T*>(p.grad_output), s.out_channels),
-                           transposed(images(s, static_cast<const T*>(p.input), s.in_channels)),
-                           weight_matrix(s, static_cast<T*>(p.grad_weight))});
+    const Matrix<const T> grads = images(s, static_cast<const T*>(p.grad_output), s.out_channels);
+    const Matrix<const T> input = images(s, static_cast<const T*>(p.input), s.in_channels);
+    const Matrix<T> weight = weight_matrix(s, static_cast<T*>(p.grad_weight));
+    if (turns_weight<T>(s)) {
+      multiply_by_shares<T>({input, transposed(grads), transposed(weight)});
+    } else {
+      multiply_by_shares<T>({grads, transposed(input), weight});
+    }
   });
 }
 

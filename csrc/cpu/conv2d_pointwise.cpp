@@ -105,9 +105,10 @@ void multiply_by_shares(const Product<T>& p) {
   const ProductPlan<T> plan(p);
   const Parts& rows = plan.rows;
   const RunParts& columns = plan.columns;
+  // How wide blocks are may depend on the number of threads, shares must not.
   const int64_t blocks = plan.blocks();
-  const int64_t shares =
-      blocks ? product_least(product_blocks(kUnits, blocks), plan.depth.count) : 0;
+  const int64_t units = rows.count * product_blocks(columns.parts.size, plan.kColumns);
+  const int64_t shares = units ? product_least(product_blocks(kUnits, units), plan.depth.count) : 0;
   if (shares <= 1) return multiply_matrices(p);
   const int64_t width = p.c.columns.size, size = rows.size * width;
   const Scratch<Acc> sums(shares * size);

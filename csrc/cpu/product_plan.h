@@ -116,8 +116,10 @@ struct ProductPlan {
         depth(p.b.rows, streams ? kStreamDepth : kDepth, 1, kDepth / 2) {}
 
   int64_t longest_columns() const {
-    return streams && p.c.columns.size >= 2 * kStreamColumns * thread_count() ? kStreamColumns
-                                                                              : kColumns;
+    // Blocks enough for all threads.
+    const int64_t threads = thread_count();
+    const bool wide = threads == 1 || p.c.columns.size >= 2 * kStreamColumns * threads;
+    return streams && wide ? kStreamColumns : kColumns;
   }
 
   int64_t blocks() const { return rows.count * columns.count; }

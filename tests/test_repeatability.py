@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import torchops
 from cases import Sample
 from support import each_format, each_sample, gradients, results
 
@@ -36,3 +37,20 @@ def test_every_run_and_thread_count_gives_the_same_bits(
         torch.set_num_threads(threads)
         found = bits(compute(case, case.own, sample, tensors))
         assert all(map(torch.equal, found, expected)), f"{threads} threads"
+
+
+@pytest.mark.parametrize("channels", [(40, 70), (70, 40), (520, 130)], ids=str)
+@each_format
+def test_blocks_of_pixels_for_more_threads_give_the_same_bits(memory_format, channels):
+    image = torch.randn(2, channels[0], 48, 47).to(memory_format=memory_format)
+    weight = torch.randn(channels[1], channels[0], 1, 1)
+
+    def compute(threads):
+        torch.set_num_threads(threads)
+        inputs = [image.detach().requires_grad_(), weight.detach().requires_grad_()]
+        output = torchops.functional.conv2d(*inputs)
+        return bits([output.detach(), *torch.autograd.grad(output, inputs, output.detach())])
+
+    expected = compute(1)
+    for threads in (2, 3, 17):
+        assert all(map(torch.equal, compute(threads), expected)), f"{threads} threads"

@@ -55,7 +55,22 @@ template <typename T>
 #endif
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512BW__)
+// Rounded to the nearest, without the care that a NaN needs: bf16 in the upper halves. Not
+// vcvtne2ps2bf16: see store.
+[[gnu::always_inline]] inline __m512i round_to_bf16(VecF32 v) {
+  const VecU32 bits = bit_cast<VecU32>(v);
+  return bit_cast<__m512i>(bits + 0x7fffu + ((bits >> 16) & 1u));
+}
+
+// The upper halves of both.
+[[gnu::always_inline]] inline __m512i upper_halves(__m512i a, __m512i b) {
+  typedef uint16_t VecU16 __attribute__((vector_size(64)));
+  constexpr VecU16 upper = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                            33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_permutex2var_epi16(a, bit_cast<__m512i>(upper), b);
+}
+#elif defined(__AVX2__)
 // Rounded to the nearest, without the care that a NaN needs.
 [[gnu::always_inline]] inline __m256i round_to_bf16(VecF32 v) {
   const VecU32 bits = bit_cast<VecU32>(v);
@@ -66,7 +81,15 @@ template <typename T>
 // A whole step. With `past_cache`, p is aligned to a register.
 template <typename T>
 [[gnu::always_inline]] inline void store_two(T* p, const Vec<T> (&v)[2], bool past_cache) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512BW__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (_mm512_cmp_ps_mask(bit_cast<__m512>(v[0]), bit_cast<__m512>(v[1]), _CMP_UNORD_Q) == 0) {
+      const __m512i both = upper_halves(round_to_bf16(v[0]), round_to_bf16(v[1]));
+      __m512i* to = reinterpret_cast<__m512i*>(p);
+      return past_cache ? _mm512_stream_si512(to, both) : _mm512_storeu_si512(to, both);
+    }
+  }
+#elif defined(__AVX2__)
   if constexpr (sizeof(T) == 2) {
     __m256i both;
     if constexpr (std::is_same_v<T, bf16>) {

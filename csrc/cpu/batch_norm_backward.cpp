@@ -330,7 +330,7 @@ void batch_norm_backward(const BatchNormBackwardParams& p) {
     using T = typename decltype(tag)::type;
     const Call<T> call(p);
     if (p.shape.channels_last) return backward_rows(call);
-    takes_slabs(p.shape) ? backward_slabs(call) : backward_planes(call);
+    takes_slabs(p.shape, call.curve) ? backward_slabs(call) : backward_planes(call);
   });
 }
 

@@ -9,7 +9,9 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-constexpr int64_t kSmallPlane = 128;     // pixels of the largest
+// Pixels of the largest. Wide registers are left half empty by more planes, but planes that fill
+// half a strip of a curve are better off alone.
+constexpr int64_t kSmallPlane = kVecBytes >= 64 ? 256 : 128, kSmallCurvedPlane = 128;
 constexpr int64_t kSlabElements = 512;   // of a run, at most: a strip of kStrip
 constexpr int64_t kImagesTogether = 64;  // until float sums join the float64 ones
 
@@ -26,8 +28,8 @@ struct Slabs {
   template <typename T> int64_t padded() const { return ceil_div(length, kStep<T>) * kStep<T>; }
 };
 
-inline bool takes_slabs(const BatchNormShape& shape) {
-  return shape.pixels <= kSmallPlane && shape.batch > 1;
+inline bool takes_slabs(const BatchNormShape& shape, bool curve) {
+  return shape.pixels <= (curve ? kSmallCurvedPlane : kSmallPlane) && shape.batch > 1;
 }
 
 // numbers[k] for each of `channels` channels -> to[k * pixels + i] for each pixel.

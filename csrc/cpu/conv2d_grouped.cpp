@@ -14,7 +14,7 @@
 //   conv2d:mb8_g32ic128ih56oc128kh3ph1     5.85 / 1.93   8.18 / 2.08
 //   conv2d:mb8_g32ic512ih14oc512kh3ph1     1.49 / 1.35   1.10 / 1.32
 //   conv2d:mb8_g3ic72ih33iw75oc72kh3ph1    0.85 / 1.25   1.02 / 1.84
-// On a Xeon of 2024 (AVX-512), where native is faster:
+// On Granite Rapids (AVX-512), where native is faster:
 //   conv2d:mb8_g32ic128ih56oc128kh3ph1     1.93 / 2.07   4.10 / 1.85
 //   conv2d:mb8_g32ic256ih28oc256kh3ph1     1.26 / 1.26   1.26 / 1.15
 //   conv2d:mb8_g24ic72ih33iw75oc72kh3ph1      - / 2.73      - / 1.95

@@ -6,8 +6,8 @@
 // while vectors of positions pass. Fixed blocks of such chunks, added in order.
 //
 // channels_last of groups that fill registers goes another way: conv2d_grouped_grad_weight_nhwc.h.
-// Figures are in conv2d_grouped.cpp. Tried without gain: narrow groups turned within registers as in
-// conv2d_grouped_narrow.h, a row of taps and four turns at a time (0.93 to 1.25 times as fast).
+// Figures are in conv2d_grouped.cpp. Tried without gain: narrow groups turned within registers as
+// in conv2d_grouped_narrow.h, a row of taps and four turns at a time (0.93 to 1.25 times as fast).
 #include "core/parallel.h"
 #include "cpu/conv2d_grouped_grad_weight_nhwc.h"
 

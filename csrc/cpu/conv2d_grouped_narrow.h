@@ -9,7 +9,7 @@
 //
 // Reached: conv2d_grouped.cpp's table. Before it pixels were spread in L2, one register for each
 // channel of a group: a shuffle for all taps, but a register read for each multiply-add (1.4 to 1.7
-// times as long on a Xeon of 2024, with AVX2 as with AVX-512).
+// times as long on Granite Rapids, with AVX2 as with AVX-512).
 #pragma once
 
 #include "core/parallel.h"

@@ -77,7 +77,7 @@ class TileState {
 };
 
 // The operand that is not used again soon: its tiles pass L1 by, so that the other's stay there.
-enum class Stream { none, a, b };
+enum class Stream { a, b };
 
 #define TORCHOPS_LOAD_TILE(tile, from, stride, operand) \
   do {                                                  \

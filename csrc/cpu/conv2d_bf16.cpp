@@ -150,6 +150,20 @@ void store_pixels(const PairPlan& plan, bf16* const* pixels, int64_t rows, int64
   }
 }
 
+// A block of `height` pixels, from `source` on and `stride` apart, x `width` output channels.
+void multiply_pixels(const TileState& state, const PairPlan& plan, const PairWeights& weights,
+                     const bf16* source, int64_t stride, int64_t height, int64_t channel,
+                     int64_t width, float* sums) {
+  multiply_tiles<Stream::b>(state,
+                            {{source, plan.source_offsets.get(), stride, kTile * stride},
+                             weights.operand(channel, plan.weight_offsets.get()),
+                             plan.depth.chunks(),
+                             sums,
+                             kBlock,
+                             false},
+                            height > kTile ? 2 : 1, width > kTile ? 2 : 1);
+}
+
 void multiply_channels_last(const PairPlan& plan, const PairWeights& weights) {
   const Correlation& c = plan.c;
   const PixelRows rows(c, plan.depth);
@@ -200,15 +214,8 @@ void multiply_channels_last(const PairPlan& plan, const PairWeights& weights) {
                     source + (row + kBlock) * stride + (j - channel) / kBlock * share;
                 for (int64_t k = 0; k < share; k += kChunk) __builtin_prefetch(next + k);
               }
-              multiply_tiles<Stream::b>(
-                  state,
-                  {{source + row * stride, plan.source_offsets.get(), stride, kTile * stride},
-                   weights.operand(j, plan.weight_offsets.get()),
-                   plan.depth.chunks(),
-                   sums[1 - turn],
-                   kBlock,
-                   false},
-                  height > kTile ? 2 : 1, width > kTile ? 2 : 1);
+              multiply_pixels(state, plan, weights, source + row * stride, stride, height, j, width,
+                              sums[1 - turn]);
               store_last();
               last = {row, height, j, width};
               turn = 1 - turn;
@@ -327,15 +334,8 @@ void multiply_turned(const PairPlan& plan, const PairWeights& weights) {
             const int64_t height = smaller(kBlock, length - row);
             for (int64_t j = channel; j < channel + channels; j += kBlock) {
               const int64_t width = smaller(kBlock, c.columns - j);
-              multiply_tiles<Stream::b>(state,
-                                        {{source + row * rows.stride, plan.source_offsets.get(),
-                                          rows.stride, kTile * rows.stride},
-                                         weights.operand(j, plan.weight_offsets.get()),
-                                         plan.depth.chunks(),
-                                         sums,
-                                         kBlock,
-                                         false},
-                                        height > kTile ? 2 : 1, width > kTile ? 2 : 1);
+              multiply_pixels(state, plan, weights, source + row * rows.stride, rows.stride, height,
+                              j, width, sums);
               turn_block(sums, turned);
               store_planes(plan, patch, row, row + height, j, width, turned, kBlock);
             }
@@ -381,10 +381,10 @@ bool conv2d_bf16(const Conv2dParams& p) {
   if (!is_dense_bf16(s)) return false;
   const WeightByTaps weight(s, p.weight);
   const Epilogue epilogue(p);
-  multiply({without_rows(forward_correlation(s), s.channels_last), weight.data, weight.taps,
+  multiply({without_rows(forward_correlation(s), s.channels_lie_last()), weight.data, weight.taps,
             s.window_width.size, static_cast<const bf16*>(p.input),
             static_cast<const bf16*>(p.bias), static_cast<bf16*>(p.output), epilogue.get()},
-           s.channels_last, false);
+           s.channels_lie_last(), false);
   return true;
 }
 
@@ -394,10 +394,10 @@ bool conv2d_bf16_grad_input(const Conv2dGradInputParams& p) {
   const WeightByTaps weight(s, p.weight);
   for (int64_t h = 0; h < smaller(s.window_height.stride, s.in_height); ++h) {
     for (int64_t w = 0; w < smaller(s.window_width.stride, s.in_width); ++w) {
-      multiply({without_rows(grad_input_correlation(s, h, w), s.channels_last), weight.data,
+      multiply({without_rows(grad_input_correlation(s, h, w), s.channels_lie_last()), weight.data,
                 weight.taps, s.window_width.size, static_cast<const bf16*>(p.grad_output), nullptr,
                 static_cast<bf16*>(p.grad_input)},
-               s.channels_last, true);
+               s.channels_lie_last(), true);
     }
   }
   return true;

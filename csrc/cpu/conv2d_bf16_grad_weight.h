@@ -69,10 +69,11 @@ struct GradWeightInput {
   const bf16* data;
 
   GradWeightInput(const Conv2dShape& s, const void* input)
-      : pixels(s.channels_last || (s.window_width.size > 1 && s.in_channels >= kTile)),
-        copy(pixels && !s.channels_last ? s.batch * s.in_channels * s.in_height * s.in_width : 0),
+      : pixels(s.channels_lie_last() || (s.window_width.size > 1 && s.in_channels >= kTile)),
+        copy(pixels && !s.channels_lie_last() ? s.batch * s.in_channels * s.in_height * s.in_width
+                                              : 0),
         data(static_cast<const bf16*>(input)) {
-    if (!pixels || s.channels_last) return;
+    if (!pixels || s.channels_lie_last()) return;
     const int64_t channels = s.in_channels, plane = s.in_height * s.in_width;
     const int64_t strips = blocks(plane, kBlock);
     parallel_for(s.batch * strips, 65'536 / (kBlock * channels) + 1,
@@ -126,7 +127,7 @@ struct GradWeightPlan {
   explicit GradWeightPlan(const Conv2dGradWeightParams& params)
       : p(params),
         input(params.shape, params.input),
-        c(without_rows(forward_correlation(params.shape), params.shape.channels_last)),
+        c(without_rows(forward_correlation(params.shape), params.shape.channels_lie_last())),
         positions(c),
         width(c.width.taps * c.channels),
         padded_width(round_up(width, kTile)) {
@@ -175,7 +176,7 @@ class GradWeightPanels {
       const Patch patch = q_.at(first + i);
       bf16* a = rows_.get() + i * q_.length;
       bf16* b = columns_.get() + i * q_.pairs * kChunk;
-      if (plan_.p.shape.channels_last) {
+      if (plan_.p.shape.channels_lie_last()) {
         fill_rows_from_pixels(patch, row, rows, a);
       } else {
         fill_rows_from_planes(patch, row, rows, a);

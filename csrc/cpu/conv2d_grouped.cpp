@@ -151,13 +151,9 @@ class Plan {
           for (int64_t c = 0; c < p_.input_width; ++c) {
             const scalar_t* channel =
                 p_.weight + group * p_.group_stride + row * p_.row_stride + c * p_.channel_stride;
-            for (int64_t a = 0; a < taps.rows.taps; ++a) {
-              for (int64_t b = 0; b < taps.columns.taps; ++b) {
-                const scalar_t* tap = channel +
-                                      (taps.rows.tap + a * taps.rows.tap_step) * p_.tap_columns +
-                                      taps.columns.tap + b * taps.columns.tap_step;
-                for (int64_t r = 0; r < rows; ++r) *packed++ = to_acc(tap[r * p_.row_stride]);
-              }
+            for (int64_t tap = 0; tap < taps.count(); ++tap) {
+              const scalar_t* from = channel + p_.tap_offset(taps, tap);
+              for (int64_t r = 0; r < rows; ++r) *packed++ = to_acc(from[r * p_.row_stride]);
             }
           }
         });

@@ -28,6 +28,11 @@ struct Correlation {
     const int64_t width = grid.output_width.step;
     return {grid.height.phase(phase / width), grid.width.phase(phase % width)};
   }
+  // From a channel's weights to a tap of a phase.
+  int64_t tap_offset(const Taps& taps, int64_t tap) const {
+    const int64_t row = taps.rows.tap + tap / taps.columns.taps * taps.rows.tap_step;
+    return row * tap_columns + taps.columns.tap + tap % taps.columns.taps * taps.columns.tap_step;
+  }
   int64_t phases() const { return grid.output_height.step * grid.output_width.step; }
   // Of all phases; `before` gets those before each, and these at its end.
   int64_t count_taps(int64_t* before) const {

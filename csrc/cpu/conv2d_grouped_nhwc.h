@@ -191,10 +191,8 @@ class PixelPlan {
     for (int64_t phase = 0; phase < p_.phases(); ++phase) {
       const Taps taps = p_.taps(phase);
       for (int64_t tap = 0; tap < taps.count(); ++tap) {
-        const int64_t row = taps.rows.tap + tap / taps.columns.taps * taps.rows.tap_step;
-        const int64_t column = taps.columns.tap + tap % taps.columns.taps * taps.columns.tap_step;
-        const scalar_t* from = p_.weight + group * p_.group_stride + first * p_.row_stride +
-                               row * p_.tap_columns + column;
+        const scalar_t* from =
+            p_.weight + group * p_.group_stride + first * p_.row_stride + p_.tap_offset(taps, tap);
         for (int64_t c = 0; c < p_.input_width; ++c, packed += vecs(block) * L) {
           for (int64_t o = 0; o < count; ++o) {
             packed[o] = to_acc(from[o * p_.row_stride + c * p_.channel_stride]);

@@ -38,16 +38,11 @@ bool skips_pixels(const Conv2dShape& s) {
   return s.window_height.stride != 1 || s.window_width.stride != 1;
 }
 
-// Images of one pixel are the same in both formats, and channels that lie side by side are better.
-bool channels_lie_last(const Conv2dShape& s) {
-  return s.channels_last || s.in_height * s.in_width == 1;
-}
-
 // Images as channels x pixels.
 template <typename T>
 Matrix<T> images(const Conv2dShape& s, T* data, int64_t channels) {
   const int64_t plane = s.in_height * s.in_width, pixels = s.batch * plane;
-  if (channels_lie_last(s)) return {data, {channels, 1}, {pixels, channels}};
+  if (s.channels_lie_last()) return {data, {channels, 1}, {pixels, channels}};
   return {data, {channels, plane}, {pixels, 1, plane, channels * plane}};
 }
 
@@ -68,7 +63,7 @@ void multiply_images(const Conv2dShape& s, const Matrix<const T>& weight, const 
   // Pixels so few that turning their outputs over takes less than turning the weight over does.
   const bool few = weight.columns.stride == 1 && in.columns.size <= 64 &&
                    weight.columns.size > 2 * in.columns.size;
-  if (channels_lie_last(s) && !few) {
+  if (s.channels_lie_last() && !few) {
     multiply_matrices<T>(
         {transposed(in), transposed(weight), transposed(out), nullptr, bias, epilogue, true});
   } else {
@@ -156,7 +151,7 @@ bool turns_weight(const Conv2dShape& s) {
   const int64_t pixels = s.batch * s.in_height * s.in_width;
   // Else turning the result over takes longer than that saves.
   constexpr int64_t kPixelsOfRows = 4096, kPixelsOfPlanes = 512, kMostTurned = 192;
-  if (channels_lie_last(s))
+  if (s.channels_lie_last())
     return s.in_channels < s.out_channels && s.in_channels <= ProductPlan<T>::kStreamRows &&
            pixels >= kPixelsOfRows;
   return s.in_channels > s.out_channels && s.out_channels <= kMostTurned &&

@@ -19,6 +19,11 @@ struct Conv2dShape {
   int64_t batch, in_channels, in_height, in_width, out_channels, out_height, out_width, groups;
   Window window_height, window_width;
   bool weight_channels_last = false;
+
+  // Images of one pixel are the same in both formats; channels that lie side by side are better.
+  bool channels_lie_last() const {
+    return channels_last || (in_height * in_width == 1 && out_height * out_width == 1);
+  }
 };
 
 struct Conv2dParams {

@@ -20,10 +20,10 @@
 
 namespace torchops {
 
-// Two ranges, one after the other: what a pool of two threads would be given.
-// For tests/portable/avx512.
+// What tests/portable/avx512 emulates; other builds do not ask.
 Isa active_isa() { return Isa::avx512; }
 
+// Two ranges, one after the other: what a pool of two threads would be given.
 void parallel_ranges(int64_t count, int64_t, RangeFunction function, void* context) {
   function(0, count / 2, context);
   function(count / 2, count, context);

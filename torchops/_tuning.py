@@ -50,7 +50,7 @@ def _not_depthwise(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
     return weight.shape[1] > 1 or _dense(input, weight)
 
 
-_XEON = "Xeon with AMX, mb8_g2ic512ih14oc512kh3ph1"
+_GRANITE_RAPIDS = "Granite Rapids, conv2d:mb8_g2ic512ih14oc512kh3ph1, channels_last"
 
 # Whether native multiplies bfloat16 in hardware of its own (AMX tiles, vdpbf16ps), which here only
 # dense convolutions do. With AVX2 alone it does not: on Zen 3, native took 7 and 16 times our time
@@ -73,7 +73,7 @@ DEBTS: tuple[Debt, ...] = (
 )
 if _NATIVE_BFLOAT16:
     _GROUPS = "bfloat16, groups of 16 channels up"
-    DEBTS += (Debt("conv2d", "cpu", _GROUPS, _bfloat16_groups, 4.9, _XEON),)
+    DEBTS += (Debt("conv2d", "cpu", _GROUPS, _bfloat16_groups, 5.6, _GRANITE_RAPIDS),)
 
 
 def indebted(operator: str) -> bool:

@@ -13,13 +13,15 @@
 // Reached on Granite Rapids with AMX, native's time over ours, forward and backward with both
 // gradients, geometric means and worst of ResNet-50's shapes at batch 8 (torchops bench --suite
 // resnet50 --dtype bf16 --layout contiguous,channels_last --threads 1 --quick):
-//   3x3 and 7x7, channels_last   1.04, worst 0.64   1.41, worst 1.03
-//   1x1, channels_last           1.08, worst 0.74   1.29, worst 1.07
-//   3x3 and 7x7, contiguous      1.36, worst 0.94   1.24, worst 0.95
-//   1x1, contiguous              2.51, worst 1.82   1.81, worst 1.08
-// Blocks of 32 x 32 alone reach 3.2 TFLOP/s from L2, a convolution 0.9 to 1.8: the rest is memory.
-// The two worst write four times as much as they read, or more, and wait for it.
-// vdpbf16ps has not been timed where it is the best there is, on Zen 4; here it does 0.1 TFLOP/s.
+//   3x3 and 7x7, channels_last   1.05, worst 0.63   1.37, worst 1.04
+//   1x1, channels_last           1.08, worst 0.74   1.29, worst 1.04
+//   3x3 and 7x7, contiguous      1.33, worst 0.96   1.23, worst 0.99
+//   1x1, contiguous              2.38, worst 1.73   1.69, worst 1.07
+// Forward, 0.2 to 1.4 TFLOP/s of bf16 gemm's 1.2: the rest is memory. The two worst write four
+// times as much as they read, or more, and wait for it. vdpbf16ps has not been timed where it is
+// the best there is, on Zen 4. Here it does 0.1 TFLOP/s, and against native's
+// (ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 TORCHOPS_CPU_ISA=avx512, the same command for
+// conv1x1:mb8_ic480ih14oc192 and conv2d:mb8_ic128ih28oc128kh3ph1) 0.98 to 1.02 and 0.87 to 0.91.
 // Tried without gain: fetching the next patch's source during this one's products, blocks of the
 // depth whose sums go through memory, rows of 1 KB stored at once.
 #include "cpu/conv2d_bf16.h"

@@ -15,9 +15,9 @@
 //   conv2d:mb8_g32ic512ih14oc512kh3ph1     1.49 / 1.35   1.10 / 1.32
 //   conv2d:mb8_g3ic72ih33iw75oc72kh3ph1    0.85 / 1.25   1.02 / 1.84
 // On Granite Rapids (AVX-512), where native is faster:
-//   conv2d:mb8_g32ic128ih56oc128kh3ph1     1.93 / 2.07   4.10 / 1.85
-//   conv2d:mb8_g32ic256ih28oc256kh3ph1     1.26 / 1.26   1.26 / 1.15
-//   conv2d:mb8_g24ic72ih33iw75oc72kh3ph1      - / 2.73      - / 1.95
+//   conv2d:mb8_g32ic128ih56oc128kh3ph1     2.03 / 1.94   3.93 / 2.02
+//   conv2d:mb8_g32ic256ih28oc256kh3ph1     1.24 / 1.14   1.37 / 1.20
+//   conv2d:mb8_g24ic72ih33iw75oc72kh3ph1   5.58 / 2.80   6.82 / 1.91
 //
 // Made no difference: 16 channels a unit in channels_last instead of 32. Did not pay: planes
 // loaded one after the other where their rows are on their way to the cache (1.05 to 1.08x slower).

@@ -10,10 +10,10 @@
 //
 // Times of native over ours on Zen 3, then on Granite Rapids, fp32, contiguous / channels_last
 // (torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
-//   max_pool2d:mb8_ic64ih112kh3sh2ph1      14.8 / 1.5     12.3 / 2.0
-//   max_pool2d:mb8_ic256ih56kh2sh2         10.1 / 1.03     9.6 / 2.2
-//   max_pool2d:mb8_ic200ih33kh3sh1ph1      16.0 / 1.8     16.9 / 2.5
-//   max_pool2d:mb8_ic256ih28kh5sh1ph2      32.7 / 3.2     26.3 / 5.0
+//   max_pool2d:mb8_ic64ih112kh3sh2ph1      14.8 / 1.5     12.4 / 2.1
+//   max_pool2d:mb8_ic256ih56kh2sh2         10.1 / 1.03     8.6 / 2.4
+//   max_pool2d:mb8_ic200ih33kh3sh1ph1      16.0 / 1.8     14.5 / 2.5
+//   max_pool2d:mb8_ic256ih28kh5sh1ph2      32.7 / 3.2     25.0 / 5.0
 // The second, channels_last, moves 7.8 GB/s on Zen 3, where a copy moves 12.6.
 // Slower: converting half types into rows of fp32 first; wide windows one pixel at a time, in the
 // order of memory, or the whole window in registers.

@@ -119,7 +119,7 @@ def test_the_modes_and_the_table_decide(pair, input, monkeypatch):
         pair[0](input)
     assert len(calls) == 1
     debt = _tuning.Debt(calls[0], "cpu", "all", lambda *args, **kwargs: True, 2.0, "nowhere")
-    monkeypatch.setattr(_drop_in._tuning, "DEBTS", (debt,))
+    monkeypatch.setattr(_drop_in._tuning, "DEBTS", _tuning.by_operator(debt))
     with torchops.backend("auto"):
         pair[0](input)
     assert len(calls) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from itertools import chain
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def info() -> Info:
                 "ratio": debt.ratio,
                 "measured": debt.measured,
             }
-            for debt in _tuning.DEBTS
+            for debt in chain(*_tuning.DEBTS.values())
         ],
     )
 

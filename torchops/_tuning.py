@@ -50,7 +50,7 @@ def _not_depthwise(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
     return weight.shape[1] > 1 or _dense(input, weight)
 
 
-_GRANITE_RAPIDS = "Granite Rapids, conv2d:mb8_g2ic512ih14oc512kh3ph1, channels_last"
+_GRANITE_RAPIDS = "Granite Rapids, mb8_g2ic512ih14oc512kh3ph1"
 
 # Whether native multiplies bfloat16 in hardware of its own (AMX tiles, vdpbf16ps), which here only
 # dense convolutions do. With AVX2 alone it does not: on Zen 3, native took 7 and 16 times our time
@@ -65,27 +65,35 @@ _NATIVE_BFLOAT16 = torch.cpu._is_avx512_supported() or not torch.cpu._is_avx2_su
 # TFLOP/s in float32: 7.4.
 _CALCULATED = "calculated, H100"
 
-DEBTS: tuple[Debt, ...] = (
+_ON_CUDA = (
     Debt("conv2d", "cuda", "16 bits, all but depthwise", _half, 2.0, _CALCULATED),
     Debt("conv1x1", "cuda", "16 bits", _half, 2.0, _CALCULATED),
     Debt("conv2d", "cuda", "float32, float64, all but depthwise", _full, 7.4, _CALCULATED),
     Debt("conv1x1", "cuda", "float32, float64", _full, 7.4, _CALCULATED),
 )
-if _NATIVE_BFLOAT16:
-    _GROUPS = "bfloat16, groups of 16 channels up"
-    DEBTS += (Debt("conv2d", "cpu", _GROUPS, _bfloat16_groups, 5.6, _GRANITE_RAPIDS),)
+_GROUPS = "bfloat16, groups of 16 channels up"
+_ON_CPU = (Debt("conv2d", "cpu", _GROUPS, _bfloat16_groups, 5.6, _GRANITE_RAPIDS),)
 
 
-def indebted(operator: str) -> bool:
-    """Whether the table has any family of this operator."""
-    return any(debt.operator == operator for debt in DEBTS)
+def by_operator(*debts: Debt) -> dict[str, list[Debt]]:
+    """Keyed, because every call of an operator asks, and most operators have no debt."""
+    table: dict[str, list[Debt]] = {}
+    for debt in debts:
+        table.setdefault(debt.operator, []).append(debt)
+    return table
+
+
+DEBTS = by_operator(*_ON_CUDA, *(_ON_CPU if _NATIVE_BFLOAT16 else ()))
 
 
 def prefers_native(operator: str, *args: Any, **kwargs: Any) -> bool:
     """Whether the table hands this call to native. Asked in mode "auto" only."""
+    if operator not in DEBTS:
+        return False
     input = args[0] if args else kwargs["input"]
-    for debt in DEBTS:
-        if debt.operator == operator and debt.device == input.device.type:
+    device = input.device.type
+    for debt in DEBTS[operator]:
+        if debt.device == device:
             try:
                 if debt.applies(*args, **kwargs):
                     return True

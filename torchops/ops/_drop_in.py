@@ -59,7 +59,7 @@ def trains(operator: str, input: Any) -> bool:
         _plain(input)
         and is_grad_enabled()
         and input.requires_grad
-        and (_backend.mode == "own" or (_backend.mode == "auto" and not _tuning.indebted(operator)))
+        and (_backend.mode == "own" or (_backend.mode == "auto" and operator not in _tuning.DEBTS))
     )
 
 

@@ -1,5 +1,6 @@
 """Pool layers go straight to their Function in the commonest call, convolution and batch-norm in
-evaluation straight to their kernel; in all others they must not."""
+evaluation straight to their kernel, batch-norm in training past two outputs; in all others they
+must not."""
 
 import importlib
 
@@ -199,3 +200,19 @@ def test_inference_refuses_in_native_words(block, input):
     with torch.no_grad(), torchops.backend("own"), pytest.raises(RuntimeError) as ours:
         block(bad)
     assert str(ours.value) == str(native.value)
+
+
+# ---- batch-norm in training ---------------------------------------------------------------------
+
+
+def test_batch_norm_in_training_goes_the_short_way_where_the_input_requires_grad(input):
+    short = "BatchNormBackwardOnly"
+    norm = tnn.BatchNorm2d(3, activation="silu").double()
+    gradients = {}
+    for way, x in ((short, input), ("BatchNormAndUpdateFunction", input.detach())):
+        output = norm(x)
+        assert type(output.grad_fn).__name__.startswith(way)
+        gradients[way] = torch.autograd.grad(output.square().sum(), list(norm.parameters()))
+    torch.testing.assert_close(*gradients.values(), rtol=0, atol=0)
+    norm.track_running_stats = False
+    assert short not in type(norm(input).grad_fn).__name__

@@ -25,8 +25,8 @@ namespace {
 constexpr int kPairs = 2;  // images that are read at once
 
 // Over kImages runs of `length` elements, `stride` apart, of channel c.
-template <int kImages, typename T, typename G>
-[[gnu::noinline]] Sums run_sums(Sources<T, G> from, Affine<T> affine, int64_t c, int64_t stride,
+template <int kImages, typename T, typename G, typename C>
+[[gnu::noinline]] Sums run_sums(Sources<T, G, C> from, Affine<T> affine, int64_t c, int64_t stride,
                                 int64_t length, T* kept) {
   const AffineLanes<false, T> lanes(affine, c);
   Vec<T> gradient[4] = {}, product[4] = {};
@@ -52,12 +52,16 @@ void add_run_sums(const Call<T>& call, const Affine<T>& affine, int64_t c, int64
   const int64_t stride = call.p.shape.channels * call.p.shape.pixels;
   T* kept = call.kept ? call.kept + offset : nullptr;
   if (!call.curve && images == kPairs) {
-    return sums.add(run_sums<kPairs>(call.at(offset), affine, c, stride, length, kept));
+    return call.with_sources(offset, false, [&](const auto& from) {
+      sums.add(run_sums<kPairs>(from, affine, c, stride, length, kept));
+    });
   }
   for (int64_t n = 0; n < images; ++n, offset += stride) {
     kept = call.kept ? call.kept + offset : nullptr;
     if (!call.curve) {
-      sums.add(run_sums<1>(call.at(offset), affine, c, stride, length, kept));
+      call.with_sources(offset, false, [&](const auto& from) {
+        sums.add(run_sums<1>(from, affine, c, stride, length, kept));
+      });
       continue;
     }
     for (int64_t i = 0; i < length; i += kStrip) {
@@ -114,8 +118,8 @@ struct RowSums {
 };
 
 // Adds `length` elements of each of kCount rows, `stride` apart.
-template <int kCount, typename T, typename G>
-[[gnu::noinline]] void add_rows(Sources<T, G> from, Affine<T> affine, int64_t c0, int64_t stride,
+template <int kCount, typename T, typename G, typename C>
+[[gnu::noinline]] void add_rows(Sources<T, G, C> from, Affine<T> affine, int64_t c0, int64_t stride,
                                 int64_t length, T* kept, bool past_cache, RowSums<T> sums) {
   using A = acc_t<T>;
   const AffineLanes<true, T> lanes(affine, c0);
@@ -144,12 +148,16 @@ void add_row_sums(const Call<T>& call, const Affine<T>& affine, int64_t offset, 
                   int64_t stride, int64_t length, bool past_cache, const RowSums<T>& sums) {
   T* kept = call.kept ? call.kept + offset : nullptr;
   if (!call.curve && count == kStreams) {
-    return add_rows<kStreams>(call.at(offset), affine, 0, stride, length, kept, past_cache, sums);
+    return call.with_sources(offset, false, [&](const auto& from) {
+      add_rows<kStreams>(from, affine, 0, stride, length, kept, past_cache, sums);
+    });
   }
   for (int64_t n = 0; n < count; ++n, offset += stride) {
     kept = call.kept ? call.kept + offset : nullptr;
     if (!call.curve) {
-      add_rows<1>(call.at(offset), affine, 0, stride, length, kept, past_cache, sums);
+      call.with_sources(offset, false, [&](const auto& from) {
+        add_rows<1>(from, affine, 0, stride, length, kept, past_cache, sums);
+      });
       continue;
     }
     for (int64_t i = 0; i < length; i += kStrip) {
@@ -306,7 +314,7 @@ void backward_slabs(const Call<T>& call) {
         of_channel.prepare(p, k, first + k);
         totals.get()[k] = {};
       }
-      spread_all(0, 3);
+      spread_all(0, call.straight ? 1 : 3);  // z is not needed
       if (call.first_pass) slab_sums(call, of.affine, slabs, first, count, sums, totals.get());
       for (int64_t k = 0; k < count; ++k) of_channel.finish(p, k, first + k, totals.get()[k]);
       if (!call.grad_input) continue;

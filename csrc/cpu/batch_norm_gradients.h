@@ -58,18 +58,22 @@ struct Channels {
   }
 };
 
-// Where the first pass takes the gradient before the activation from: grad_output, in T, or in
-// acc_t where a curve has been applied to it.
-template <typename T, typename G>
+// No activation, or one whose gradient has been taken already: z is not needed.
+struct Straight {};
+
+// Where a pass takes the gradient before the activation from: grad_output, in T and behind a Clamp,
+// or what has been computed of it, in T or acc_t.
+template <typename T, typename G, typename C>
 struct Sources {
   const G* gradient;
   const T* input;
   const T* residual;  // null where z is not needed, too
-  Clamp<T> clamp;
+  C clamp;
 
   Sources shifted(int64_t offset) const {
     return {gradient + offset, input + offset, residual ? residual + offset : nullptr, clamp};
   }
+  Sources<T, G, Straight> straight() const { return {gradient, input, nullptr, {}}; }
 };
 
 template <typename T>
@@ -80,7 +84,7 @@ struct Call {
   const T* residual;
   T* grad_input;
   Clamp<T> clamp;
-  bool curve, first_pass;
+  bool straight, curve, first_pass;
   T* kept;  // where the first pass leaves h and the second one finds it, or null
 
   explicit Call(const BatchNormBackwardParams& params)
@@ -90,6 +94,7 @@ struct Call {
         residual(static_cast<const T*>(p.residual)),
         grad_input(static_cast<T*>(p.grad_input)),
         clamp(p.activation),
+        straight(p.activation == Activation::none),
         curve(is_curve(p.activation)),
         first_pass(p.grad_weight || p.grad_bias || p.grad_residual || (p.training && p.grad_input)),
         kept(static_cast<T*>(p.grad_residual)) {
@@ -106,17 +111,27 @@ struct Call {
     return grad_input != kept && streams(grad_input, length, alignment);
   }
 
-  Sources<T, T> at(int64_t offset) const {
-    return Sources<T, T>{grad_output, input, residual, clamp}.shifted(offset);
+  Sources<T, T, Clamp<T>> at(int64_t offset) const {
+    return Sources<T, T, Clamp<T>>{grad_output, input, residual, clamp}.shifted(offset);
   }
+  // f(sources) of a pass from `offset` on, which is no curve's.
+  template <typename F>
+  void with_sources(int64_t offset, bool from_kept, const F& f) const {
+    if (from_kept) return f(Sources<T, T, Straight>{kept + offset, input + offset, nullptr, {}});
+    straight ? f(at(offset).straight()) : f(at(offset));
+  }
+  // Whether the first pass has left h beside grad_input.
+  bool keeps() const { return kept && kept != grad_input; }
 };
+
+template <typename T> using Bent = Sources<T, acc_t<T>, Straight>;
 
 // The gradient before an activation that is a curve, of at most kStrip elements from `offset` on.
 template <bool kPerLane, typename T>
-[[gnu::noinline]] Sources<T, acc_t<T>> bend(const Call<T>& call, const Affine<T>& affine, int64_t c,
-                                            int64_t offset, int64_t length, acc_t<T>* buffer) {
+[[gnu::noinline]] Bent<T> bend(const Call<T>& call, const Affine<T>& affine, int64_t c,
+                               int64_t offset, int64_t length, acc_t<T>* buffer) {
   acc_t<T> preactivation[kStrip];
-  const Sources<T, T> at = call.at(offset);
+  const auto at = call.at(offset);
   const AffineLanes<kPerLane, T> lanes(affine, c);
   for_each_step<T>(length, [&](int64_t i, int n) __attribute__((always_inline)) {
     Vec<T> centered[2], z[2], g[2];
@@ -132,62 +147,73 @@ template <bool kPerLane, typename T>
 }
 
 // A step of the gradient before the activation, and of (x - mean).
-template <bool kPerLane, typename T, typename G>
-[[gnu::always_inline]] inline void differentiate(const Sources<T, G>& from,
+template <bool kPerLane, typename T, typename G, typename C>
+[[gnu::always_inline]] inline void differentiate(const Sources<T, G, C>& from,
                                                  const AffineLanes<kPerLane, T>& lanes, int64_t i,
                                                  int n, Vec<T> (&h)[2], Vec<T> (&centered)[2]) {
-  Vec<T> z[2];
-  preactivate(lanes, i, n, from.input, from.residual, centered, z);
   load_two(from.gradient + i, n, h);
-  for (int u = 0; u < 2; ++u) h[u] = from.clamp.gradient(h[u], z[u]);
+  if constexpr (std::is_same_v<C, Straight>) {
+    load_two(from.input + i, n, centered);
+    for (int u = 0; u < 2; ++u) centered[u] -= lanes.mean.at(i + u * kLanes<T>);
+  } else {
+    Vec<T> z[2];
+    preactivate(lanes, i, n, from.input, from.residual, centered, z);
+    for (int u = 0; u < 2; ++u) h[u] = from.clamp.gradient(h[u], z[u]);
+  }
 }
 
+// A step of grad_input.
+template <bool kPerLane, typename T>
+struct GradInputLanes {
+  AffineLanes<kPerLane, T> affine;
+  Lanes<kPerLane, T> gradient, slope, constant;
+
+  GradInputLanes(const Channels<T>& channels, int64_t c)
+      : affine(channels.affine, c),
+        gradient(channels.slopes.gradient, c),
+        slope(channels.slopes.centered, c),
+        constant(channels.slopes.constant, c) {}
+
+  template <typename G, typename C>
+  [[gnu::always_inline]] void value(const Sources<T, G, C>& from, int64_t i, int n, bool training,
+                                    Vec<T> (&v)[2]) const {
+    Vec<T> h[2], centered[2];
+    differentiate(from, affine, i, n, h, centered);
+    for (int u = 0; u < 2; ++u) {
+      const int64_t at = i + u * kLanes<T>;
+      v[u] = h[u] * gradient.at(at);
+      if (training) v[u] += centered[u] * slope.at(at) + constant.at(at);
+    }
+  }
+};
+
 // The second pass, over a run of memory.
-template <bool kPerLane, typename T, typename G>
-[[gnu::noinline]] void write_grad_input(Sources<T, G> from, const Channels<T>& channels, int64_t c,
-                                        T* output, int64_t length, bool training, bool past_cache) {
-  const AffineLanes<kPerLane, T> lanes(channels.affine, c);
-  const Slopes<T>& slopes = channels.slopes;
-  const Lanes<kPerLane, T> gradient(slopes.gradient, c), slope(slopes.centered, c),
-      constant(slopes.constant, c);
+template <bool kPerLane, typename T, typename G, typename C>
+[[gnu::noinline]] void write_grad_input(Sources<T, G, C> from, const Channels<T>& channels,
+                                        int64_t c, T* output, int64_t length, bool training,
+                                        bool past_cache) {
+  const GradInputLanes<kPerLane, T> lanes(channels, c);
   write_steps(output, length, past_cache,
-              [&](int64_t i, int n, Vec<T>(&v)[2]) __attribute__((always_inline)) {
-                Vec<T> h[2], centered[2];
-                differentiate(from, lanes, i, n, h, centered);
-                for (int u = 0; u < 2; ++u) {
-                  const int64_t at = i + u * kLanes<T>;
-                  v[u] = h[u] * gradient.at(at);
-                  if (training) v[u] += centered[u] * slope.at(at) + constant.at(at);
-                }
-              });
+              [&](int64_t i, int n, Vec<T>(&v)[2])
+                  __attribute__((always_inline)) { lanes.value(from, i, n, training, v); });
 }
 
 // The same over rows of channels: `count` of each of kCount streams, `stride` apart.
-template <int kCount, typename T>
-[[gnu::noinline]] void write_grad_input_rows(Sources<T, T> from, const Channels<T>& channels,
+template <int kCount, typename T, typename C>
+[[gnu::noinline]] void write_grad_input_rows(Sources<T, T, C> from, const Channels<T>& channels,
                                              T* output, int64_t stride, int64_t count,
                                              int64_t length, bool training, bool past_cache) {
-  const AffineLanes<true, T> lanes(channels.affine, 0);
-  const Slopes<T>& slopes = channels.slopes;
-  const Lanes<true, T> gradient(slopes.gradient, 0), slope(slopes.centered, 0),
-      constant(slopes.constant, 0);
-  write_rows<kCount>(output, stride, count, length, past_cache,
-                     [&](int64_t at, int64_t i, int n, Vec<T>(&v)[2])
-                         __attribute__((always_inline)) {
-                           Vec<T> h[2], centered[2];
-                           differentiate(from.shifted(at), lanes, i, n, h, centered);
-                           for (int u = 0; u < 2; ++u) {
-                             const int64_t lane = i + u * kLanes<T>;
-                             v[u] = h[u] * gradient.at(lane);
-                             if (training) v[u] += centered[u] * slope.at(lane) + constant.at(lane);
-                           }
-                         });
+  const GradInputLanes<true, T> lanes(channels, 0);
+  write_rows<kCount>(
+      output, stride, count, length, past_cache,
+      [&](int64_t at, int64_t i, int n, Vec<T>(&v)[2])
+          __attribute__((always_inline)) { lanes.value(from.shifted(at), i, n, training, v); });
 }
 
 // What the first pass left in grad_input: out of the way of its second pass, which may write an
 // element twice.
 template <typename T>
-Sources<T, acc_t<T>> lift(const Call<T>& call, int64_t offset, int64_t length, acc_t<T>* buffer) {
+Bent<T> lift(const Call<T>& call, int64_t offset, int64_t length, acc_t<T>* buffer) {
   std::memcpy(buffer, call.kept + offset, length * sizeof(acc_t<T>));
   for (int64_t i = 0; i < length; i += kStep<T>) {
     prefetch_step(call.kept + offset + i + kStrip);
@@ -200,20 +226,18 @@ template <bool kPerLane, typename T>
 void second_pass(const Call<T>& call, const Channels<T>& channels, int64_t c, int64_t offset,
                  int64_t length, bool past_cache) {
   T* output = call.grad_input + offset;
-  Sources<T, T> from = call.at(offset);
-  const bool lifts = call.kept == call.grad_input, residual = call.kept && !lifts;
-  if (residual) from = {call.kept + offset, from.input, nullptr, {}};
-  if (residual || !call.curve) {
-    return write_grad_input<kPerLane>(from, channels, c, output, length, call.p.training,
-                                      past_cache);
+  if (call.keeps() || !call.curve) {
+    return call.with_sources(offset, call.keeps(), [&](const auto& from) {
+      write_grad_input<kPerLane>(from, channels, c, output, length, call.p.training, past_cache);
+    });
   }
   for (int64_t i = 0; i < length; i += kStrip) {
     acc_t<T> buffer[kStrip];
     const int64_t strip = min(kStrip, length - i);
     const int64_t channel = kPerLane ? c + i : c;
     const auto bent =
-        lifts ? lift(call, offset + i, strip, buffer)
-              : bend<kPerLane>(call, channels.affine, channel, offset + i, strip, buffer);
+        call.kept ? lift(call, offset + i, strip, buffer)
+                  : bend<kPerLane>(call, channels.affine, channel, offset + i, strip, buffer);
     write_grad_input<kPerLane>(bent, channels, channel, output + i, strip, call.p.training,
                                past_cache);
   }
@@ -223,12 +247,11 @@ void second_pass(const Call<T>& call, const Channels<T>& channels, int64_t c, in
 template <int kCount, typename T>
 void second_pass_rows(const Call<T>& call, const Channels<T>& channels, int64_t offset,
                       int64_t stride, int64_t count, int64_t length, bool past_cache) {
-  const bool residual = call.kept && call.kept != call.grad_input;
-  if (residual || !call.curve) {
-    Sources<T, T> from = call.at(offset);
-    if (residual) from = {call.kept + offset, from.input, nullptr, {}};
-    return write_grad_input_rows<kCount>(from, channels, call.grad_input + offset, stride, count,
-                                         length, call.p.training, past_cache);
+  if (call.keeps() || !call.curve) {
+    return call.with_sources(offset, call.keeps(), [&](const auto& from) {
+      write_grad_input_rows<kCount>(from, channels, call.grad_input + offset, stride, count, length,
+                                    call.p.training, past_cache);
+    });
   }
   for (int64_t row = 0; row < count; ++row) {
     for (int s = 0; s < kCount; ++s)

@@ -24,20 +24,23 @@ struct Slabs {
     count = ceil_div(shape.channels, channels);
     length = channels * pixels;
   }
-  // Of arrays with a number for each element.
-  template <typename T> int64_t padded() const { return ceil_div(length, kStep<T>) * kStep<T>; }
+  // Of arrays with a number for each element, which spread may write a register past.
+  template <typename T> int64_t padded() const {
+    return ceil_div(length + kLanes<T>, kStep<T>) * kStep<T>;
+  }
 };
 
 inline bool takes_slabs(const BatchNormShape& shape, bool curve) {
   return shape.pixels <= (curve ? kSmallCurvedPlane : kSmallPlane) && shape.batch > 1;
 }
 
-// numbers[k] for each of `channels` channels -> to[k * pixels + i] for each pixel.
+// numbers[k] for each of `channels` channels -> to[k * pixels + i] for each pixel, in registers, the
+// last of which the next channel overwrites.
 template <typename A>
 inline void spread(const A* numbers, int64_t channels, int64_t pixels, A* to) {
-  for (int64_t k = 0; k < channels; ++k) {
-    const A number = numbers[k];
-    for (int64_t i = 0; i < pixels; ++i) *to++ = number;
+  for (int64_t k = 0; k < channels; ++k, to += pixels) {
+    const Vec<A> number = broadcast<A>(numbers[k]);
+    for (int64_t i = 0; i < pixels; i += kLanes<A>) store(to + i, number);
   }
 }
 

@@ -16,7 +16,6 @@ from torchops.ops import _batch_norm_rules as rules
 from torchops.ops._activation import ACTIVATIONS, activation_number
 from torchops.ops._autograd import (
     Function,
-    call_operator,
     kernel,
     only_backward,
     operator,
@@ -28,9 +27,8 @@ from torchops.ops._autograd import (
 from torchops.ops._batch_norm_rules import BIAS, INPUT, RESIDUAL, WEIGHT
 from torchops.ops._drop_in import drop_in
 
-_and_update = operator("batch_norm_and_update")._handle
+_and_update = kernel("batch_norm_and_update")
 _update = operator("batch_norm_update")
-_BelowADInplaceOrView = torch._C._AutoDispatchBelowADInplaceOrView
 
 
 def native_batch_norm(
@@ -242,8 +240,7 @@ class BatchNormAndUpdateFunction(BatchNormFunction):
     @staticmethod
     def forward(*args):
         increment_version(args[6:8])  # the running statistics
-        with _BelowADInplaceOrView():
-            return call_operator(_and_update, *args)
+        return _and_update(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -201,10 +201,25 @@ template <typename T>
   });
 }
 
+// Two arrays with elements of `bytes` bytes that will soon be read; they need not exist.
+struct Ahead {
+  const void* first;
+  const void* second;
+  int64_t bytes;
+};
+
+// Memory is asked for while the curve is computed: asked for in front of it, it kept others
+// waiting.
 template <typename T>
-[[gnu::noinline]] void curve_gradients(Activation activation, T* g, const T* z, int64_t length) {
+[[gnu::noinline]] void curve_gradients(Activation activation, T* g, const T* z, int64_t length,
+                                       const Ahead& ahead) {
+  const char *first = static_cast<const char*>(ahead.first),
+             *second = static_cast<const char*>(ahead.second);
+  const int64_t bytes = ahead.bytes;
   dispatch_curve(activation, [&](auto curve) {
     for (int64_t i = 0; i < length; i += kLanes<T>) {
+      __builtin_prefetch(first + i * bytes);
+      __builtin_prefetch(second + i * bytes);
       store(g + i, curve.gradient(load(g + i), load(z + i)));
     }
   });

@@ -135,14 +135,13 @@ template <bool kPerLane, typename T>
   const AffineLanes<kPerLane, T> lanes(affine, c);
   for_each_step<T>(length, [&](int64_t i, int n) __attribute__((always_inline)) {
     Vec<T> centered[2], z[2], g[2];
-    prefetch_step(at.input + i + kStrip);
-    prefetch_step(at.gradient + i + kStrip);
     preactivate(lanes, i, n, at.input, at.residual, centered, z);
     load_two(at.gradient + i, n, g);
     store_two(preactivation + i, z, false);
     store_two(buffer + i, g, false);
   });
-  curve_gradients(call.p.activation, buffer, preactivation, length);
+  const Ahead ahead{at.gradient + kStrip, at.input + kStrip, sizeof(T)};
+  curve_gradients(call.p.activation, buffer, preactivation, length, ahead);
   return {buffer, at.input, nullptr, {}};
 }
 

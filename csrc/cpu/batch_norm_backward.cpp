@@ -79,10 +79,12 @@ void backward_planes(const Call<T>& call) {
   const BatchNormShape& shape = p.shape;
   const int64_t slab = slab_channels<T>(shape), slabs = ceil_div(shape.channels, slab);
   const bool stream = call.streams_grad_input(shape.pixels, 4);
+  const double share = share_of_element(shape);
   parallel_for(
       slabs, grain_for(slab * shape.batch * shape.pixels), [&](int64_t begin, int64_t end) {
         acc_t<T> numbers[6 * kMaxSlabChannels];
-        const Channels<T> channels(numbers, kMaxSlabChannels);
+        double invstds[kMaxSlabChannels];
+        const Channels<T> channels(numbers, kMaxSlabChannels, invstds);
         for (int64_t first = begin * slab; first < min(end * slab, shape.channels); first += slab) {
           const int64_t count = min(slab, shape.channels - first);
           Sums sums[kMaxSlabChannels];
@@ -94,7 +96,7 @@ void backward_planes(const Call<T>& call) {
                                                 sums[k]);
                                  });
           }
-          for (int64_t k = 0; k < count; ++k) channels.finish(p, k, first + k, sums[k]);
+          for (int64_t k = 0; k < count; ++k) channels.finish(p, k, first + k, sums[k], share);
           if (!call.grad_input) continue;
           // The images that were read last are the likeliest to be in the cache.
           for (int64_t n = shape.batch; n-- > 0;) {
@@ -236,14 +238,15 @@ void backward_rows(const Call<T>& call) {
   const int64_t padded = rows.padded<T>();
   const Scratch<acc_t<T>> numbers(6 * padded);
   numbers.zero();  // as in apply_with
-  const Scratch<double> totals(2 * rows.channels);
-  const Channels<T> of(numbers.get(), padded);
+  const Scratch<double> totals(2 * rows.channels), invstds(rows.channels);
+  const Channels<T> of(numbers.get(), padded, invstds.get());
+  const double share = share_of_element(p.shape);
   for (int64_t c = 0; c < rows.channels; ++c) of.prepare(p, c, c);
   for (int64_t i = 0; i < 3; ++i) repeat_over_row(rows, numbers.get() + i * padded);
   totals.zero();
   if (call.first_pass) row_sums(call, of.affine, rows, totals.get());
   for (int64_t c = 0; c < rows.channels; ++c) {
-    of.finish(p, c, c, Sums{totals.get()[c], totals.get()[rows.channels + c]});
+    of.finish(p, c, c, Sums{totals.get()[c], totals.get()[rows.channels + c]}, share);
   }
   for (int64_t i = 3; i < 6; ++i) repeat_over_row(rows, numbers.get() + i * padded);
   if (!call.grad_input) return;
@@ -296,11 +299,14 @@ void backward_slabs(const Call<T>& call) {
   const BatchNormShape& shape = p.shape;
   const Slabs slabs(shape);
   const int64_t padded = slabs.padded<T>(), image = shape.channels * shape.pixels;
+  const double share = share_of_element(shape);
   parallel_for(slabs.count, grain_for(slabs.length * shape.batch), [&](int64_t begin, int64_t end) {
     const Scratch<acc_t<T>> numbers(6 * slabs.channels), spread_numbers(8 * padded);
     const Scratch<Sums> totals(slabs.channels);
+    const Scratch<double> invstds(slabs.channels);
     spread_numbers.zero();  // as in apply_with
-    const Channels<T> of_channel(numbers.get(), slabs.channels), of(spread_numbers.get(), padded);
+    const Channels<T> of_channel(numbers.get(), slabs.channels, invstds.get());
+    const Channels<T> of(spread_numbers.get(), padded, nullptr);
     const RowSums<T> sums{spread_numbers.get() + 6 * padded, spread_numbers.get() + 7 * padded};
     for (int64_t first = begin * slabs.channels; first < min(end * slabs.channels, shape.channels);
          first += slabs.channels) {
@@ -316,7 +322,8 @@ void backward_slabs(const Call<T>& call) {
       }
       spread_all(0, call.straight ? 1 : 3);  // z is not needed
       if (call.first_pass) slab_sums(call, of.affine, slabs, first, count, sums, totals.get());
-      for (int64_t k = 0; k < count; ++k) of_channel.finish(p, k, first + k, totals.get()[k]);
+      for (int64_t k = 0; k < count; ++k)
+        of_channel.finish(p, k, first + k, totals.get()[k], share);
       if (!call.grad_input) continue;
       spread_all(3, 6);
       // The images that were read last are the likeliest to be in the cache.

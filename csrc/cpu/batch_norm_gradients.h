@@ -29,34 +29,39 @@ template <typename T>
 struct Channels {
   Affine<T> affine;
   Slopes<T> slopes;
+  double* invstd;  // for prepare and finish
 
   // Six arrays of `channels` numbers.
-  Channels(acc_t<T>* numbers, int64_t channels)
+  Channels(acc_t<T>* numbers, int64_t channels, double* invstds)
       : affine{numbers, numbers + channels, numbers + 2 * channels},
-        slopes{numbers + 3 * channels, numbers + 4 * channels, numbers + 5 * channels} {}
+        slopes{numbers + 3 * channels, numbers + 4 * channels, numbers + 5 * channels},
+        invstd(invstds) {}
 
   void prepare(const BatchNormBackwardParams& p, int64_t slot, int64_t c) const {
-    const double invstd = 1 / ::sqrt(channel_value(p.var, c, 1) + p.eps);
-    affine.set(slot, channel_value(p.mean, c, 0), invstd, channel_value(p.weight, c, 1),
+    invstd[slot] = 1 / ::sqrt(channel_value(p.var, c, 1) + p.eps);
+    affine.set(slot, channel_value(p.mean, c, 0), invstd[slot], channel_value(p.weight, c, 1),
                channel_value(p.bias, c, 0));
   }
 
-  // Writes the channel's grad_weight and grad_bias, and sets its slopes.
-  void finish(const BatchNormBackwardParams& p, int64_t slot, int64_t c, const Sums& sums) const {
-    const double mean = channel_value(p.mean, c, 0);
-    const double invstd = 1 / ::sqrt(channel_value(p.var, c, 1) + p.eps);
-    const double scale = channel_value(p.weight, c, 1) * invstd;
-    const double lost = mean - affine.mean[slot];
+  // Writes the channel's grad_weight and grad_bias, and sets its slopes. `share` is one over the
+  // number of its elements.
+  void finish(const BatchNormBackwardParams& p, int64_t slot, int64_t c, const Sums& sums,
+              double share) const {
+    const double scale = channel_value(p.weight, c, 1) * invstd[slot];
+    const double lost = channel_value(p.mean, c, 0) - affine.mean[slot];
     const double product = sums.product - lost * sums.gradient;
-    if (p.grad_weight) set_channel_value(p.grad_weight, p.weight.dtype, c, product * invstd);
+    if (p.grad_weight) set_channel_value(p.grad_weight, p.weight.dtype, c, product * invstd[slot]);
     if (p.grad_bias) set_channel_value(p.grad_bias, p.bias.dtype, c, sums.gradient);
-    const double count = static_cast<double>(p.shape.batch * p.shape.pixels);
-    const double centered = -scale * invstd * invstd * product / count;
+    const double centered = -scale * invstd[slot] * invstd[slot] * product * share;
     slopes.gradient[slot] = static_cast<acc_t<T>>(scale);
     slopes.centered[slot] = static_cast<acc_t<T>>(centered);
-    slopes.constant[slot] = static_cast<acc_t<T>>(-scale * sums.gradient / count - centered * lost);
+    slopes.constant[slot] = static_cast<acc_t<T>>(-scale * sums.gradient * share - centered * lost);
   }
 };
+
+inline double share_of_element(const BatchNormShape& shape) {
+  return 1.0 / static_cast<double>(shape.batch * shape.pixels);
+}
 
 // No activation, or one whose gradient has been taken already: z is not needed.
 struct Straight {};

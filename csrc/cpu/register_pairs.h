@@ -116,23 +116,33 @@ template <typename T>
   }
 }
 
+#if defined(__x86_64__)
+// The first n elements of a step past the cache: a line that is written both ways is written twice.
+// p is aligned to four bytes.
+template <typename T>
+inline void stream_words(T* p, const Vec<T> (&v)[2], int n) {
+  T values[kStep<T>];
+  store_two(values, v, false);
+  const char* from = reinterpret_cast<const char*>(values);
+  char* to = reinterpret_cast<char*>(p);
+  size_t left = n * sizeof(T);
+  for (; left >= 4; left -= 4, from += 4, to += 4) {
+    int word;
+    std::memcpy(&word, from, 4);
+    _mm_stream_si32(reinterpret_cast<int*>(to), word);
+  }
+  std::memcpy(to, from, left);
+}
+#endif
+
 // The first n elements of a step. With `past_cache`, p is aligned to four bytes.
 template <typename T>
 inline void store_two_partial(T* p, const Vec<T> (&v)[2], int n, [[maybe_unused]] bool past_cache) {
-  T values[kStep<T>];
-  store_two(values, v, false);
-  size_t done = 0;
 #if defined(__x86_64__)
-  if (past_cache) {  // a line that is written both ways is written twice
-    for (; done + 4 <= n * sizeof(T); done += 4) {
-      int word;
-      std::memcpy(&word, reinterpret_cast<const char*>(values) + done, 4);
-      _mm_stream_si32(reinterpret_cast<int*>(reinterpret_cast<char*>(p) + done), word);
-    }
-  }
+  if (past_cache) return stream_words(p, v, n);
 #endif
-  std::memcpy(reinterpret_cast<char*>(p) + done, reinterpret_cast<const char*>(values) + done,
-              n * sizeof(T) - done);
+  store_partial(p, v[0], n < kLanes<T> ? n : kLanes<T>);
+  if (n > kLanes<T>) store_partial(p + kLanes<T>, v[1], n - kLanes<T>);
 }
 
 // The first n elements of a step, which may be all.

@@ -34,8 +34,8 @@ inline bool takes_slabs(const BatchNormShape& shape, bool curve) {
   return shape.pixels <= (curve ? kSmallCurvedPlane : kSmallPlane) && shape.batch > 1;
 }
 
-// numbers[k] for each of `channels` channels -> to[k * pixels + i] for each pixel, in registers, the
-// last of which the next channel overwrites.
+// numbers[k] for each of `channels` channels -> to[k * pixels + i] for each pixel, in registers,
+// the last of which the next channel overwrites.
 template <typename A>
 inline void spread(const A* numbers, int64_t channels, int64_t pixels, A* to) {
   for (int64_t k = 0; k < channels; ++k, to += pixels) {

@@ -264,7 +264,8 @@ class BatchNormBackwardOnly(torch.autograd.Function):
     def forward(ctx, *args):
         input, weight, bias, residual, ctx.eps, ctx.activation = args[:6]
         output, mean, var = BatchNormAndUpdateFunction.forward(*args)
-        ctx.to_save = input, weight, bias, residual if ctx.activation else None, mean, var
+        residual = residual if ctx.activation else None
+        ctx.save_for_backward(input, weight, bias, residual, mean, var)
         return output
 
     @staticmethod

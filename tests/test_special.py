@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 
+import torchops
+import torchops.functional as TF
 from cases import Sample
 from support import (
+    FORMATS,
     assert_within_rule,
     doubles,
     each_case,
@@ -123,6 +126,27 @@ def outcome(compute):
         return [result.shape for result in compute()]
     except Exception as error:
         return type(error), str(error)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@each_dtype
+@pytest.mark.parametrize("grads", [(1, 2**-9, 2**-9, 2**-8), (1, -1, 3, -0.5), (-0.0, 2, -2, 0)])
+def test_gradients_of_windows_that_share_a_winner(grads, dtype, memory_format):
+    """They are added up before they are rounded, also where some of them add up to zero."""
+    input = torch.rand(2, 3, 20, 26, dtype=dtype).contiguous(memory_format=memory_format)
+    input[..., 6, 8] = 2  # in four of the windows of 3 x 3 outputs
+    input.requires_grad_()
+    grad = torch.zeros(2, 3, 3, 3, dtype=dtype)
+    grad[..., :2, :2] = torch.tensor(grads, dtype=dtype).view(2, 2)
+    for pool in (
+        lambda x: TF.adaptive_max_pool2d(x, 3),
+        lambda x: TF.max_pool2d(x, (8, 10), (6, 8)),
+    ):
+        with torchops.backend("own"):
+            (found,) = torch.autograd.grad(pool(input), input, grad)
+        assert (found[..., 6, 8] == torch.tensor(grads).double().sum().to(dtype)).all()
+        assert found.count_nonzero() == found[..., 6, 8].count_nonzero()
+        assert not found.signbit().any() or sum(grads) < 0
 
 
 @each_case

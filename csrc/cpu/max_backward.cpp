@@ -1,12 +1,12 @@
 // Largest values of windows, backward: gradients to where the winners stood, summed in fp32.
 //
 // In contiguous planes windows scatter into zeros, in order; those of few taps that are 1 apart
-// have their own kernel (max_backward_planes.cpp), and so has a window that is the whole plane
-// (max_whole.cpp). In channels_last, where lanes are channels, each register of grad_input gathers
-// from the windows that cover it and is written once; few channels scatter. Where those windows are
-// many, separably: a row's winner in the columns of a window is the same for every window row that
-// takes in the row, so the gradients of windows that differ by rows only are added first, and then
-// gathered along the row.
+// have their own kernel (max_backward_planes.cpp), and so have windows that are few beside the
+// positions, in either format (max_backward_sparse.cpp). In channels_last, where lanes are
+// channels, each register of grad_input gathers from the windows that cover it and is written once;
+// few channels scatter. Where those windows are many, separably: a row's winner in the columns of a
+// window is the same for every window row that takes in the row, so the gradients of windows that
+// differ by rows only are added first, and then gathered along the row.
 //
 // In the order of max_forward.cpp, on Zen 3: 1.5 / 1.9, 1.2 / 4.3, 1.4 / 1.8 and 1.0 / 1.7; on
 // Granite Rapids: 2.0 / 1.9, 1.5 / 2.2, 2.3 / 2.0 and 1.2 / 2.0. Small maps contiguous, by the same
@@ -14,6 +14,7 @@
 // Slower: memset in front of a scatter, which leaves the lines outside the cache.
 #include "cpu/max_backward.h"
 #include "core/parallel.h"
+#include "core/thread_count.h"
 #include "cpu/channel_blocks.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -274,8 +275,11 @@ void backward(const MaxWindows& p, const T* grad_output, const O* offsets, T* gr
     });
   };
   if (p.channels_last) {
-    const bool few = p.channels < kFewestGathered && p.batch > 1;  // images go to threads
-    if (few || (!overlap && inputs >= 16 * outputs)) return scatter(p.batch, p.channels);
+    const bool few = p.channels < kFewestGathered && (p.batch > 1 || thread_count() == 1);
+    // From how many positions a window a scatter is faster; windows that overlap in fp32: never.
+    const int64_t covering = above.most() * left.most(), half = sizeof(T) == 2 ? 8 : inputs + 1;
+    const int64_t many = covering > kMostGathered ? 4 : overlap ? half : 16;
+    if (few || inputs >= many * outputs) return scatter(p.batch, p.channels);
     gather(p, above, left, grad_output, offsets, grad_input);
   } else {
     if (!gathers_in_planes(p) || inputs >= 8 * outputs) return scatter(p.planes(), 1);
@@ -287,7 +291,7 @@ void backward(const MaxWindows& p, const T* grad_output, const O* offsets, T* gr
 
 void max_backward(const MaxWindows& p, const void* grad_output, const void* offsets,
                   void* grad_input) {
-  if (is_whole(p)) return max_backward_whole(p, grad_output, offsets, grad_input);
+  if (is_sparse(p)) return max_backward_sparse(p, grad_output, offsets, grad_input);
   with_gradients(p, grad_output, offsets, grad_input,
                  [&](auto... tensors) { backward(p, tensors...); });
 }

@@ -39,6 +39,11 @@ class Covering {
 
 }  // namespace
 
+// Windows few beside the positions; see max_backward_sparse.cpp.
+bool is_sparse(const MaxWindows&);
+void max_backward_sparse(const MaxWindows&, const void* grad_output, const void* offsets,
+                         void* grad_input);
+
 // Contiguous planes whose windows are 1 apart and have few taps; see max_backward_planes.cpp.
 bool gathers_in_planes(const MaxWindows&);
 void max_backward_planes(const MaxWindows&, const void* grad_output, const void* offsets,

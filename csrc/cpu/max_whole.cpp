@@ -1,16 +1,14 @@
 // Largest values of whole planes: one window that takes in all of the map, as at a network's end.
 //
-// Forward: contiguous planes one by one, lanes being neighbours in a row. In channels_last lanes
-// are channels, and the image is read in the order of memory, beside the winners so far, which stay
-// in cache. Backward: zeros, in the order of memory, and one gradient in each plane.
+// Contiguous planes one by one, lanes being neighbours in a row. In channels_last lanes are
+// channels, and the image is read in the order of memory, beside the winners so far, which stay in
+// cache. Backward: max_backward_sparse.cpp.
 //
-// Times of native over ours on Zen 3, fp32, contiguous forward, backward / channels_last forward,
-// backward (torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
-//   adaptive_max_pool2d:mb8_ic512ih14oh1     4.4, 0.90 / 1.07, 0.81
-//   adaptive_max_pool2d:mb8_ic72ih75oh1      3.0, 1.94 / 1.29, 1.77
-// In the first, what is left of the backward is the cost of the call: its zeros take native's time.
-// Slower: several pixels between two visits to the winners so far; gradients where an offset is the
-// pixel's and zeros elsewhere, in one go.
+// Times of native over ours, fp32, contiguous / channels_last, on Zen 3, then on Granite Rapids
+// (torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
+//   adaptive_max_pool2d:mb8_ic512ih14oh1     4.4 / 1.07     3.7 / 1.35
+//   adaptive_max_pool2d:mb8_ic72ih75oh1      3.0 / 1.29     3.8 / 1.5
+// Slower: several pixels between two visits to the winners so far.
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "cpu/channel_blocks.h"
@@ -150,41 +148,6 @@ void forward(const MaxWindows& p, const T* input, T* output, O* offsets) {
   });
 }
 
-// ---- backward -----------------------------------------------------------------------------------
-
-// Zeros past the cache.
-template <typename T>
-void stream_zeros(T* begin, T* end) {
-  while (begin < end && reinterpret_cast<intptr_t>(begin) % kVecBytes != 0) *begin++ = T{};
-  constexpr int64_t kWhole = kVecBytes / sizeof(T);
-  for (; begin + kWhole <= end; begin += kWhole)
-    stream_register(reinterpret_cast<float*>(begin), Vec<float>{});
-  finish_streams();
-  while (begin < end) *begin++ = T{};
-}
-
-template <typename T, typename O>
-void backward(const MaxWindows& p, const T* grad_output, const O* offsets, T* grad_input) {
-  const int64_t size = p.in_plane(), planes = p.channels_last ? p.channels : 1;
-  const bool stream = p.planes() * size * int64_t{sizeof(T)} >= kStreamBytes;
-  parallel_for(p.planes() / planes, max_grain(size * planes), [&](int64_t begin, int64_t end) {
-    T* const to = grad_input + begin * size * planes;
-    if (stream)
-      stream_zeros(to, grad_input + end * size * planes);
-    else
-      std::memset(to, 0, (end - begin) * size * planes * sizeof(T));
-    for (int64_t image = begin; image < end; ++image) {
-      for (int64_t i = image * planes; i < (image + 1) * planes; ++i) {
-        const int64_t position = offsets[i];
-        // Offsets may be anything; those that point outside are dropped.
-        if (static_cast<uint64_t>(position) < static_cast<uint64_t>(size))
-          grad_input[image * (size - 1) * planes + position * planes + i] =
-              from_acc<T>(to_acc(grad_output[i]) + 0);
-      }
-    }
-  });
-}
-
 bool takes_all(const MaxAxis& axis) {
   return axis.outputs == 1 && axis.start[0] == 0 && axis.taps == axis.length && axis.dilation == 1;
 }
@@ -196,12 +159,6 @@ bool is_whole(const MaxWindows& p) { return takes_all(p.height) && takes_all(p.w
 void max_forward_whole(const MaxWindows& p, const void* input, void* output, void* offsets) {
   with_tensors(p, input, output, offsets,
                [&](auto kept, auto... tensors) { forward<kept>(p, tensors...); });
-}
-
-void max_backward_whole(const MaxWindows& p, const void* grad_output, const void* offsets,
-                        void* grad_input) {
-  with_gradients(p, grad_output, offsets, grad_input,
-                 [&](auto... tensors) { backward(p, tensors...); });
 }
 
 }  // namespace torchops::cpu::TORCHOPS_ISA

@@ -1,37 +1,9 @@
 // Following winners that are known already: input at their places, and places as int64 indices.
-#include "cpu/max_windows.h"
-
 #include "core/parallel.h"
+#include "cpu/max_winners.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
-
-// Positions in the input plane from offsets, safe for any offsets: false where one points outside.
-template <typename O>
-class Winners {
- public:
-  explicit Winners(const MaxWindows& p) : p_(p), steps_(256) {
-    for (int64_t tap = 0; tap < 256; ++tap) steps_.get()[tap] = step(tap);
-  }
-  int64_t base(int64_t oh, int64_t ow) const {
-    return p_.height.position(oh, 0) * p_.width.length + p_.width.position(ow, 0);
-  }
-  bool find(int64_t base, O offset, int64_t* position) const {
-    if constexpr (sizeof(O) == 1)
-      *position = base + steps_.get()[offset];
-    else
-      *position = base + step(offset);
-    return static_cast<uint64_t>(*position) < static_cast<uint64_t>(p_.in_plane());
-  }
-
- private:
-  int64_t step(int64_t tap) const {
-    return tap / p_.width.taps * p_.height.dilation * p_.width.length +
-           tap % p_.width.taps * p_.width.dilation;
-  }
-  const MaxWindows& p_;
-  Scratch<int64_t> steps_;
-};
 
 // visit(plane, output element, input position in the plane or -1) for every output, plane by plane.
 template <typename O, typename Visit>

@@ -43,8 +43,6 @@ void max_indices(const MaxWindows&, const void* offsets, int64_t* indices);
 // Windows that are the whole plane, of which there is one: see max_whole.cpp.
 bool is_whole(const MaxWindows&);
 void max_forward_whole(const MaxWindows&, const void* input, void* output, void* offsets);
-void max_backward_whole(const MaxWindows&, const void* grad_output, const void* offsets,
-                        void* grad_input);
 
 namespace {
 

@@ -1,10 +1,12 @@
 // Depthwise convolution and the gradient of its input on the CPU: one read of the one tensor, one
 // write of the other.
 //
-// Plan: 3x3, 5x5 and 7x7 in NHWC run straight from tensor to tensor (conv2d_depthwise_nhwc.h), NCHW
-// plane by plane (conv2d_depthwise_nchw.h), but for rows shorter than a register and the gradient
-// of strides. Those, other windows in NHWC, several output channels per group, float16 and float64
-// go through the working form (conv2d_depthwise.h).
+// Plan: NHWC runs straight from tensor to tensor, 3x3, 5x5 and 7x7 in float32 and bfloat16 by
+// kernels that know their window (conv2d_depthwise_nhwc.h), others tap by tap
+// (conv2d_depthwise_taps.h). NCHW runs plane by plane (conv2d_depthwise_nchw.h), but for rows
+// shorter than a register and the gradient of strides. Those, larger windows, several output
+// channels per group, and NCHW in float16 and float64 go through the working form
+// (conv2d_depthwise.h).
 //
 // Reached on Zen 3, one thread, float32 forward, NCHW / NHWC, of a copy in the same run (torchops
 // bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
@@ -22,6 +24,7 @@
 #include "core/parallel.h"
 #include "cpu/conv2d_depthwise_nchw.h"
 #include "cpu/conv2d_depthwise_nhwc.h"
+#include "cpu/conv2d_depthwise_taps.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -29,6 +32,7 @@ namespace {
 constexpr int kStrip = 8;                   // output pixels in registers
 constexpr int64_t kStepPixels = 64;         // output pixels between loads of input rows
 constexpr int64_t kRowsBytes = 192 * 1024;  // input rows in the working form: within L2
+constexpr int64_t kMostTapsInPlace = 64;    // of NHWC; more pay for a copy without borders
 
 // One row of taps: the input row under it, and its weights, for vector 0.
 template <typename acc>
@@ -244,15 +248,16 @@ int64_t slab_vectors(const Correlation<scalar_t>& p, int64_t vectors, int64_t st
 template <typename scalar_t>
 void correlate(const Correlation<scalar_t>& p, int64_t batch) {
   const int64_t rows = p.output.height, vectors = divide_up(p.input.groups, kLanes<scalar_t>);
+  const int64_t taps = p.height.window.size * p.width.window.size;
   if (batch * vectors * rows * p.output.width == 0) return;
   if (p.input.channels_last && p.input.members * p.output.members == 1) {
     if (const auto kernel = find_rows_kernel<scalar_t>(p)) return correlate_nhwc(p, batch, kernel);
     if (const auto kernel = find_upsample_kernel<scalar_t>(p))
       return upsample_nhwc(p, batch, kernel);
+    if (taps <= kMostTapsInPlace) return correlate_taps(p, batch);
   }
   const int64_t step_rows = smaller(rows, divide_up(kStepPixels, p.output.width));
   const int64_t slab = slab_vectors(p, vectors, step_rows), slabs = divide_up(vectors, slab);
-  const int64_t taps = p.height.window.size * p.width.window.size;
   const int64_t row_work = p.output.width * slab * kLanes<scalar_t> * (taps + 8);
   parallel_for(batch * slabs * rows, kGrainTaps / row_work + 1, [&](int64_t begin, int64_t end) {
     Slab<scalar_t> worker(p, slab, step_rows);

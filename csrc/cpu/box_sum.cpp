@@ -21,9 +21,14 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-// Sum of n consecutive elements: four registers, then their lanes in order.
+// Sum of n consecutive elements: of few in order, else four registers, then their lanes in order.
 template <typename T>
 inline acc_t<T> add_all(const T* p, int64_t n) {
+  if (n < kLanes<T>) {
+    acc_t<T> sum{};
+    for (int64_t i = 0; i < n; ++i) sum += p[i];
+    return sum;
+  }
   Vec<T> sum[4] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>) {
@@ -87,11 +92,19 @@ struct Bundle : BundleShape<kBackward, T> {
         sums(Shape::planes * Shape::sum_step + Shape::pitch),
         phases(Shape::stride * Shape::pitch),
         results(Shape::stride * Shape::pitch),
-        divisors(Shape::pitch) {
+        divisors(Shape::pitch),
+        run_ends(kBackward ? p.target_width : 0) {
     sums.zero();
     phases.zero();
     for (int64_t i = 0; i < Shape::pitch; ++i) divisors.get()[i] = A(1);
-    if constexpr (kBackward) return;
+    if constexpr (kBackward) {
+      for (int64_t u = p.target_width; u-- > 0;) {
+        const bool last = u + 1 == p.target_width || p.columns[u].begin != p.columns[u + 1].begin ||
+                          p.columns[u].end != p.columns[u + 1].end;
+        run_ends.get()[u] = last ? u + 1 : run_ends.get()[u + 1];
+      }
+      return;
+    }
     for (int64_t k = 0; k < Shape::planes; ++k) {
       for (int64_t t = 0; t < p.target_width; ++t) {
         divisors.get()[k * Shape::segment + t] = p.column_scale[t];
@@ -100,6 +113,7 @@ struct Bundle : BundleShape<kBackward, T> {
   }
 
   Scratch<A> sums, phases, results, divisors;
+  Scratch<int64_t> run_ends;  // of target columns in the same windows, by each of them
 };
 
 // Target rows of `planes` planes from their column sums, by taps at consecutive phase columns.
@@ -150,7 +164,8 @@ void add_columns(const BoxSum<T>& p, Bundle<kBackward, T>& b, int64_t planes, in
   }
 }
 
-// The same for windows of uneven size or far apart.
+// The same for windows of uneven size or far apart. Backward, neighbours in the same windows get
+// the same sum.
 template <bool kBackward, typename T>
 void add_columns_uneven(const BoxSum<T>& p, Bundle<kBackward, T>& b, int64_t planes, int64_t t,
                         T* target, int64_t target_plane) {
@@ -158,15 +173,16 @@ void add_columns_uneven(const BoxSum<T>& p, Bundle<kBackward, T>& b, int64_t pla
   for (int64_t k = 0; k < planes; ++k) {
     const A* sums = b.sums.get() + k * b.sum_step + b.lead;
     T* to = target + k * target_plane;
-    if (p.target_width == 1) {
-      const A sum = add_all(sums + p.columns[0].begin, p.columns[0].size());
-      to[0] = from_acc<T>(kBackward ? sum : sum / (p.row_scale[t] * p.column_scale[0]));
-      continue;
-    }
-    for (int64_t u = 0; u < p.target_width; ++u) {
-      A sum = 0;
-      for (int64_t x = p.columns[u].begin; x < p.columns[u].end; ++x) sum += sums[x];
-      to[u] = from_acc<T>(kBackward ? sum : sum / (p.row_scale[t] * p.column_scale[u]));
+    for (int64_t u = 0, next; u < p.target_width; u = next) {
+      const Span columns = p.columns[u];
+      next = kBackward ? b.run_ends.get()[u] : u + 1;
+      const A sum = add_all(sums + columns.begin, columns.size());
+      if constexpr (kBackward) {
+        const Vec<T> v = broadcast<T>(sum);
+        for_each_vec<T>(next - u, [&](int64_t i, int n) { store_partial(to + u + i, v, n); });
+      } else {
+        to[u] = from_acc<T>(sum / (p.row_scale[t] * p.column_scale[u]));
+      }
     }
   }
 }

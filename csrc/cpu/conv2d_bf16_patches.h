@@ -18,7 +18,12 @@ namespace {
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t count, int64_t unit) { return blocks(count, unit) * unit; }
 
-inline bool is_dense_bf16(const Conv2dShape& s) { return s.dtype == DType::bf16 && s.groups == 1; }
+// Depthwise convolutions and the narrowest groups are another's: most of a tile would be zeros.
+inline bool suits_bf16(const Conv2dShape& s) {
+  constexpr int64_t kNarrowest = 8;
+  return s.dtype == DType::bf16 && (s.groups == 1 || (s.in_channels >= kNarrowest * s.groups &&
+                                                      s.out_channels >= kNarrowest * s.groups));
+}
 
 // A 1x1 window of stride 1 sees no rows: all pixels are one, channels_last even those of all
 // images.
@@ -44,7 +49,8 @@ struct PairDepth {
   PairDepth(const Correlation& c, bool channels_last) {
     const int64_t taps = c.width.taps;
     // Planes of many channels are turned over with one tap each.
-    merged = taps > 1 && c.width.tap_offset == 1 && (channels_last || c.channels < kTile) &&
+    merged = taps > 1 && (c.groups == 1 || !channels_last) && c.width.tap_offset == 1 &&
+             (channels_last || c.channels < kTile) &&
              4 * taps * round_up(c.channels, kChunk) > 5 * round_up(taps * c.channels, kChunk);
     run_taps = merged ? taps : 1;
     run = run_taps * c.channels;
@@ -153,21 +159,27 @@ struct ImageLine {
   }
 };
 
-// Rows of A: a patch's pixels one after the other, each with a run of the depth.
+// Rows of A: a patch's pixels one after the other, each with a run of the depth of each of a
+// slice's groups.
 struct PixelRows {
   const Correlation& c;
   const PairDepth& depth;
+  int64_t slice;
   int64_t stride;  // of pixels, not in the same cache set
 
-  PixelRows(const Correlation& c, const PairDepth& depth)
-      : c(c), depth(depth), stride(depth.padded + (depth.padded % 256 ? 0 : kChunk)) {}
+  PixelRows(const Correlation& c, const PairDepth& depth, int64_t slice)
+      : c(c),
+        depth(depth),
+        slice(slice),
+        stride(slice * depth.padded + (slice * depth.padded % 256 ? 0 : kChunk)) {}
 
   // Whether the patch is read where it lies: pixels in a row of their own, whole chunks of
   // channels, in different cache sets, and as many as whole blocks read.
   bool in_place(const Patch& patch) const {
-    return flat() && c.channels % kChunk == 0 && c.channels <= 1024 &&
+    return flat() && c.channels % kChunk == 0 && c.source_channels() <= 1024 &&
            patch.column + round_up(patch.columns, kBlock) <= c.width.count;
   }
+  // `source` begins with the slice's first channel.
   void fill(const Patches& patches, const Patch& patch, const bf16* source, bf16* to) const {
     patches.for_each_line(patch, [&](int64_t first, int64_t y, int64_t x, int64_t pixels) {
       bf16* line = to + first * stride;
@@ -176,17 +188,19 @@ struct PixelRows {
         return;
       }
       const int64_t row = patch.image * c.height.source_length + y;
-      fill_line(source + row * c.width.source_length * c.channels, x, pixels, line);
+      fill_line(source + row * c.width.source_length * c.source_channels(), x, pixels, line);
     });
   }
 
-  // From planes: 32 channels of 32 pixels at a time. What a line writes past its end, the next
-  // overwrites.
-  void turn(const Patches& patches, const Patch& patch, const bf16* source, bf16* to) const {
+  // One group from planes: 32 channels of 32 pixels at a time. What a line writes past its end, the
+  // next overwrites.
+  void turn(const Patches& patches, const Patch& patch, const bf16* source, int64_t group,
+            bf16* to) const {
+    source += (patch.image * c.groups + group) * c.channels * c.source_plane();
     const int64_t length = c.width.source_length, plane = c.source_plane();
     patches.for_each_line(patch, [&](int64_t first, int64_t y, int64_t x, int64_t pixels) {
       const bool exists = y >= 0 && y < c.height.source_length;
-      const bf16* row = source + patch.image * c.channels * plane + y * length;
+      const bf16* row = source + y * length;
       for (int64_t k = 0; k < depth.padded; k += kChunk) {
         for (int64_t i = 0; i < pixels; i += 2 * kTile) {
           alignas(64) bf16 pairs[2][kTile * kChunk];
@@ -217,27 +231,37 @@ struct PixelRows {
     return c.batch == 1 && c.height.count == 1 && plain(c.height) && plain(c.width);
   }
   void fill_line(const bf16* row, int64_t x, int64_t pixels, bf16* to) const {
-    const int64_t step = c.width.step, length = c.width.source_length, channels = c.channels;
+    const int64_t step = c.width.step, length = c.width.source_length;
+    const int64_t pixel = c.source_channels();
     const Inside whole = inside(x, step, pixels, length - depth.run_taps + 1);
     const auto copy_some = [&](int64_t i) {
       const Inside taps = inside(x + i * step, 1, depth.run_taps, length);
-      copy_padded(to + i * stride, row + (x + i * step) * channels, taps.first * channels,
-                  taps.last * channels, depth.padded);
+      for (int64_t g = 0; g < slice; ++g)
+        copy_padded(to + i * stride + g * depth.padded,
+                    row + (x + i * step) * pixel + g * c.channels, taps.first * c.channels,
+                    taps.last * c.channels, depth.padded);
     };
     for (int64_t i = 0; i < whole.first; ++i) copy_some(i);
-    copy_runs(to + whole.first * stride, row + (x + whole.first * step) * channels, step * channels,
+    copy_runs(to + whole.first * stride, row + (x + whole.first * step) * pixel, step * pixel,
               whole.last - whole.first);
     for (int64_t i = whole.last; i < pixels; ++i) copy_some(i);
   }
   void copy_runs(bf16* to, const bf16* from, int64_t from_step, int64_t count) const {
-    const __mmask32 rest = lanes_between(0, depth.run % kChunk);
-    const int64_t last = depth.run / kChunk * kChunk, to_step = stride;
+    // Groups of whole chunks are one run.
+    const bool dense = depth.run == depth.padded;
+    const int64_t runs = dense ? 1 : slice, run = dense ? slice * depth.run : depth.run;
+    const __mmask32 rest = lanes_between(0, run % kChunk);
+    const int64_t last = run / kChunk * kChunk, to_step = stride;
     for (int64_t i = 0; i < count; ++i, to += to_step, from += from_step) {
-      for (int64_t k = 0; k < last; k += kChunk) {
-        __builtin_prefetch(from + k + 1024);
-        _mm512_storeu_si512(to + k, _mm512_loadu_si512(from + k));
+      for (int64_t g = 0; g < runs; ++g) {
+        bf16* panel = to + g * depth.padded;
+        const bf16* source = from + g * c.channels;
+        for (int64_t k = 0; k < last; k += kChunk) {
+          __builtin_prefetch(source + k + 1024);
+          _mm512_storeu_si512(panel + k, _mm512_loadu_si512(source + k));
+        }
+        if (rest) _mm512_storeu_si512(panel + last, load_masked(source + last, rest));
       }
-      if (rest) _mm512_storeu_si512(to + last, load_masked(from + last, rest));
     }
   }
 };
@@ -252,11 +276,13 @@ struct PairPlanes {
       : c(c), depth(depth), stride((round_up(patches.pixels(), 2 * kTile) + kTile) * 2) {}
 
   // `to` is zero where nothing is written. What a line writes past its end, the next overwrites.
-  void fill(const Patches& patches, const Patch& patch, const bf16* source, bf16* to) const {
+  void fill(const Patches& patches, const Patch& patch, const bf16* source, int64_t group,
+            bf16* to) const {
+    source += (patch.image * c.groups + group) * c.channels * c.source_plane();
     for (int64_t k = 0; k < depth.run; k += 2, to += stride) {
       patches.for_each_line(patch, [&](int64_t first, int64_t y, int64_t x, int64_t pixels) {
-        const ImageLine upper = line(source, patch.image, k, y, x, pixels);
-        const ImageLine lower = line(source, patch.image, k + 1, y, x, pixels);
+        const ImageLine upper = line(source, k, y, x, pixels);
+        const ImageLine lower = line(source, k + 1, y, x, pixels);
         bf16* pairs = to + first * 2;
         for (int64_t i = 0; i < pixels; i += kChunk, pairs += 2 * kChunk) {
           __m512i both[2];
@@ -269,11 +295,10 @@ struct PairPlanes {
   }
 
  private:
-  ImageLine line(const bf16* source, int64_t image, int64_t k, int64_t y, int64_t x,
-                 int64_t pixels) const {
+  ImageLine line(const bf16* source, int64_t k, int64_t y, int64_t x, int64_t pixels) const {
     const int64_t channel = k % c.channels, tap = k / c.channels;
     const bool exists = k < depth.run && y >= 0 && y < c.height.source_length;
-    const int64_t row = (image * c.channels + channel) * c.height.source_length + y;
+    const int64_t row = channel * c.height.source_length + y;
     return {exists ? source + row * c.width.source_length : nullptr, x + tap * c.width.tap_offset,
             c.width.step, pixels, c.width.source_length};
   }

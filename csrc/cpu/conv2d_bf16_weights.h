@@ -21,7 +21,7 @@ struct PairWeights {
   const PairDepth& depth;
   bool swapped;  // the depth is the out channels
   bool columns;  // panels of B: [16 columns][chunk][pair][column]; else A's rows
-  int64_t row_stride;
+  int64_t row_stride, group_columns;
   Scratch<bf16> data;
 
   PairWeights(const Correlation& c, const PairDepth& depth, bool swapped, bool columns)
@@ -30,12 +30,15 @@ struct PairWeights {
         swapped(swapped),
         columns(columns),
         row_stride(depth.size() + (columns || depth.size() % 256 ? 0 : kChunk)),
-        data(round_up(c.columns, kBlock) * row_stride) {}
+        group_columns(round_up(c.columns, kTile)),
+        data(c.groups * group_columns * row_stride) {}
 
-  // The panel of 16 columns of the product.
-  bf16* at(int64_t column) const { return data.get() + column * row_stride; }
-  TileOperand operand(int64_t column, const int64_t* offsets) const {
-    return {at(column), offsets, columns ? kChunk : row_stride, kTile * row_stride};
+  // The panel of 16 columns of a group's product.
+  bf16* at(int64_t group, int64_t column) const {
+    return data.get() + (group * group_columns + column) * row_stride;
+  }
+  TileOperand operand(int64_t group, int64_t column, const int64_t* offsets) const {
+    return {at(group, column), offsets, columns ? kChunk : row_stride, kTile * row_stride};
   }
   int64_t chunk_size() const { return columns ? kTile * kChunk : kChunk; }
 
@@ -54,13 +57,16 @@ struct PairWeights {
       for (int64_t k = 0; k < c.channels; ++k)
         to[k] = swapped ? k * row + tap * c.columns : tap * c.channels + k;
     }
-    parallel_for(blocks(c.columns, kTile), 65'536 / (size + 1) / kTile + 1,
+    const int64_t group_size = taps * c.channels * c.columns, panels = group_columns / kTile;
+    parallel_for(c.groups * panels, 65'536 / (size + 1) / kTile + 1,
                  [&](int64_t begin, int64_t end) {
-                   for (int64_t i = begin * kTile; i < end * kTile; i += kTile) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     const int64_t group = i / panels, column = i % panels * kTile;
+                     const bf16* from = weight + group * group_size;
                      if (swapped) {
-                       pack_swapped(weight, i, places.get());
+                       pack_swapped(from, column, places.get(), at(group, column));
                      } else {
-                       pack_rows(weight, i, row, places.get());
+                       pack_rows(from, column, row, places.get(), at(group, column));
                      }
                    }
                  });
@@ -68,8 +74,8 @@ struct PairWeights {
 
  private:
   // Sixteen rows of the depth, those beyond the last column zeros.
-  void pack_rows(const bf16* weight, int64_t column, int64_t row, const int64_t* places) const {
-    bf16* to = at(column);
+  void pack_rows(const bf16* weight, int64_t column, int64_t row, const int64_t* places,
+                 bf16* to) const {
     alignas(64) bf16 stage[kTile][kChunk];
     for (int64_t k = 0; k < depth.size(); k += kChunk, to += chunk_size()) {
       // Merged taps may meet in a chunk, and lie apart in the weight.
@@ -95,12 +101,11 @@ struct PairWeights {
       for (int r = 0; r < kTile; ++r) std::memcpy(to + r * step, &pairs[r], 64);
     }
   }
-  void pack_swapped(const bf16* weight, int64_t column, const int64_t* places) const {
+  void pack_swapped(const bf16* weight, int64_t column, const int64_t* places, bf16* to) const {
     const __mmask32 mask = lanes_between(0, smaller(kTile, c.columns - column));
     const auto load_row = [&](int64_t place) {
       return place < 0 ? _mm512_setzero_si512() : load_masked(weight + place + column, mask);
     };
-    bf16* to = at(column);
     for (int64_t k = 0; k < depth.size(); k += kChunk, to += chunk_size()) {
       VecF32 pairs[kTile];
 #pragma GCC unroll 16

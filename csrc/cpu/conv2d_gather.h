@@ -60,6 +60,8 @@ struct Correlation {
   int64_t depth() const { return height.taps * width.taps * channels; }
   int64_t source_plane() const { return height.source_length * width.source_length; }
   int64_t out_plane() const { return height.out_length * width.out_length; }
+  int64_t source_channels() const { return groups * channels; }
+  int64_t out_channels() const { return groups * columns; }
 };
 
 inline Correlation forward_correlation(const Conv2dShape& s) {

@@ -9,6 +9,7 @@
 // Figures are in conv2d_grouped.cpp. Tried without gain: narrow groups turned within registers as
 // in conv2d_grouped_narrow.h, a row of taps and four turns at a time (0.93 to 1.25 times as fast).
 #include "core/parallel.h"
+#include "cpu/conv2d_bf16.h"
 #include "cpu/conv2d_grouped_grad_weight_nhwc.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -253,6 +254,7 @@ void grad_weight(const Conv2dGradWeightParams& params) {
 }  // namespace
 
 void conv2d_grouped_grad_weight(const Conv2dGradWeightParams& p) {
+  if (conv2d_bf16_grad_weight(p)) return;
   dispatch_dtype(p.shape.dtype,
                  [&](auto scalar) { grad_weight<typename decltype(scalar)::type>(p); });
 }

@@ -1,0 +1,116 @@
+// A bf16 convolution of channels_last images: rows of the product are pixels and its columns output
+// channels. See conv2d_bf16.cpp.
+#pragma once
+
+#include "cpu/conv2d_bf16_plan.h"
+
+#if defined(__AVX512BF16__)
+namespace torchops::cpu::TORCHOPS_ISA {
+namespace {
+
+// Writes output channels [column, column + columns) of `rows` pixels, of which some may be null.
+inline void store_pixels(const PairPlan& plan, bf16* const* pixels, int64_t rows, int64_t column,
+                         int64_t columns, const float* sums) {
+  const bf16* bias = plan.p.bias;
+  const __mmask32 mask = lanes_between(0, columns);
+  VecF32 more[2] = {};
+  if (bias) {
+    alignas(64) bf16 numbers[kBlock];
+    _mm512_store_si512(numbers, load_masked(bias + column, mask));
+    more[0] = load(numbers);
+    more[1] = load(numbers + kTile);
+  }
+  for (int64_t r = 0; r < rows; ++r, sums += kBlock) {
+    if (!pixels[r]) continue;
+    const VecF32 first = load(sums) + more[0], last = load(sums + kTile) + more[1];
+    const __m512i values = round_pairs(bit_cast<__m512>(first), bit_cast<__m512>(last));
+    if (columns >= kBlock) {
+      _mm512_storeu_si512(pixels[r] + column, values);
+    } else {
+      _mm512_mask_storeu_epi16(pixels[r] + column, mask, values);
+    }
+  }
+}
+
+// `height` pixels, from `source` on and `stride` apart, x a block of output channels.
+inline void multiply_pixels(const TileState& state, const PairPlan& plan, const bf16* source,
+                            int64_t stride, int64_t height, const PairWeights& weights,
+                            const PairBlock& block, float* sums) {
+  multiply_tiles<Stream::b>(state,
+                            {{source, plan.source_offsets.get(), stride, kTile * stride},
+                             weights.operand(block.group, block.channel, plan.weight_offsets.get()),
+                             plan.depth.chunks(),
+                             sums,
+                             kBlock,
+                             false},
+                            height > kTile ? 2 : 1, block.width > kTile ? 2 : 1);
+}
+
+inline void multiply_channels_last(const PairPlan& plan, const PairWeights& weights) {
+  const Correlation& c = plan.c;
+  const PixelRows rows(c, plan.depth, plan.slice);
+  const Patches& patches = plan.patches;
+  const int64_t size = patches.pixels() * rows.stride;
+  plan.place_chunks(rows.stride, kChunk, weights.chunk_size());
+  parallel_for(plan.units(), plan.grain(), [&](int64_t begin, int64_t end) {
+    const TileState state;
+    const Scratch<bf16> panels(plan.set * size);
+    alignas(64) float sums[2][kBlock * kBlock];
+    const Scratch<bf16*> pixels(round_up(patches.rows * patches.pitch, kBlock));
+    plan.for_each_unit(
+        begin, end,
+        [&](const Patch& patch, int64_t i, int64_t group) {
+          if (!rows.in_place(patch))
+            rows.fill(patches, patch, plan.p.source + group * c.channels, panels.get() + i * size);
+        },
+        [&](const Patch& patch, int64_t i, const PairColumns& columns) {
+          pixels.zero();
+          patches.for_each_output(patch, [&](int64_t first, int64_t pixel, int64_t count) {
+            for (int64_t k = 0; k < count; ++k)
+              pixels.get()[first + k] =
+                  plan.p.out + (pixel + k * c.width.out_step) * c.out_channels();
+          });
+          const int64_t length = patches.length(patch);
+          const bool in_place = rows.in_place(patch);
+          const int64_t stride = in_place ? c.source_channels() : rows.stride;
+          const bf16* source =
+              in_place ? plan.p.source + patch.column * stride + columns.first_group * c.channels
+                       : panels.get() + i * size;
+          // The next block's pixels, some with each block of channels, where these are as many.
+          const bool ahead = in_place && c.groups == 1 && c.channels <= columns.channels;
+          const int64_t share = blocks(kBlock, blocks(columns.channels, kBlock)) * stride;
+          // A block is stored while the next one is summed.
+          struct Last { int64_t row, height, column, width; } last{};
+          int turn = 0;
+          const auto store_last = [&] {
+            store_pixels(plan, pixels.get() + last.row, last.height, last.column, last.width,
+                         sums[turn]);
+          };
+          for (int64_t g = 0; g < plan.slice; ++g, source += plan.depth.padded) {
+            for (int64_t row = 0; row < length; row += kBlock) {
+              const int64_t height = smaller(kBlock, length - row);
+              plan.for_each_block(columns, g, [&](const PairBlock& block) {
+                for (int64_t r = row; r < row + height; ++r) {
+                  if (pixels.get()[r]) __builtin_prefetch(pixels.get()[r] + block.column, 1);
+                }
+                if (ahead && row + kBlock < length) {
+                  const bf16* next = source + (row + kBlock) * stride +
+                                     (block.channel - columns.channel) / kBlock * share;
+                  for (int64_t j = 0; j < share; j += kChunk) __builtin_prefetch(next + j);
+                }
+                multiply_pixels(state, plan, source + row * stride, stride, height, weights, block,
+                                sums[1 - turn]);
+                store_last();
+                last = {row, height, block.column, block.width};
+                turn = 1 - turn;
+              });
+            }
+          }
+          store_last();
+        });
+  });
+}
+
+}  // namespace
+}  // namespace torchops::cpu::TORCHOPS_ISA
+#endif

@@ -21,30 +21,41 @@ namespace {
 
 constexpr int64_t kGrainFlops = 16'000'000;  // about 30 us
 
+// Adds the products of a set's panels to the block's sums, or writes them first of all.
+void multiply_block(const GradWeightPlan& plan, const GradWeightPanels& panels,
+                    const TileState& state, const GradWeightBlock& block, bool accumulate,
+                    float* sums) {
+  sums += block.group * plan.group_size() + block.row * plan.row_size() + block.column;
+  for (int64_t j = 0; j < block.columns; j += kBlock) {
+    for (int64_t tap = 0; tap < plan.c.height.taps; ++tap) {
+      for (int64_t r = 0; r < block.rows; r += kBlock) {
+        multiply_tiles<Stream::a>(
+            state,
+            {panels.rows(r), panels.columns(j, tap), panels.chunks(),
+             sums + r * plan.row_size() + tap * plan.padded_width + j, plan.row_size(), accumulate},
+            block.rows - r > kTile ? 2 : 1, block.columns - j > kTile ? 2 : 1);
+      }
+    }
+  }
+}
+
 void sum_unit(const GradWeightPlan& plan, GradWeightPanels& panels, const TileState& state,
               int64_t unit, float* sums) {
   const int64_t column = unit % plan.column_blocks * plan.block_columns;
-  const int64_t columns = smaller(plan.block_columns, plan.width - column);
-  const int64_t row = unit / plan.column_blocks % plan.row_blocks * plan.block_rows;
-  const int64_t rows = smaller(plan.block_rows, plan.c.columns - row);
-  const int64_t share = unit / plan.column_blocks / plan.row_blocks;
-  const int64_t begin = plan.groups * share / plan.shares;
-  const int64_t end = plan.groups * (share + 1) / plan.shares;
-  sums += share * plan.share_size() + row * plan.row_size() + column;
-  for (int64_t g = begin; g < end; ++g) {
-    const int64_t first = g * plan.group;
-    panels.fill(first, smaller(plan.group, plan.positions.patches - first), row, rows, column,
-                columns);
-    for (int64_t j = 0; j < columns; j += kBlock) {
-      for (int64_t tap = 0; tap < plan.c.height.taps; ++tap) {
-        for (int64_t r = 0; r < rows; r += kBlock) {
-          multiply_tiles<Stream::a>(state,
-                                    {panels.rows(r), panels.columns(j, tap), panels.chunks(),
-                                     sums + r * plan.row_size() + tap * plan.padded_width + j,
-                                     plan.row_size(), g > begin},
-                                    rows - r > kTile ? 2 : 1, columns - j > kTile ? 2 : 1);
-        }
-      }
+  unit /= plan.column_blocks;
+  const int64_t row = unit % plan.row_blocks * plan.block_rows;
+  unit /= plan.row_blocks;
+  const int64_t group = unit % plan.slices * plan.slice, share = unit / plan.slices;
+  const int64_t begin = plan.sets * share / plan.shares;
+  const int64_t end = plan.sets * (share + 1) / plan.shares;
+  GradWeightBlock block{group, row, smaller(plan.block_rows, plan.c.columns - row), column,
+                        smaller(plan.block_columns, plan.width - column)};
+  for (int64_t s = begin; s < end; ++s) {
+    const int64_t first = s * plan.set, count = smaller(plan.set, plan.positions.patches - first);
+    for (block.group = group; block.group < smaller(group + plan.slice, plan.c.groups);
+         ++block.group) {
+      panels.fill(first, count, block);
+      multiply_block(plan, panels, state, block, s > begin, sums + share * plan.share_size());
     }
   }
 }
@@ -54,7 +65,7 @@ void write_channel(const GradWeightPlan& plan, int64_t channel, const float* sum
   const Correlation& c = plan.c;
   const int64_t taps = c.height.taps * c.width.taps;
   auto* to = static_cast<bf16*>(plan.p.grad_weight) + channel * taps * c.channels;
-  sums += channel * plan.row_size();
+  sums += channel / c.columns * plan.group_size() + channel % c.columns * plan.row_size();
   const auto sum = [&](int64_t tap, int64_t k, int lanes) {
     const float* from =
         sums + tap / c.width.taps * plan.padded_width + tap % c.width.taps * c.channels + k;
@@ -83,17 +94,18 @@ void write_channel(const GradWeightPlan& plan, int64_t channel, const float* sum
 }  // namespace
 
 bool conv2d_bf16_grad_weight(const Conv2dGradWeightParams& p) {
-  if (p.shape.groups > 1 || !suits_bf16(p.shape)) return false;
+  if (!suits_bf16(p.shape)) return false;
   const Conv2dShape& s = p.shape;
   if (s.out_channels == 0 || s.in_channels == 0) return true;
   if (s.batch == 0) {
     const int64_t taps = s.window_height.size * s.window_width.size;
-    std::memset(p.grad_weight, 0, s.out_channels * s.in_channels * taps * sizeof(bf16));
+    std::memset(p.grad_weight, 0,
+                s.out_channels * (s.in_channels / s.groups) * taps * sizeof(bf16));
     return true;
   }
   const GradWeightPlan plan(p);
   const Scratch<float> sums(plan.shares * plan.share_size());
-  const int64_t flops = 2 * plan.c.positions() * plan.c.columns * plan.row_size();
+  const int64_t flops = 2 * plan.c.positions() * plan.c.out_channels() * plan.row_size();
   parallel_for(plan.units(), kGrainFlops / (flops / (plan.units() + 1) + 1) + 1,
                [&](int64_t begin, int64_t end) {
                  const TileState state;
@@ -101,7 +113,7 @@ bool conv2d_bf16_grad_weight(const Conv2dGradWeightParams& p) {
                  for (int64_t unit = begin; unit < end; ++unit)
                    sum_unit(plan, panels, state, unit, sums.get());
                });
-  parallel_for(plan.c.columns, 65'536 / (plan.shares * plan.row_size() + 1) + 1,
+  parallel_for(s.out_channels, 65'536 / (plan.shares * plan.row_size() + 1) + 1,
                [&](int64_t begin, int64_t end) {
                  for (int64_t channel = begin; channel < end; ++channel)
                    write_channel(plan, channel, sums.get());

@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t kUnits = 16;  // as in conv2d_grad_weight.cpp
 constexpr int64_t kPositions = 512;
-constexpr int64_t kShareGroups = 4;  // at least: a share is as large as the weight
+constexpr int64_t kShareSets = 4;        // at least: a share is as large as the weight
+constexpr int64_t kSliceChannels = 256;  // of the groups of a unit, at most, but for one group
 
 // How positions lie in the panels. `pitch` is even: a pair never spans rows.
 struct PairPositions {
@@ -69,7 +70,8 @@ struct GradWeightInput {
   const bf16* data;
 
   GradWeightInput(const Conv2dShape& s, const void* input)
-      : pixels(s.channels_lie_last() || (s.window_width.size > 1 && s.in_channels >= kTile)),
+      : pixels(s.channels_lie_last() ||
+               (s.window_width.size > 1 && s.in_channels / s.groups >= kTile)),
         copy(pixels && !s.channels_lie_last() ? s.batch * s.in_channels * s.in_height * s.in_width
                                               : 0),
         data(static_cast<const bf16*>(input)) {
@@ -119,9 +121,10 @@ struct GradWeightPlan {
   GradWeightInput input;
   Correlation c;
   PairPositions positions;
-  int64_t width;                  // columns: (tap along the width, input channel)
-  int64_t padded_width;           // in whole tiles
-  int64_t group, groups, shares;  // of patches
+  int64_t slice, slices;      // groups that share a unit's patches
+  int64_t width;              // columns: (tap along the width, input channel)
+  int64_t padded_width;       // in whole tiles
+  int64_t set, sets, shares;  // of patches
   int64_t row_blocks, block_rows, column_blocks, block_columns;
 
   explicit GradWeightPlan(const Conv2dGradWeightParams& params)
@@ -129,11 +132,13 @@ struct GradWeightPlan {
         input(params.shape, params.input),
         c(without_rows(forward_correlation(params.shape), params.shape.channels_lie_last())),
         positions(c),
+        slice(clamp(kSliceChannels / larger(c.channels, 1), 1, c.groups)),
+        slices(blocks(c.groups, slice)),
         width(c.width.taps * c.channels),
         padded_width(round_up(width, kTile)) {
     const int64_t fit = clamp(kPositions / positions.length, 1, kPositions);
-    group = blocks(positions.patches, blocks(positions.patches, fit));
-    groups = blocks(positions.patches, group);
+    set = blocks(positions.patches, blocks(positions.patches, fit));
+    sets = blocks(positions.patches, set);
     const int64_t most_rows = c.height.taps > 1 ? 128 : 256;
     const int64_t most_columns = c.height.taps > 1 ? 384 : 512;
     row_blocks = blocks(c.columns, most_rows);
@@ -142,51 +147,56 @@ struct GradWeightPlan {
     column_blocks = blocks(width, most_columns);
     block_columns = round_up(blocks(width, column_blocks), kBlock);
     column_blocks = blocks(width, block_columns);
-    shares = smaller(blocks(kUnits, row_blocks * column_blocks), blocks(groups, kShareGroups));
+    shares = smaller(blocks(kUnits, slices * row_blocks * column_blocks), blocks(sets, kShareSets));
   }
-  // One share's sums: [output channel][tap along the height][column], in whole tiles.
+  // One share's sums: [group][output channel][tap along the height][column], in whole tiles.
   int64_t row_size() const { return c.height.taps * padded_width; }
-  int64_t share_size() const { return round_up(c.columns, kTile) * row_size(); }
-  int64_t units() const { return shares * row_blocks * column_blocks; }
+  int64_t group_size() const { return round_up(c.columns, kTile) * row_size(); }
+  int64_t share_size() const { return c.groups * group_size(); }
+  int64_t units() const { return shares * slices * row_blocks * column_blocks; }
 };
 
-// The panels of a group of patches.
+// One group's channels of a set of patches, rows and columns of a block each.
+struct GradWeightBlock { int64_t group, row, rows, column, columns; };
+
+// Its panels.
 class GradWeightPanels {
  public:
   explicit GradWeightPanels(const GradWeightPlan& plan)
       : plan_(plan),
         q_(plan.positions),
         c_(plan.c),
-        row_stride_(plan.group * q_.length + (plan.group * q_.length % 256 ? 0 : kChunk)),
-        column_stride_(plan.group * q_.pairs * kChunk),
+        row_stride_(plan.set * q_.length + (plan.set * q_.length % 256 ? 0 : kChunk)),
+        column_stride_(plan.set * q_.pairs * kChunk),
         rows_(plan.block_rows * row_stride_),
         columns_(plan.block_columns / kTile * column_stride_),
+        line_(c_.groups > 1 ? c_.width.source_length * c_.channels : 0),
         stage_(plan.input.pixels ? 2 * (plan.padded_width + kChunk) : kTile * stage_stride()),
         pixels_(q_.length),
-        row_offsets_(plan.group * q_.length / kChunk),
-        column_offsets_(c_.height.taps * plan.group * q_.length / kChunk) {
+        row_offsets_(plan.set * q_.length / kChunk),
+        column_offsets_(c_.height.taps * plan.set * q_.length / kChunk) {
     rows_.zero();
     columns_.zero();
   }
 
-  void fill(int64_t first, int64_t count, int64_t row, int64_t rows, int64_t column,
-            int64_t columns) {
+  void fill(int64_t first, int64_t count, const GradWeightBlock& block) {
     chunks_ = 0;
     for (int64_t i = 0; i < count; ++i) {
       const Patch patch = q_.at(first + i);
       bf16* a = rows_.get() + i * q_.length;
       bf16* b = columns_.get() + i * q_.pairs * kChunk;
+      const int64_t row = block.group * c_.columns + block.row;
       if (plan_.p.shape.channels_lie_last()) {
-        fill_rows_from_pixels(patch, row, rows, a);
+        fill_rows_from_pixels(patch, row, block.rows, a);
       } else {
-        fill_rows_from_planes(patch, row, rows, a);
+        fill_rows_from_planes(patch, row, block.rows, a);
       }
       if (plan_.input.pixels) {
-        fill_columns_from_pixels(patch, column, columns, b);
+        fill_columns_from_pixels(patch, block, b);
       } else {
-        fill_columns_from_planes(patch, column, columns, b);
+        fill_columns_from_planes(patch, block, b);
       }
-      if (!q_.whole(patch)) copy_last_chunks(patch, columns, b);
+      if (!q_.whole(patch)) copy_last_chunks(patch, block.columns, b);
       place_chunks(patch, i);
     }
   }
@@ -200,7 +210,7 @@ class GradWeightPanels {
   }
 
  private:
-  int64_t chunks_most() const { return plan_.group * q_.length / kChunk; }
+  int64_t chunks_most() const { return plan_.set * q_.length / kChunk; }
   int64_t stage_stride() const { return q_.phases * q_.plane + 3 * kChunk; }
 
   void place_chunks(const Patch& patch, int64_t index) {
@@ -264,15 +274,15 @@ class GradWeightPanels {
     for (int64_t y = 0; y < patch.rows; ++y, to += q_.pitch) {
       const int64_t line = patch.image * c_.height.count + patch.row + y;
       const int64_t first = line * c_.width.count + patch.column;
-      for (int64_t x = 0; x < patch.columns; ++x) to[x] = grads + (first + x) * c_.columns;
+      for (int64_t x = 0; x < patch.columns; ++x) to[x] = grads + (first + x) * c_.out_channels();
     }
   }
 
   void fill_rows_from_planes(const Patch& patch, int64_t row, int64_t rows, bf16* to) const {
     const int64_t plane = c_.height.count * c_.width.count, padded = round_up(q_.pitch, kChunk);
     const auto* grads = static_cast<const bf16*>(plan_.p.grad_output) +
-                        (patch.image * c_.columns + row) * plane + patch.row * c_.width.count +
-                        patch.column;
+                        (patch.image * c_.out_channels() + row) * plane +
+                        patch.row * c_.width.count + patch.column;
     const int64_t end = patch.rows * q_.pitch;
     for (int64_t r = 0; r < rows; ++r, grads += plane, to += row_stride_) {
       alignas(64) bf16 line[kPositions + 2 * kChunk];
@@ -284,21 +294,18 @@ class GradWeightPanels {
   }
 
   // Two positions' columns as pairs: one run each where neighbouring taps are neighbours in memory.
-  void fill_columns_from_pixels(const Patch& patch, int64_t column, int64_t columns,
-                                bf16* to) const {
+  void fill_columns_from_pixels(const Patch& patch, const GradWeightBlock& block, bf16* to) const {
     const Axis& width = c_.width;
-    const bf16* input = plan_.input.data;
-    const int64_t channels = c_.channels;
+    const int64_t channels = c_.channels, column = block.column, columns = block.columns;
     q_.for_each_line(patch, [&](int64_t first, int64_t y, int64_t x) {
       const bool exists = y >= 0 && y < c_.height.source_length;
-      const bf16* line =
-          input + (patch.image * c_.height.source_length + y) * width.source_length * channels;
+      const bf16* line = exists ? group_line(patch, block.group, y, x) : plan_.input.data;
       struct Run {
         const bf16* from;
         int64_t first, last;
       };
       const auto run = [&](int64_t i, bf16* stage) -> Run {
-        if (!exists || i >= patch.columns) return {input, 0, 0};
+        if (!exists || i >= patch.columns) return {line, 0, 0};
         const int64_t pixel = x + i * width.step;
         if (width.tap_offset == 1) {
           const Inside taps = inside(pixel, 1, width.taps, width.source_length);
@@ -339,14 +346,35 @@ class GradWeightPanels {
     });
   }
 
-  void fill_columns_from_planes(const Patch& patch, int64_t column, int64_t columns,
-                                bf16* to) const {
-    const bf16* input = plan_.input.data;
+  // A row of the image: one of several groups' channels are brought side by side, as far as the
+  // patch sees them.
+  const bf16* group_line(const Patch& patch, int64_t group, int64_t y, int64_t x) const {
+    const int64_t pixel = c_.source_channels(), length = c_.width.source_length;
+    const bf16* from =
+        plan_.input.data + (patch.image * c_.height.source_length + y) * length * pixel;
+    if (c_.groups == 1) return from;
+    from += group * c_.channels;
+    const int64_t last =
+        x + (patch.columns - 1) * c_.width.step + (c_.width.taps - 1) * c_.width.tap_offset + 1;
+    for (int64_t i = larger(x, 0); i < smaller(last, length); ++i) {
+      bf16* to = line_.get() + i * c_.channels;
+      for (int64_t k = 0; k < c_.channels; k += kChunk) {
+        const __mmask32 mask = lanes_between(0, c_.channels - k);
+        _mm512_mask_storeu_epi16(to + k, mask, load_masked(from + i * pixel + k, mask));
+      }
+    }
+    return line_.get();
+  }
+
+  void fill_columns_from_planes(const Patch& patch, const GradWeightBlock& block, bf16* to) const {
+    const int64_t channels = c_.channels;
+    const bf16* input =
+        plan_.input.data + (patch.image * c_.groups + block.group) * channels * c_.source_plane();
     const int64_t stride = stage_stride(), pairs = q_.phases * q_.plane / 2;
-    for (int64_t j = 0; j < columns; j += kTile, to += column_stride_) {
+    for (int64_t j = 0; j < block.columns; j += kTile, to += column_stride_) {
       for (int64_t r = 0; r < kTile; ++r) {
-        const int64_t k = column + j + r, channel = k % c_.channels, tap = k / c_.channels;
-        const bf16* plane = input + (patch.image * c_.channels + channel) * c_.source_plane();
+        const int64_t k = block.column + j + r, channel = k % channels, tap = k / channels;
+        const bf16* plane = input + channel * c_.source_plane();
         q_.for_each_line(patch, [&](int64_t first, int64_t y, int64_t x) {
           const bool exists = k < plan_.width && y >= 0 && y < c_.height.source_length;
           const ImageLine line(exists ? plane + y * c_.width.source_length : nullptr,
@@ -369,7 +397,7 @@ class GradWeightPanels {
   const PairPositions& q_;
   const Correlation& c_;
   const int64_t row_stride_, column_stride_;
-  const Scratch<bf16> rows_, columns_, stage_;
+  const Scratch<bf16> rows_, columns_, line_, stage_;
   const Scratch<const bf16*> pixels_;
   const Scratch<int64_t> row_offsets_, column_offsets_;
   int64_t chunks_ = 0;

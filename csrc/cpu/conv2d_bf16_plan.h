@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kPositions = 1024, kPanelElements = 256 * 1024;
 constexpr int64_t kUnits = 16, kLeastPositions = 128;
 constexpr int64_t kFewChannels = 256, kManyChannels = 1024;
-constexpr int64_t kSliceChannels = 256;      // of a panel's pixel, padded
+constexpr int64_t kSliceChannels = 1024;      // of a panel's pixel, padded
 constexpr int64_t kGrainFlops = 16'000'000;  // about 30 us
 
 struct PairProblem {

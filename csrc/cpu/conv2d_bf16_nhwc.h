@@ -9,12 +9,12 @@ namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
 // Writes output channels [column, column + columns) of `rows` pixels, of which some may be null.
-inline void store_pixels(const PairPlan& plan, bf16* const* pixels, int64_t rows, int64_t column,
-                         int64_t columns, const float* sums) {
-  const bf16* bias = plan.p.bias;
+template <bool kBiased>
+void store_pixels(const bf16* bias, bf16* const* pixels, int64_t rows, int64_t column,
+                  int64_t columns, const float* sums) {
   const __mmask32 mask = lanes_between(0, columns);
   VecF32 more[2] = {};
-  if (bias) {
+  if constexpr (kBiased) {
     alignas(64) bf16 numbers[kBlock];
     _mm512_store_si512(numbers, load_masked(bias + column, mask));
     more[0] = load(numbers);
@@ -22,7 +22,8 @@ inline void store_pixels(const PairPlan& plan, bf16* const* pixels, int64_t rows
   }
   for (int64_t r = 0; r < rows; ++r, sums += kBlock) {
     if (!pixels[r]) continue;
-    const VecF32 first = load(sums) + more[0], last = load(sums + kTile) + more[1];
+    VecF32 first = load(sums), last = load(sums + kTile);
+    if constexpr (kBiased) first += more[0], last += more[1];
     const __m512i values = round_pairs(bit_cast<__m512>(first), bit_cast<__m512>(last));
     if (columns >= kBlock) {
       _mm512_storeu_si512(pixels[r] + column, values);
@@ -79,12 +80,14 @@ inline void multiply_channels_last(const PairPlan& plan, const PairWeights& weig
           // The next block's pixels, some with each block of channels, where these are as many.
           const bool ahead = in_place && c.groups == 1 && c.channels <= columns.channels;
           const int64_t share = blocks(kBlock, blocks(columns.channels, kBlock)) * stride;
-          // A block is stored while the next one is summed.
+          // A block is stored while the next one is summed, ahead of it in the program: behind it,
+          // its loads would look as if they met the next one's stores, 4 KB further on.
           struct Last { int64_t row, height, column, width; } last{};
           int turn = 0;
           const auto store_last = [&] {
-            store_pixels(plan, pixels.get() + last.row, last.height, last.column, last.width,
-                         sums[turn]);
+            (plan.p.bias ? store_pixels<true>
+                         : store_pixels<false>)(plan.p.bias, pixels.get() + last.row, last.height,
+                                                last.column, last.width, sums[turn]);
           };
           for (int64_t g = 0; g < plan.slice; ++g, source += plan.depth.padded) {
             for (int64_t row = 0; row < length; row += kBlock) {
@@ -98,11 +101,11 @@ inline void multiply_channels_last(const PairPlan& plan, const PairWeights& weig
                                      (block.channel - columns.channel) / kBlock * share;
                   for (int64_t j = 0; j < share; j += kChunk) __builtin_prefetch(next + j);
                 }
-                multiply_pixels(state, plan, source + row * stride, stride, height, weights, block,
-                                sums[1 - turn]);
                 store_last();
-                last = {row, height, block.column, block.width};
                 turn = 1 - turn;
+                multiply_pixels(state, plan, source + row * stride, stride, height, weights, block,
+                                sums[turn]);
+                last = {row, height, block.column, block.width};
               });
             }
           }

@@ -2,8 +2,8 @@
 //
 // Both multiply pairs: two bf16 that are neighbours along the depth and fill 32 bits. A block of A
 // has rows of 16 pairs, one of B has 16 rows of pairs x 16 columns; a chunk of the depth is 16
-// pairs long and padded with zeros. So one set of panels serves both; which of the two runs is
-// decided at run time (core/isa.h), as long as the CPU allows it.
+// pairs long and padded with zeros, or shorter. So one set of panels serves both; which of the two
+// runs is decided at run time (core/isa.h), as long as the CPU allows it.
 //
 // Products are rounded to nearest even in fp32, and subnormal inputs and results count as zero:
 // native does the same. The order of summation depends on nothing but the depth.
@@ -47,10 +47,12 @@ struct TileProduct {
 };
 
 // Lives as long as a thread may use tiles: these are part of what a switch of threads saves.
+// `pairs` is the length of a chunk, where that is less than a tile.
 class TileState {
  public:
-  TileState() : on_(active_isa() == Isa::amx) {
-    if (on_) configure();
+  explicit TileState(int64_t pairs = kTile)
+      : on_(active_isa() == Isa::amx), pairs_(static_cast<int>(pairs)) {
+    if (on_) configure(pairs_);
   }
   ~TileState() {
     if (on_) release();
@@ -59,21 +61,26 @@ class TileState {
   TileState& operator=(const TileState&) = delete;
 
   bool on() const { return on_; }
+  int pairs() const { return pairs_; }
 
  private:
-  [[gnu::target("amx-tile")]] static void configure() {
+  [[gnu::target("amx-tile")]] static void configure(int pairs) {
     struct Config {
       uint8_t palette, start_row, reserved[14];
       uint16_t row_bytes[16];
       uint8_t rows[16];
     };
-    alignas(64) static constexpr Config kConfig{
-        1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    _tile_loadconfig(&kConfig);
+    const auto bytes = static_cast<uint16_t>(4 * pairs);  // of A's rows
+    const auto rows = static_cast<uint8_t>(pairs);        // of B
+    alignas(64) const Config config{
+        1, 0, {}, {64, 64, 64, 64, bytes, bytes, 64, 64}, {16, 16, 16, 16, 16, 16, rows, rows}};
+    asm volatile("" ::"r"(&config) : "memory");  // GCC thinks that eight bytes are read
+    _tile_loadconfig(&config);
   }
   [[gnu::target("amx-tile")]] static void release() { _tile_release(); }
 
   const bool on_;
+  const int pairs_;
 };
 
 // The operand that is not used again soon: its tiles pass L1 by, so that the other's stay there.
@@ -140,7 +147,7 @@ inline __m512bh as_pairs(__m512i v) { return bit_cast<__m512bh>(v); }
 
 // Eight rows at a time: twice as many sums as vdpbf16ps takes cycles.
 template <int kColumns>
-[[gnu::noinline]] void multiply_by_vectors(const TileProduct& t, int rows) {
+[[gnu::noinline]] void multiply_by_vectors(const TileProduct& t, int rows, int pairs) {
   constexpr int kHeight = 8;
   const int64_t a_stride = t.a.stride, b_stride = t.b.stride;
   for (int row = 0; row < rows; row += kHeight) {
@@ -158,7 +165,7 @@ template <int kColumns>
       const bf16* a = t.a.data + t.a.offsets[j] + down;
       const bf16* b = t.b.data + t.b.offsets[j];
       const bf16* middle = a + 4 * a_stride;
-      for (int k = 0; k < kTile; ++k, a += 2, middle += 2, b += b_stride) {
+      for (int k = 0; k < pairs; ++k, a += 2, middle += 2, b += b_stride) {
         __m512i columns[kColumns];
 #pragma GCC unroll 2
         for (int v = 0; v < kColumns; ++v) columns[v] = _mm512_loadu_si512(b + v * t.b.next);
@@ -195,7 +202,8 @@ inline void multiply_by_tiles(const TileProduct& t, int rows, int columns) {
 template <Stream kStream>
 inline void multiply_tiles(const TileState& state, const TileProduct& t, int rows, int columns) {
   if (!state.on()) {
-    (columns == 2 ? multiply_by_vectors<2> : multiply_by_vectors<1>)(t, rows * kTile);
+    (columns == 2 ? multiply_by_vectors<2> : multiply_by_vectors<1>)(t, rows * kTile,
+                                                                     state.pairs());
   } else {
     multiply_by_tiles<kStream>(t, rows, columns);
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/conv2d_bf16_nhwc.h"
+#include "cpu/conv2d_bf16_planes.h"
 
 #if defined(__AVX512BF16__)
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -93,13 +94,12 @@ inline void multiply_contiguous(const PairPlan& plan, const PairWeights& weights
 // would straddle cache lines, which took twice as long.
 inline void multiply_turned(const PairPlan& plan, const PairWeights& weights) {
   const Correlation& c = plan.c;
-  const PixelRows rows(c, plan.depth, plan.slice);
   const Patches& patches = plan.patches;
-  const int64_t size = patches.pixels() * rows.stride;
+  const PixelRows rows(c, plan.depth, plan.slice, patches);
   plan.place_chunks(rows.stride, kChunk, weights.chunk_size());
   parallel_for(plan.units(), plan.grain(), [&](int64_t begin, int64_t end) {
     const TileState state;
-    const Scratch<bf16> panels(plan.set * size);
+    const Scratch<bf16> panels(plan.set * rows.size);
     alignas(64) float sums[kBlock * kBlock];
     alignas(64) float turned[kBlock * kBlock + kBlock];  // what a store reads past the end, too
     std::memset(turned, 0, sizeof(turned));
@@ -108,15 +108,15 @@ inline void multiply_turned(const PairPlan& plan, const PairWeights& weights) {
         [&](const Patch& patch, int64_t i, int64_t group) {
           for (int64_t g = 0; g < plan.slice; ++g)
             rows.turn(patches, patch, plan.p.source, group + g,
-                      panels.get() + i * size + g * plan.depth.padded);
+                      panels.get() + i * rows.size + g * rows.next_group);
         },
         [&](const Patch& patch, int64_t i, const PairColumns& columns) {
           const int64_t length = patches.length(patch);
           for (int64_t row = 0; row < length; row += kBlock) {
             const int64_t height = smaller(kBlock, length - row);
-            const bf16* pixels = panels.get() + i * size + row * rows.stride;
+            const bf16* pixels = panels.get() + i * rows.size + row * rows.stride;
             plan.for_each_block(columns, [&](const PairBlock& block) {
-              multiply_pixels(state, plan, pixels + block.index * plan.depth.padded, rows.stride,
+              multiply_pixels(state, plan, pixels + block.index * rows.next_group, rows.stride,
                               height, weights, block, sums);
               turn_block(sums, turned);
               store_planes(plan, patch, row, row + height, block.column, block.width, turned,

@@ -2,6 +2,7 @@
 // channels. See conv2d_bf16.cpp.
 #pragma once
 
+#include "cpu/conv2d_bf16_pixels.h"
 #include "cpu/conv2d_bf16_plan.h"
 
 #if defined(__AVX512BF16__)
@@ -49,20 +50,20 @@ inline void multiply_pixels(const TileState& state, const PairPlan& plan, const 
 
 inline void multiply_channels_last(const PairPlan& plan, const PairWeights& weights) {
   const Correlation& c = plan.c;
-  const PixelRows rows(c, plan.depth, plan.slice);
   const Patches& patches = plan.patches;
-  const int64_t size = patches.pixels() * rows.stride;
-  plan.place_chunks(rows.stride, kChunk, weights.chunk_size());
+  const PixelRows rows(c, plan.depth, plan.slice, patches);
+  plan.place_chunks(rows.stride, plan.depth.chunk, weights.chunk_size());
   parallel_for(plan.units(), plan.grain(), [&](int64_t begin, int64_t end) {
-    const TileState state;
-    const Scratch<bf16> panels(plan.set * size);
+    const TileState state(plan.depth.chunk / 2);
+    const Scratch<bf16> panels(plan.set * rows.size);
     alignas(64) float sums[2][kBlock * kBlock];
     const Scratch<bf16*> pixels(round_up(patches.rows * patches.pitch, kBlock));
     plan.for_each_unit(
         begin, end,
         [&](const Patch& patch, int64_t i, int64_t group) {
           if (!rows.in_place(patch))
-            rows.fill(patches, patch, plan.p.source + group * c.channels, panels.get() + i * size);
+            rows.fill(patches, patch, plan.p.source + group * c.channels,
+                      panels.get() + i * rows.size);
         },
         [&](const Patch& patch, int64_t i, const PairColumns& columns) {
           pixels.zero();
@@ -76,7 +77,7 @@ inline void multiply_channels_last(const PairPlan& plan, const PairWeights& weig
           const int64_t stride = in_place ? c.source_channels() : rows.stride;
           const bf16* source =
               in_place ? plan.p.source + patch.column * stride + columns.first_group * c.channels
-                       : panels.get() + i * size;
+                       : panels.get() + i * rows.size;
           // The next block's pixels, some with each block of channels, where these are as many.
           const bool ahead = in_place && c.groups == 1 && c.channels <= columns.channels;
           const int64_t share = blocks(kBlock, blocks(columns.channels, kBlock)) * stride;
@@ -89,7 +90,7 @@ inline void multiply_channels_last(const PairPlan& plan, const PairWeights& weig
                          : store_pixels<false>)(plan.p.bias, pixels.get() + last.row, last.height,
                                                 last.column, last.width, sums[turn]);
           };
-          for (int64_t g = 0; g < plan.slice; ++g, source += plan.depth.padded) {
+          for (int64_t g = 0; g < plan.slice; ++g, source += rows.next_group) {
             for (int64_t row = 0; row < length; row += kBlock) {
               const int64_t height = smaller(kBlock, length - row);
               plan.for_each_block(columns, g, [&](const PairBlock& block) {

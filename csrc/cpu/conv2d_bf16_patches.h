@@ -4,7 +4,9 @@
 // A patch keeps its rows side by side, so that positions are numbered through and a tap is a
 // constant distance, whatever the row; with a stride there is one plane per phase. The positions
 // between two rows are computed for nothing. Few channels are merged: all taps along the width of a
-// position are one run of depth, else each would be padded to a chunk by itself.
+// position are one run of depth, else each would be padded to a chunk by itself. Pixels that lie
+// side by side are such runs already: rows of A then overlap, and a chunk is as long as divides the
+// run, so that it holds nothing of the next pixel (which may be infinite, and zero times that NaN).
 #pragma once
 
 #include "core/scratch.h"
@@ -41,24 +43,39 @@ inline Correlation without_rows(Correlation c, bool channels_last) {
   return c;
 }
 
-// The depth: `lines` runs, one per tap or per row of taps, each padded to whole chunks.
+// The depth: `lines` runs, one per tap or per row of taps, each of some chunks.
 struct PairDepth {
-  bool merged;
-  int64_t run_taps, run, padded, lines;
+  bool merged;    // planes: a row of taps is a run
+  bool overlaps;  // pixels: a row of taps is a run of them, which its neighbours overlap
+  int64_t channels, run, lines;
+  int64_t chunk, run_chunks, padded;  // elements of a chunk; chunks of a run, and their elements
 
   PairDepth(const Correlation& c, bool channels_last) {
-    const int64_t taps = c.width.taps;
+    const int64_t taps = c.width.taps, apart = taps * blocks(c.channels, kChunk);
+    const bool neighbours = taps > 1 && c.width.tap_offset == 1;
+    const auto saves = [&](int64_t chunks) { return neighbours && 4 * apart > 5 * chunks; };
+    const int64_t even = round_up(c.channels, 2), even_chunks = cut_evenly(taps * even);
+    overlaps = channels_last && saves(even_chunks);
     // Planes of many channels are turned over with one tap each.
-    merged = taps > 1 && (c.groups == 1 || !channels_last) && c.width.tap_offset == 1 &&
-             (channels_last || c.channels < kTile) &&
-             4 * taps * round_up(c.channels, kChunk) > 5 * round_up(taps * c.channels, kChunk);
-    run_taps = merged ? taps : 1;
-    run = run_taps * c.channels;
-    padded = round_up(run, kChunk);
-    lines = c.height.taps * taps / run_taps;
+    merged = !channels_last && c.channels < kTile && saves(blocks(taps * c.channels, kChunk));
+    channels = overlaps ? even : c.channels;
+    run = (merged || overlaps ? taps : 1) * channels;
+    lines = c.height.taps * (merged || overlaps ? 1 : taps);
+    run_chunks = overlaps ? even_chunks : blocks(run, kChunk);
+    chunk = overlaps ? run / run_chunks : kChunk;
+    padded = run_chunks * chunk;
   }
-  int64_t size() const { return lines * padded; }
-  int64_t chunks() const { return size() / kChunk; }
+  int64_t chunks() const { return lines * run_chunks; }
+  // Of a weight, whose chunks are padded.
+  int64_t size() const { return chunks() * kChunk; }
+
+ private:
+  // How many equal chunks of whole pairs make a run.
+  static int64_t cut_evenly(int64_t run) {
+    int64_t count = larger(blocks(run, kChunk), 1);
+    while (run % (2 * count)) ++count;
+    return count;
+  }
 };
 
 // Positions [row, row + rows) x [column, column + columns) of one image.
@@ -71,12 +88,14 @@ struct Patches {
   int64_t height_phases, width_phases, width_reach, height_reach;
   int64_t pitch, plane;  // pixels from row to row, and of a phase
 
-  Patches(const Correlation& c, bool merged, int64_t most) : c(c) {
-    const int64_t height_taps = c.height.taps, width_taps = merged ? 1 : c.width.taps;
+  Patches(const Correlation& c, const PairDepth& depth, int64_t most) : c(c) {
+    const int64_t height_taps = c.height.taps;
+    const int64_t width_taps = depth.merged || depth.overlaps ? 1 : c.width.taps;
     height_phases = height_taps > 1 ? c.height.step : 1;
     width_phases = width_taps > 1 ? c.width.step : 1;
     height_reach = height_taps > 1 ? (height_taps - 1) * c.height.tap_offset / height_phases : 0;
     width_reach = width_taps > 1 ? (width_taps - 1) * c.width.tap_offset / width_phases : 0;
+    if (depth.overlaps) width_reach = blocks(c.width.taps, c.width.step) - 1;
     parts = blocks(c.width.count, most);
     part = smaller(c.width.count, round_up(blocks(c.width.count, parts), kBlock));
     parts = blocks(c.width.count, part);
@@ -156,151 +175,6 @@ struct ImageLine {
     alignas(64) bf16 line[32] = {};
     for (int64_t l = clamp(first, 0, 32); l < clamp(last, 0, 32); ++l) line[l] = from[l * step];
     return _mm512_load_si512(line);
-  }
-};
-
-// Rows of A: a patch's pixels one after the other, each with a run of the depth of each of a
-// slice's groups.
-struct PixelRows {
-  const Correlation& c;
-  const PairDepth& depth;
-  int64_t slice;
-  int64_t stride;  // of pixels, not in the same cache set
-
-  PixelRows(const Correlation& c, const PairDepth& depth, int64_t slice)
-      : c(c),
-        depth(depth),
-        slice(slice),
-        stride(slice * depth.padded + (slice * depth.padded % 256 ? 0 : kChunk)) {}
-
-  // Whether the patch is read where it lies: pixels in a row of their own, whole chunks of
-  // channels, in different cache sets, and as many as whole blocks read.
-  bool in_place(const Patch& patch) const {
-    return flat() && c.channels % kChunk == 0 && c.source_channels() <= 1024 &&
-           patch.column + round_up(patch.columns, kBlock) <= c.width.count;
-  }
-  // `source` begins with the slice's first channel.
-  void fill(const Patches& patches, const Patch& patch, const bf16* source, bf16* to) const {
-    patches.for_each_line(patch, [&](int64_t first, int64_t y, int64_t x, int64_t pixels) {
-      bf16* line = to + first * stride;
-      if (y < 0 || y >= c.height.source_length) {
-        std::memset(line, 0, pixels * stride * sizeof(bf16));
-        return;
-      }
-      const int64_t row = patch.image * c.height.source_length + y;
-      fill_line(source + row * c.width.source_length * c.source_channels(), x, pixels, line);
-    });
-  }
-
-  // One group from planes: 32 channels of 32 pixels at a time. What a line writes past its end, the
-  // next overwrites.
-  void turn(const Patches& patches, const Patch& patch, const bf16* source, int64_t group,
-            bf16* to) const {
-    source += (patch.image * c.groups + group) * c.channels * c.source_plane();
-    const int64_t length = c.width.source_length, plane = c.source_plane();
-    patches.for_each_line(patch, [&](int64_t first, int64_t y, int64_t x, int64_t pixels) {
-      const bool exists = y >= 0 && y < c.height.source_length;
-      const bf16* row = source + y * length;
-      for (int64_t k = 0; k < depth.padded; k += kChunk) {
-        for (int64_t i = 0; i < pixels; i += 2 * kTile) {
-          alignas(64) bf16 pairs[2][kTile * kChunk];
-          for (int64_t r = 0; r < kTile; ++r) {
-            const auto load_line = [&](int64_t channel) {
-              const bf16* line = exists && channel < c.channels ? row + channel * plane : nullptr;
-              return ImageLine(line, x, c.width.step, pixels, length).load(i);
-            };
-            __m512i both[2];
-            interleave(load_line(k + 2 * r), load_line(k + 2 * r + 1), both);
-            _mm512_store_si512(pairs[0] + r * kChunk, both[0]);
-            _mm512_store_si512(pairs[1] + r * kChunk, both[1]);
-          }
-          bf16* at = to + (first + i) * stride + k;
-          turn_pairs(pairs[0], kChunk, at, stride);
-          if (i + kTile < pixels) turn_pairs(pairs[1], kChunk, at + kTile * stride, stride);
-        }
-      }
-    });
-  }
-
- private:
-  // As without_rows leaves a 1x1 window's pixels.
-  bool flat() const {
-    const auto plain = [](const Axis& a) {
-      return a.taps == 1 && a.step == 1 && a.offset == 0 && a.count == a.source_length;
-    };
-    return c.batch == 1 && c.height.count == 1 && plain(c.height) && plain(c.width);
-  }
-  void fill_line(const bf16* row, int64_t x, int64_t pixels, bf16* to) const {
-    const int64_t step = c.width.step, length = c.width.source_length;
-    const int64_t pixel = c.source_channels();
-    const Inside whole = inside(x, step, pixels, length - depth.run_taps + 1);
-    const auto copy_some = [&](int64_t i) {
-      const Inside taps = inside(x + i * step, 1, depth.run_taps, length);
-      for (int64_t g = 0; g < slice; ++g)
-        copy_padded(to + i * stride + g * depth.padded,
-                    row + (x + i * step) * pixel + g * c.channels, taps.first * c.channels,
-                    taps.last * c.channels, depth.padded);
-    };
-    for (int64_t i = 0; i < whole.first; ++i) copy_some(i);
-    copy_runs(to + whole.first * stride, row + (x + whole.first * step) * pixel, step * pixel,
-              whole.last - whole.first);
-    for (int64_t i = whole.last; i < pixels; ++i) copy_some(i);
-  }
-  void copy_runs(bf16* to, const bf16* from, int64_t from_step, int64_t count) const {
-    // Groups of whole chunks are one run.
-    const bool dense = depth.run == depth.padded;
-    const int64_t runs = dense ? 1 : slice, run = dense ? slice * depth.run : depth.run;
-    const __mmask32 rest = lanes_between(0, run % kChunk);
-    const int64_t last = run / kChunk * kChunk, to_step = stride;
-    for (int64_t i = 0; i < count; ++i, to += to_step, from += from_step) {
-      for (int64_t g = 0; g < runs; ++g) {
-        bf16* panel = to + g * depth.padded;
-        const bf16* source = from + g * c.channels;
-        for (int64_t k = 0; k < last; k += kChunk) {
-          __builtin_prefetch(source + k + 1024);
-          _mm512_storeu_si512(panel + k, _mm512_loadu_si512(source + k));
-        }
-        if (rest) _mm512_storeu_si512(panel + last, load_masked(source + last, rest));
-      }
-    }
-  }
-};
-
-// Columns of B, contiguous: a plane per pair of the depth, its pixels pairs of 32 bits.
-struct PairPlanes {
-  const Correlation& c;
-  const PairDepth& depth;
-  int64_t stride;  // elements from plane to plane, not in the same cache set
-
-  PairPlanes(const Correlation& c, const PairDepth& depth, const Patches& patches)
-      : c(c), depth(depth), stride((round_up(patches.pixels(), 2 * kTile) + kTile) * 2) {}
-
-  // `to` is zero where nothing is written. What a line writes past its end, the next overwrites.
-  void fill(const Patches& patches, const Patch& patch, const bf16* source, int64_t group,
-            bf16* to) const {
-    source += (patch.image * c.groups + group) * c.channels * c.source_plane();
-    for (int64_t k = 0; k < depth.run; k += 2, to += stride) {
-      patches.for_each_line(patch, [&](int64_t first, int64_t y, int64_t x, int64_t pixels) {
-        const ImageLine upper = line(source, k, y, x, pixels);
-        const ImageLine lower = line(source, k + 1, y, x, pixels);
-        bf16* pairs = to + first * 2;
-        for (int64_t i = 0; i < pixels; i += kChunk, pairs += 2 * kChunk) {
-          __m512i both[2];
-          interleave(upper.load(i), lower.load(i), both);
-          _mm512_storeu_si512(pairs, both[0]);
-          _mm512_storeu_si512(pairs + kChunk, both[1]);
-        }
-      });
-    }
-  }
-
- private:
-  ImageLine line(const bf16* source, int64_t k, int64_t y, int64_t x, int64_t pixels) const {
-    const int64_t channel = k % c.channels, tap = k / c.channels;
-    const bool exists = k < depth.run && y >= 0 && y < c.height.source_length;
-    const int64_t row = channel * c.height.source_length + y;
-    return {exists ? source + row * c.width.source_length : nullptr, x + tap * c.width.tap_offset,
-            c.width.step, pixels, c.width.source_length};
   }
 };
 

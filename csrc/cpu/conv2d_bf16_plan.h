@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kPositions = 1024, kPanelElements = 256 * 1024;
 constexpr int64_t kUnits = 16, kLeastPositions = 128;
 constexpr int64_t kFewChannels = 256, kManyChannels = 1024;
-constexpr int64_t kSliceChannels = 1024;      // of a panel's pixel, padded
+constexpr int64_t kSliceChannels = 1024;     // of a panel's pixel, padded
 constexpr int64_t kGrainFlops = 16'000'000;  // about 30 us
 
 struct PairProblem {
@@ -39,6 +39,7 @@ struct PairPlan {
   const PairProblem& p;
   const Correlation& c;
   PairDepth depth;
+  int64_t element;        // what a group's panel holds for a position
   int64_t slice, slices;  // groups whose source is packed side by side
   bool light;             // the weights
   int64_t positions;
@@ -51,19 +52,20 @@ struct PairPlan {
       : p(p),
         c(p.c),
         depth(c, channels_last),
-        slice(slice_groups(c.groups, depth.padded)),
+        element(depth.overlaps ? c.width.step * depth.channels : depth.padded),
+        slice(slice_groups(c.groups, element)),
         slices(c.groups / slice),
         light(depth.size() * slice * c.columns <= 2 * kPanelElements),
         positions(light ? clamp(round_up(blocks(c.positions() * slices, kUnits), kBlock),
                                 kLeastPositions, kPositions)
                         : kPositions),
-        patches(c, depth.merged,
-                clamp(kPanelElements / (slice * depth.padded + 1) / kBlock * kBlock, 2 * kBlock,
-                      positions)),
+        patches(
+            c, depth,
+            clamp(kPanelElements / (slice * element + 1) / kBlock * kBlock, 2 * kBlock, positions)),
         source_offsets(depth.chunks()),
         weight_offsets(depth.chunks()) {
     const int64_t most = clamp(positions / (patches.rows * patches.pitch), 1,
-                               kPanelElements / (slice * depth.padded * patches.plane + 1) + 1);
+                               kPanelElements / (slice * element * patches.plane + 1) + 1);
     set = blocks(patches.count, blocks(patches.count, most));
     sets = blocks(patches.count, set);
     const int64_t channels =
@@ -75,7 +77,7 @@ struct PairPlan {
   }
   // Fills the offsets: `pixel` elements from pixel to pixel, `chunk` from chunk to chunk.
   void place_chunks(int64_t pixel, int64_t chunk, int64_t weight_chunk) const {
-    const int64_t run = depth.padded / kChunk, taps = depth.merged ? 1 : c.width.taps;
+    const int64_t run = depth.run_chunks, taps = depth.lines / larger(c.height.taps, 1);
     for (int64_t j = 0; j < depth.chunks(); ++j) {
       const int64_t line = j / run;
       source_offsets.get()[j] = patches.shift(line / taps, line % taps) * pixel + j % run * chunk;

@@ -52,10 +52,8 @@ struct PairWeights {
       const int64_t h = t / c.width.taps, w = t % c.width.taps;
       const int64_t tap = (c.height.first_tap + h * c.height.tap_step) * taps_wide +
                           c.width.first_tap + w * c.width.tap_step;
-      int64_t* to =
-          places.get() + (depth.merged ? h * depth.padded + w * c.channels : t * depth.padded);
       for (int64_t k = 0; k < c.channels; ++k)
-        to[k] = swapped ? k * row + tap * c.columns : tap * c.channels + k;
+        places.get()[place(h, w, k)] = swapped ? k * row + tap * c.columns : tap * c.channels + k;
     }
     const int64_t group_size = taps * c.channels * c.columns, panels = group_columns / kTile;
     parallel_for(c.groups * panels, 65'536 / (size + 1) / kTile + 1,
@@ -73,15 +71,23 @@ struct PairWeights {
   }
 
  private:
+  // Where an element of the depth lies: a chunk is padded.
+  int64_t place(int64_t tap_height, int64_t tap_width, int64_t channel) const {
+    const bool one_run = depth.merged || depth.overlaps;
+    const int64_t line = one_run ? tap_height : tap_height * c.width.taps + tap_width;
+    const int64_t k = (one_run ? tap_width * depth.channels : 0) + channel;
+    return (line * depth.run_chunks + k / depth.chunk) * kChunk + k % depth.chunk;
+  }
   // Sixteen rows of the depth, those beyond the last column zeros.
   void pack_rows(const bf16* weight, int64_t column, int64_t row, const int64_t* places,
                  bf16* to) const {
     alignas(64) bf16 stage[kTile][kChunk];
     for (int64_t k = 0; k < depth.size(); k += kChunk, to += chunk_size()) {
-      // Merged taps may meet in a chunk, and lie apart in the weight.
-      const bool one =
-          places[k] >= 0 && (!depth.merged || places[k + kChunk - 1] == places[k] + kChunk - 1);
-      const __mmask32 mask = lanes_between(0, depth.run - k % depth.padded);
+      const int64_t length =
+          smaller(depth.chunk, depth.run - k / kChunk % depth.run_chunks * depth.chunk);
+      // Taps may meet in a chunk, and lie apart in the weight.
+      const bool one = places[k] >= 0 && places[k + length - 1] == places[k] + length - 1;
+      const __mmask32 mask = lanes_between(0, length);
       VecF32 pairs[kTile];
       for (int64_t r = 0; r < kTile; ++r) {
         const bf16* from = weight + (column + r) * row;

@@ -96,7 +96,7 @@ struct PixelRows {
   }
   void copy(bf16* to, const bf16* from, int64_t from_step, int64_t pixels) const {
     if (!depth.overlaps) return copy_runs(to, from, from_step, pixels);
-    if (slice > 1 || c.groups > 1) return copy_groups(to, from, pixels);
+    if (c.groups > 1) return copy_groups(to, from, pixels);
     if (c.channels == depth.channels) return copy_line(to, from, pixels * c.channels);
     copy_odd(to, from, pixels);
   }
@@ -107,14 +107,19 @@ struct PixelRows {
     }
   }
   void copy_groups(bf16* to, const bf16* from, int64_t pixels) const {
-    for (int64_t i = 0; i < pixels; ++i, to += depth.channels, from += c.source_channels()) {
-      for (int64_t g = 0; g < slice; ++g) copy_pixel(to + g * next_group, from + g * c.channels);
+    const int64_t pixel = c.source_channels(), channels = c.channels, padded = depth.channels;
+    const int64_t groups = slice, next = next_group, ahead = 2 * pixel;
+    for (int64_t k = 0; k < padded; k += kChunk) {
+      const __mmask32 read = lanes_between(0, channels - k), written = lanes_between(0, padded - k);
+      for (int64_t i = 0; i < pixels; ++i) {
+        const bf16* source = from + i * pixel + k;
+        bf16* panel = to + i * padded + k;
+        for (int64_t g = 0; g < groups; ++g, source += channels, panel += next) {
+          __builtin_prefetch(source + ahead);
+          _mm512_mask_storeu_epi16(panel, written, load_masked(source, read));
+        }
+      }
     }
-  }
-  void copy_pixel(bf16* to, const bf16* from) const {
-    for (int64_t k = 0; k < depth.channels; k += kChunk)
-      _mm512_mask_storeu_epi16(to + k, lanes_between(0, depth.channels - k),
-                               load_masked(from + k, lanes_between(0, c.channels - k)));
   }
   // An odd number of channels gets a zero: as many pixels at a time as fill a register.
   void copy_odd(bf16* to, const bf16* from, int64_t pixels) const {
@@ -135,7 +140,7 @@ struct PixelRows {
       to += together * depth.channels;
       from += together * c.channels;
     }
-    for (; pixels > 0; --pixels, to += depth.channels, from += c.channels) copy_pixel(to, from);
+    copy_groups(to, from, pixels);
   }
   void copy_runs(bf16* to, const bf16* from, int64_t from_step, int64_t count) const {
     // Groups of whole chunks are one run.

@@ -68,6 +68,16 @@ CASES = [
     (1, 33, 4, 1100, (2, 3), (2, 1), (1, 1), (1, 1), 20, 1),
     (5, 530, 5, 7, (3, 2), (2, 3), (1, 1), (1, 1), 300, 1),
     (2, 64, 19, 31, (1, 1), (1, 1), (0, 0), (1, 1), 300, 1),
+    # bf16 in pairs, groups: whole chunks of channels and less, several to a slice and a rest; windows
+    # that overlap, of one row and of phases; images of one pixel
+    (2, 128, 9, 13, (3, 3), (1, 1), (1, 1), (1, 1), 192, 4),
+    (1, 144, 11, 15, (3, 3), (2, 2), (1, 1), (1, 1), 72, 9),
+    (2, 40, 9, 70, (3, 5), (1, 2), (1, 2), (1, 1), 80, 5),
+    (1, 45, 12, 11, (2, 3), (2, 3), (1, 1), (1, 1), 51, 3),
+    (2, 88, 10, 9, (3, 3), (1, 1), (2, 2), (2, 2), 99, 11),
+    (3, 128, 8, 12, (1, 1), (1, 1), (0, 0), (1, 1), 64, 4),
+    (1, 600, 9, 9, (3, 3), (1, 1), (1, 1), (1, 1), 580, 2),
+    (3, 64, 1, 1, (3, 3), (1, 1), (1, 1), (1, 1), 32, 4),
     # tensor cores: stride and dilation that share a divisor, channels in whole chunks of 16 bytes
     (1, 16, 13, 21, (3, 4), (2, 4), (3, 2), (2, 6), 48, 2),
     (2, 64, 9, 7, (1, 1), (2, 2), (0, 0), (1, 1), 72, 1),
@@ -158,6 +168,38 @@ def test_pixels_that_no_window_sees_are_infinite(kernel, stride, channels, dtype
         raw.conv2d_grad_weight(infinite, grad, sizes, *arguments, channels_last),
         raw.conv2d_grad_weight(x, grad, sizes, *arguments, channels_last),
     )
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels", [8, 11, 16, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_infinite_groups_leave_their_neighbours_alone(dtype, channels, channels_last):
+    """They lie side by side, and zero times infinity is NaN."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3 * channels, 9, 11, generator=generator).to(dtype)
+    weight = torch.randn(3 * channels, channels, 3, 3, generator=generator).to(dtype)
+    grad = torch.randn(2, 3 * channels, 9, 11, generator=generator).to(dtype)
+    x, grad = (t.contiguous(memory_format=memory_format) for t in (x, grad))
+    middle = slice(channels, 2 * channels)
+    infinite_x, infinite_grad = x.clone(), grad.clone()
+    infinite_x[:, middle] = infinite_grad[:, middle] = float("inf")
+    arguments = ([1, 1], [1, 1], [1, 1], 3)
+    raw = torch.ops.torchops
+
+    def compute(x, grad):
+        return (
+            raw.conv2d(x, weight, None, *arguments),
+            raw.conv2d_grad_input(grad, weight, list(x.shape), *arguments, channels_last),
+            raw.conv2d_grad_weight(x, grad, list(weight.shape), *arguments, channels_last),
+        )
+
+    for dim, found, expected in zip(
+        (1, 1, 0), compute(infinite_x, infinite_grad), compute(x, grad), strict=True
+    ):
+        for first in (0, 2 * channels):
+            others = (t.narrow(dim, first, channels) for t in (found, expected))
+            torch.testing.assert_close(*others, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

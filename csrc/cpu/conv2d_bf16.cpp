@@ -69,7 +69,7 @@ struct WeightByTaps {
 
 bool conv2d_bf16(const Conv2dParams& p) {
   const Conv2dShape& s = p.shape;
-  if (!suits_bf16(s)) return false;
+  if (!s.multiplies_pairs()) return false;
   const WeightByTaps weight(s, p.weight);
   const Epilogue epilogue(p);
   multiply({without_rows(forward_correlation(s), s.channels_lie_last()), weight.data, weight.taps,
@@ -81,7 +81,7 @@ bool conv2d_bf16(const Conv2dParams& p) {
 
 bool conv2d_bf16_grad_input(const Conv2dGradInputParams& p) {
   const Conv2dShape& s = p.shape;
-  if (!suits_bf16(s)) return false;
+  if (!s.multiplies_pairs()) return false;
   const WeightByTaps weight(s, p.weight);
   for (int64_t h = 0; h < smaller(s.window_height.stride, s.in_height); ++h) {
     for (int64_t w = 0; w < smaller(s.window_width.stride, s.in_width); ++w) {

@@ -94,7 +94,7 @@ void write_channel(const GradWeightPlan& plan, int64_t channel, const float* sum
 }  // namespace
 
 bool conv2d_bf16_grad_weight(const Conv2dGradWeightParams& p) {
-  if (!suits_bf16(p.shape)) return false;
+  if (!p.shape.multiplies_pairs()) return false;
   const Conv2dShape& s = p.shape;
   if (s.out_channels == 0 || s.in_channels == 0) return true;
   if (s.batch == 0) {

@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kUnits = 16;  // as in conv2d_grad_weight.cpp
 constexpr int64_t kPositions = 512;
 constexpr int64_t kShareSets = 4;        // at least: a share is as large as the weight
-constexpr int64_t kSliceChannels = 256;  // of the groups of a unit, at most, but for one group
+constexpr int64_t kSliceChannels = 512;  // of the groups of a unit, at most, but for one group
 
 // How positions lie in the panels. `pitch` is even: a pair never spans rows.
 struct PairPositions {
@@ -245,7 +245,9 @@ class GradWeightPanels {
     const int64_t count = round_up(patch.rows * q_.pitch, kChunk);
     place_pixels(patch, row, count);
     const bf16* const* pixels = pixels_.get();
+    const int64_t ahead = larger(c_.columns, kChunk);  // the next group's
     const auto load_row = [&](int64_t position, int64_t r, __mmask32 mask) {
+      if (c_.groups > 1 && pixels[position]) __builtin_prefetch(pixels[position] + r + ahead);
       return pixels[position] ? load_masked(pixels[position] + r, mask) : _mm512_setzero_si512();
     };
     alignas(64) bf16 pairs[2][kTile * kChunk];
@@ -261,7 +263,8 @@ class GradWeightPanels {
         }
         bf16* panel = to + r * row_stride_ + position;
         turn_pairs(pairs[0], kChunk, panel, row_stride_);
-        turn_pairs(pairs[1], kChunk, panel + kTile * row_stride_, row_stride_);
+        if (rows - r > kTile)
+          turn_pairs(pairs[1], kChunk, panel + kTile * row_stride_, row_stride_);
       }
     }
   }
@@ -353,14 +356,16 @@ class GradWeightPanels {
     const bf16* from =
         plan_.input.data + (patch.image * c_.height.source_length + y) * length * pixel;
     if (c_.groups == 1) return from;
-    from += group * c_.channels;
+    const int64_t channels = c_.channels, ahead = larger(channels, kChunk);  // the next group's
     const int64_t last =
         x + (patch.columns - 1) * c_.width.step + (c_.width.taps - 1) * c_.width.tap_offset + 1;
-    for (int64_t i = larger(x, 0); i < smaller(last, length); ++i) {
-      bf16* to = line_.get() + i * c_.channels;
-      for (int64_t k = 0; k < c_.channels; k += kChunk) {
-        const __mmask32 mask = lanes_between(0, c_.channels - k);
-        _mm512_mask_storeu_epi16(to + k, mask, load_masked(from + i * pixel + k, mask));
+    from += group * channels;
+    for (int64_t k = 0; k < channels; k += kChunk) {
+      const __mmask32 mask = lanes_between(0, channels - k);
+      for (int64_t i = larger(x, 0); i < smaller(last, length); ++i) {
+        __builtin_prefetch(from + i * pixel + k + ahead);
+        _mm512_mask_storeu_epi16(line_.get() + i * channels + k, mask,
+                                 load_masked(from + i * pixel + k, mask));
       }
     }
     return line_.get();

@@ -20,13 +20,6 @@ namespace {
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t count, int64_t unit) { return blocks(count, unit) * unit; }
 
-// Depthwise convolutions and the narrowest groups are another's: most of a tile would be zeros.
-inline bool suits_bf16(const Conv2dShape& s) {
-  constexpr int64_t kNarrowest = 8;
-  return s.dtype == DType::bf16 && (s.groups == 1 || (s.in_channels >= kNarrowest * s.groups &&
-                                                      s.out_channels >= kNarrowest * s.groups));
-}
-
 // A 1x1 window of stride 1 sees no rows: all pixels are one, channels_last even those of all
 // images.
 inline Correlation without_rows(Correlation c, bool channels_last) {
@@ -54,15 +47,18 @@ struct PairDepth {
     const int64_t taps = c.width.taps, apart = taps * blocks(c.channels, kChunk);
     const bool neighbours = taps > 1 && c.width.tap_offset == 1;
     const auto saves = [&](int64_t chunks) { return neighbours && 4 * apart > 5 * chunks; };
-    const int64_t even = round_up(c.channels, 2), even_chunks = cut_evenly(taps * even);
-    overlaps = channels_last && saves(even_chunks);
+    const int64_t even = round_up(c.channels, 2);
+    overlaps = channels_last && saves(cut_evenly(taps * even));
     // Planes of many channels are turned over with one tap each.
     merged = !channels_last && c.channels < kTile && saves(blocks(taps * c.channels, kChunk));
     channels = overlaps ? even : c.channels;
     run = (merged || overlaps ? taps : 1) * channels;
     lines = c.height.taps * (merged || overlaps ? 1 : taps);
-    run_chunks = overlaps ? even_chunks : blocks(run, kChunk);
-    chunk = overlaps ? run / run_chunks : kChunk;
+    const int64_t whole_chunks = cut_evenly(run);
+    // Without padding, pixels are read where they lie, or copied as they are.
+    const bool exact = channels_last && run % 2 == 0 && 5 * blocks(run, kChunk) >= 4 * whole_chunks;
+    run_chunks = overlaps || exact ? whole_chunks : blocks(run, kChunk);
+    chunk = overlaps || exact ? run / run_chunks : kChunk;
     padded = run_chunks * chunk;
   }
   int64_t chunks() const { return lines * run_chunks; }
@@ -73,7 +69,7 @@ struct PairDepth {
   // How many equal chunks of whole pairs make a run.
   static int64_t cut_evenly(int64_t run) {
     int64_t count = larger(blocks(run, kChunk), 1);
-    while (run % (2 * count)) ++count;
+    while (run % 2 == 0 && run % (2 * count)) ++count;
     return count;
   }
 };

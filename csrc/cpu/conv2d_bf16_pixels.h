@@ -27,7 +27,7 @@ struct PixelRows {
   // Whether the patch is read where it lies: pixels in a row of their own, whole chunks of
   // channels, in different cache sets, and as many as whole blocks read.
   bool in_place(const Patch& patch) const {
-    return flat() && c.channels % kChunk == 0 && c.source_channels() <= 1024 &&
+    return flat() && depth.padded == c.channels && c.source_channels() <= 1024 &&
            patch.column + round_up(patch.columns, kBlock) <= c.width.count;
   }
   // `source` begins with the slice's first channel.

@@ -95,8 +95,8 @@ void check_grad_output(const Tensor& grad_output, const Conv2dShape& s) {
 }
 
 // A weight in the format of the other tensors is packed faster, and native keeps it so.
-MemoryFormat weight_format(const Conv2dShape& s) {
-  return format_of(s.channels_last && s.groups == 1);
+MemoryFormat weight_format(const Conv2dShape& s, const Tensor& like) {
+  return format_of(s.channels_last && (s.groups == 1 || (like.is_cpu() && s.multiplies_pairs())));
 }
 
 bool is_pointwise(const Conv2dShape& s) {
@@ -127,7 +127,7 @@ Conv2dParams forward_params(const Tensor& input, const Tensor& weight, const Opt
     TORCHOPS_CHECK(same_dtype(*bias, input) && same_device(*bias, input),
                    "conv2d: bias has another dtype or device than input");
   }
-  p.shape.weight_channels_last = weight_format(p.shape) == MemoryFormat::channels_last;
+  p.shape.weight_channels_last = weight_format(p.shape, input) == MemoryFormat::channels_last;
   return p;
 }
 
@@ -149,7 +149,7 @@ Tensor conv2d_grad_input(Tensor grad_output, Tensor weight, IntList input_size, 
                        {stride, padding, dilation, groups}, format);
   check_grad_output(grad_output, p.shape);
   const Tensor dense = contiguous(grad_output, format);
-  const MemoryFormat layout = weight_format(p.shape);
+  const MemoryFormat layout = weight_format(p.shape, weight);
   p.shape.weight_channels_last = layout == MemoryFormat::channels_last;
   const Tensor dense_weight = contiguous(weight, layout);
   Tensor grad_input = empty(input_size, format, grad_output);
@@ -184,7 +184,7 @@ Tensor conv2d_grad_weight(Tensor input, Tensor grad_output, IntList weight_size,
       weight_size[1] == 1 || (p.shape.window_height.size == 1 && p.shape.window_width.size == 1);
   const MemoryFormat result =
       either && p.shape.dtype == DType::f64 ? MemoryFormat::contiguous : format;
-  const bool direct = result == weight_format(p.shape);
+  const bool direct = result == weight_format(p.shape, input);
   p.shape.weight_channels_last = direct && result == MemoryFormat::channels_last;
   Tensor grad_weight = empty(weight_size, direct ? result : MemoryFormat::contiguous, input);
   p.input = dense.const_data_ptr();

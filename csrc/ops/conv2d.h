@@ -11,8 +11,8 @@
 namespace torchops {
 
 // input and output are dense in the one format that channels_last names; the weight, or its
-// gradient, in the one that weight_channels_last names: contiguous where there are groups.
-// out_channels and in_channels are multiples of groups.
+// gradient, in the one that weight_channels_last names: contiguous where there are groups, but for
+// multiplies_pairs(). out_channels and in_channels are multiples of groups.
 struct Conv2dShape {
   DType dtype;
   bool channels_last;
@@ -23,6 +23,14 @@ struct Conv2dShape {
   // Images of one pixel are the same in both formats; channels that lie side by side are better.
   bool channels_lie_last() const {
     return channels_last || (in_height * in_width == 1 && out_height * out_width == 1);
+  }
+  // Whether the CPU multiplies pairs of bf16 (cpu/conv2d_bf16.h): depthwise convolutions and the
+  // narrowest groups would leave most of a tile empty.
+  bool multiplies_pairs() const {
+    constexpr int64_t kNarrowest = 8;
+    const int64_t channels = in_channels < out_channels ? in_channels : out_channels;
+    return dtype == DType::bf16 && active_isa() >= Isa::avx512 &&
+           (groups == 1 || channels >= kNarrowest * groups);
   }
 };
 

@@ -68,8 +68,8 @@ CASES = [
     (1, 33, 4, 1100, (2, 3), (2, 1), (1, 1), (1, 1), 20, 1),
     (5, 530, 5, 7, (3, 2), (2, 3), (1, 1), (1, 1), 300, 1),
     (2, 64, 19, 31, (1, 1), (1, 1), (0, 0), (1, 1), 300, 1),
-    # bf16 in pairs, groups: whole chunks of channels and less, several to a slice and a rest; windows
-    # that overlap, of one row and of phases; images of one pixel
+    # bf16 in pairs, groups: whole chunks of channels and less, several to a slice and a rest;
+    # windows that overlap, of one row and of phases; images of one pixel
     (2, 128, 9, 13, (3, 3), (1, 1), (1, 1), (1, 1), 192, 4),
     (1, 144, 11, 15, (3, 3), (2, 2), (1, 1), (1, 1), 72, 9),
     (2, 40, 9, 70, (3, 5), (1, 2), (1, 2), (1, 1), 80, 5),

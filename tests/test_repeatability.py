@@ -54,3 +54,21 @@ def test_blocks_of_pixels_for_more_threads_give_the_same_bits(memory_format, cha
     expected = compute(1)
     for threads in (2, 3, 17):
         assert all(map(torch.equal, compute(threads), expected)), f"{threads} threads"
+
+
+@pytest.mark.parametrize("channels, groups", [((128, 256), 8), ((48, 96), 3), ((130, 70), 2)])
+@each_format
+def test_groups_of_bfloat16_give_the_same_bits_for_more_threads(memory_format, channels, groups):
+    image = torch.randn(5, channels[0], 29, 31).bfloat16().to(memory_format=memory_format)
+    weight = torch.randn(channels[1], channels[0] // groups, 3, 3).bfloat16()
+
+    def compute(threads):
+        torch.set_num_threads(threads)
+        inputs = [image.detach().requires_grad_(), weight.detach().requires_grad_()]
+        with torchops.backend("own"):
+            output = torchops.functional.conv2d(*inputs, padding=1, groups=groups)
+            return bits([output.detach(), *torch.autograd.grad(output, inputs, output.detach())])
+
+    expected = compute(1)
+    for threads in (2, 3, 17):
+        assert all(map(torch.equal, compute(threads), expected)), f"{threads} threads"

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 
 @dataclass(frozen=True)
 class Debt:
@@ -34,10 +32,6 @@ def _dense(input: Any, weight: Any) -> bool:
     return weight.shape[1] == input.shape[-3]
 
 
-def _bfloat16_groups(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
-    return input.dtype is torch.bfloat16 and not _dense(input, weight) and weight.shape[1] >= 16
-
-
 def _half(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
     return input.dtype.itemsize == 2 and _not_depthwise(input, weight)
 
@@ -50,29 +44,11 @@ def _not_depthwise(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
     return weight.shape[1] > 1 or _dense(input, weight)
 
 
-_GRANITE_RAPIDS = "Granite Rapids, mb8_g2ic512ih14oc512kh3ph1"
-
-# Whether native multiplies bfloat16 in hardware of its own (AMX tiles, vdpbf16ps), which here only
-# dense convolutions do. With AVX2 alone it does not: on Zen 3, native took 7 and 16 times our time
-# forward and backward for conv1x1:mb8_ic1024ih14oc256, 19 and 20 for
-# conv2d:mb8_g32ic128ih56oc128kh3ph1 (torchops bench PROBLEM --dtype bf16 --layout channels_last
-# --threads 1 --quick). Asked once: hardware does not change.
-_NATIVE_BFLOAT16 = torch.cpu._is_avx512_supported() or not torch.cpu._is_avx2_supported()
-
 # On CUDA nothing is measured yet. Native runs at best at the peak of an H100's wgmma: 989 TFLOP/s
 # in 16 bits, 495 in tf32, which it takes for float32 by default. Our 16-bit kernels use mma.sync,
 # which usually reaches 50 to 65 % of wgmma's rate: 2. Those for float32 and float64 use FMA, 67
 # TFLOP/s in float32: 7.4.
 _CALCULATED = "calculated, H100"
-
-_ON_CUDA = (
-    Debt("conv2d", "cuda", "16 bits, all but depthwise", _half, 2.0, _CALCULATED),
-    Debt("conv1x1", "cuda", "16 bits", _half, 2.0, _CALCULATED),
-    Debt("conv2d", "cuda", "float32, float64, all but depthwise", _full, 7.4, _CALCULATED),
-    Debt("conv1x1", "cuda", "float32, float64", _full, 7.4, _CALCULATED),
-)
-_GROUPS = "bfloat16, groups of 16 channels up"
-_ON_CPU = (Debt("conv2d", "cpu", _GROUPS, _bfloat16_groups, 5.6, _GRANITE_RAPIDS),)
 
 
 def by_operator(*debts: Debt) -> dict[str, list[Debt]]:
@@ -83,7 +59,12 @@ def by_operator(*debts: Debt) -> dict[str, list[Debt]]:
     return table
 
 
-DEBTS = by_operator(*_ON_CUDA, *(_ON_CPU if _NATIVE_BFLOAT16 else ()))
+DEBTS = by_operator(
+    Debt("conv2d", "cuda", "16 bits, all but depthwise", _half, 2.0, _CALCULATED),
+    Debt("conv1x1", "cuda", "16 bits", _half, 2.0, _CALCULATED),
+    Debt("conv2d", "cuda", "float32, float64, all but depthwise", _full, 7.4, _CALCULATED),
+    Debt("conv1x1", "cuda", "float32, float64", _full, 7.4, _CALCULATED),
+)
 
 
 def prefers_native(operator: str, *args: Any, **kwargs: Any) -> bool:

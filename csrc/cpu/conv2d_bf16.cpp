@@ -1,14 +1,19 @@
-// Dense convolution of bf16 and the gradient of its input where the CPU multiplies bf16 in
-// hardware: AMX on Intel, vdpbf16ps on Zen 4 and later. 1x1 windows, too.
+// Convolution of bf16 and the gradient of its input where the CPU multiplies bf16 in hardware: AMX
+// on Intel, vdpbf16ps on Zen 4 and later. Dense, 1x1 windows, too, and in groups that are not too
+// narrow for it.
 //
-// Plan: a unit of work is a group of patches, 128 to 1024 positions, x a block of output channels.
-// The patches' source is copied into panels of pairs in L2 (conv2d_bf16_patches.h), once for all
-// blocks of channels that follow; the weights were packed once per call (conv2d_bf16_weights.h).
-// channels_last, rows of the product are pixels and its columns output channels; contiguous, the
-// other way round, so that neither source nor output is transposed, but for several taps, which
-// would have blocks straddle cache lines. A channels_last 1x1 window's pixels are read in place.
-// Sums run over the whole depth in registers. The gradient of the input is the same product, one
-// per phase of the stride.
+// Plan: a unit of work is a set of patches, 128 to 1024 positions, x a slice of the groups x a block
+// of output channels (conv2d_bf16_plan.h). The patches' source is copied into panels of pairs in L2
+// (conv2d_bf16_patches.h), once for all blocks of channels that follow; the weights were packed once
+// per call (conv2d_bf16_weights.h). channels_last (conv2d_bf16_nhwc.h), rows of the product are
+// pixels and its columns output channels; contiguous (conv2d_bf16_nchw.h), the other way round, so
+// that neither source nor output is transposed, but for several taps, which would have blocks
+// straddle cache lines. A channels_last 1x1 window's pixels are read in place. Windows over few
+// channels overlap in their panel, and a chunk of the depth is as long as divides a row of taps: the
+// 7x7 stem's pixels are copied once instead of four times. A slice is as many groups as a panel's
+// pixel holds of channels: those of one group alone would be read line by line. Sums run over the
+// whole depth in registers. The gradient of the input is the same product, one per phase of the
+// stride.
 //
 // Reached on Granite Rapids with AMX, native's time over ours, forward and backward with both
 // gradients, geometric means and worst of ResNet-50's shapes at batch 8 (torchops bench --suite

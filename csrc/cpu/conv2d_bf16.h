@@ -1,5 +1,5 @@
-// Dense convolutions of bf16 where the CPU multiplies bf16: each returns false where it does not,
-// or the shape is another's, and has then done nothing.
+// Convolutions of bf16, dense and in groups that are wide enough, where the CPU multiplies bf16:
+// each returns false where it does not, or the shape is another's, and has then done nothing.
 #pragma once
 
 #include "ops/conv2d.h"

@@ -6,6 +6,7 @@
 // registers while all input channels and taps of the group pass. grad_input is the same with the
 // weights' channels swapped, one set of taps for each phase of the stride.
 //
+// bf16 goes another way where the CPU multiplies it and groups are wide enough: conv2d_bf16.cpp.
 // channels_last goes other ways: groups that fill registers that of conv2d_grouped_nhwc.h, several
 // to a register that of conv2d_grouped_narrow.h.
 //

@@ -5,7 +5,8 @@
 // 4 output channels x 3 (6 with 32 registers) of the group's channels and taps stays in registers
 // while vectors of positions pass. Fixed blocks of such chunks, added in order.
 //
-// channels_last of groups that fill registers goes another way: conv2d_grouped_grad_weight_nhwc.h.
+// channels_last of groups that fill registers goes another way: conv2d_grouped_grad_weight_nhwc.h,
+// and bf16 where the CPU multiplies it: conv2d_bf16_grad_weight.cpp.
 // Figures are in conv2d_grouped.cpp. Tried without gain: narrow groups turned within registers as
 // in conv2d_grouped_narrow.h, a row of taps and four turns at a time (0.93 to 1.25 times as fast).
 #include "core/parallel.h"

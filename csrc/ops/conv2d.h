@@ -24,13 +24,13 @@ struct Conv2dShape {
   bool channels_lie_last() const {
     return channels_last || (in_height * in_width == 1 && out_height * out_width == 1);
   }
-  // Whether the CPU multiplies pairs of bf16 (cpu/conv2d_bf16.h): depthwise convolutions and the
-  // narrowest groups would leave most of a tile empty.
+  // Whether the CPU multiplies pairs of bf16 (cpu/conv2d_bf16.h): depthwise convolutions and narrow
+  // groups would leave most of a register empty, and a tile, too, where windows do not overlap.
   bool multiplies_pairs() const {
-    constexpr int64_t kNarrowest = 8;
+    const int64_t narrowest = active_isa() == Isa::amx && channels_lie_last() ? 8 : 16;
     const int64_t channels = in_channels < out_channels ? in_channels : out_channels;
     return dtype == DType::bf16 && active_isa() >= Isa::avx512 &&
-           (groups == 1 || channels >= kNarrowest * groups);
+           (groups == 1 || channels >= narrowest * groups);
   }
 };
 

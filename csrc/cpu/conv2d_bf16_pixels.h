@@ -7,6 +7,8 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
+constexpr int64_t kAhead = 1024;  // of what is copied, elements that are fetched
+
 // Rows of A: a patch's pixels one after the other, each with a run of the depth of each of a
 // slice's groups. Where windows overlap, group after group, each with its channels of pixel after
 // pixel: of as many as a position's step for each position.
@@ -103,6 +105,7 @@ struct PixelRows {
   static void copy_line(bf16* to, const bf16* from, int64_t count) {
     for (int64_t i = 0; i < count; i += kChunk) {
       const __mmask32 mask = lanes_between(0, count - i);
+      __builtin_prefetch(from + i + kAhead);
       _mm512_mask_storeu_epi16(to + i, mask, load_masked(from + i, mask));
     }
   }
@@ -135,6 +138,7 @@ struct PixelRows {
     const __m512i order = _mm512_load_si512(lanes);
     for (; pixels >= together && together > 0; pixels -= together) {
       const __m512i values = load_masked(from, lanes_between(0, together * c.channels));
+      __builtin_prefetch(from + kAhead);
       _mm512_mask_storeu_epi16(to, lanes_between(0, together * depth.channels),
                                _mm512_maskz_permutexvar_epi16(held, order, values));
       to += together * depth.channels;
@@ -153,7 +157,7 @@ struct PixelRows {
         bf16* panel = to + g * depth.padded;
         const bf16* source = from + g * c.channels;
         for (int64_t k = 0; k < last; k += kChunk) {
-          __builtin_prefetch(source + k + 1024);
+          __builtin_prefetch(source + k + kAhead);
           _mm512_storeu_si512(panel + k, _mm512_loadu_si512(source + k));
         }
         if (rest) _mm512_storeu_si512(panel + last, load_masked(source + last, rest));

@@ -2,33 +2,41 @@
 // on Intel, vdpbf16ps on Zen 4 and later. Dense, 1x1 windows, too, and in groups that are not too
 // narrow for it.
 //
-// Plan: a unit of work is a set of patches, 128 to 1024 positions, x a slice of the groups x a block
-// of output channels (conv2d_bf16_plan.h). The patches' source is copied into panels of pairs in L2
-// (conv2d_bf16_patches.h), once for all blocks of channels that follow; the weights were packed once
-// per call (conv2d_bf16_weights.h). channels_last (conv2d_bf16_nhwc.h), rows of the product are
-// pixels and its columns output channels; contiguous (conv2d_bf16_nchw.h), the other way round, so
-// that neither source nor output is transposed, but for several taps, which would have blocks
-// straddle cache lines. A channels_last 1x1 window's pixels are read in place. Windows over few
-// channels overlap in their panel, and a chunk of the depth is as long as divides a row of taps: the
-// 7x7 stem's pixels are copied once instead of four times. A slice is as many groups as a panel's
-// pixel holds of channels: those of one group alone would be read line by line. Sums run over the
-// whole depth in registers. The gradient of the input is the same product, one per phase of the
-// stride.
+// Plan: a unit of work is a set of patches, 128 to 1024 positions, x a slice of the groups x a
+// block of output channels (conv2d_bf16_plan.h). The patches' source is copied into panels of pairs
+// in L2 (conv2d_bf16_patches.h), once for all blocks of channels that follow; the weights were
+// packed once per call (conv2d_bf16_weights.h). channels_last (conv2d_bf16_nhwc.h), rows of the
+// product are pixels and its columns output channels; contiguous (conv2d_bf16_nchw.h), the other
+// way round, so that neither source nor output is transposed, but for several taps, which would
+// have blocks straddle cache lines. A channels_last 1x1 window's pixels are read in place. Windows
+// over few channels overlap in their panel, and a chunk of the depth is as long as divides a row of
+// taps: the 7x7 stem's pixels are copied once instead of once a window. A slice is as many groups
+// as a panel's pixel holds of channels: those of one group alone would be read line by line. Sums
+// run over the whole depth in registers. The gradient of the input is the same product, one per
+// phase of the stride.
 //
 // Reached on Granite Rapids with AMX, native's time over ours, forward and backward with both
 // gradients, geometric means and worst of ResNet-50's shapes at batch 8 (torchops bench --suite
 // resnet50 --dtype bf16 --layout contiguous,channels_last --threads 1 --quick):
-//   3x3 and 7x7, channels_last   1.05, worst 0.63   1.37, worst 1.04
-//   1x1, channels_last           1.08, worst 0.74   1.29, worst 1.04
-//   3x3 and 7x7, contiguous      1.33, worst 0.96   1.23, worst 0.99
-//   1x1, contiguous              2.38, worst 1.73   1.69, worst 1.07
-// Forward, 0.2 to 1.4 TFLOP/s of bf16 gemm's 1.2: the rest is memory. The two worst write four
-// times as much as they read, or more, and wait for it. vdpbf16ps has not been timed where it is
-// the best there is, on Zen 4. Here it does 0.1 TFLOP/s, and against native's
+//   3x3 and 7x7, channels_last   1.09, worst 0.88   1.50, worst 1.03
+//   1x1, channels_last           1.15, worst 0.94   1.27, worst 1.00
+//   3x3 and 7x7, contiguous      1.38, worst 1.02   1.22, worst 1.01
+//   1x1, contiguous              2.40, worst 1.71   1.76, worst 1.15
+// and groups, contiguous / channels_last, forward and backward:
+//   conv2d:mb8_g2ic512ih14oc512kh3ph1      1.17 / 1.12   1.02 / 1.18
+//   conv2d:mb8_g32ic1024ih14oc1024kh3ph1   1.46 / 0.97   1.49 / 1.26
+//   conv2d:mb8_g32ic512ih28oc512kh3ph1     1.24 / 1.03   1.14 / 1.16
+//   conv2d:mb8_g32ic256ih28oc256kh3ph1     (another's) / 1.01   (another's) / 1.08
+// Forward, 0.2 to 1.4 TFLOP/s of bf16 gemm's 1.2: the rest is memory, and for few channels the
+// rounding of the sums: 45 ns for a block of 1024, whose products take 22 ns a chunk. The first
+// layers, of three channels, are at 0.73 to 0.88. vdpbf16ps has not been timed where it is the best
+// there is, on Zen 4. Here it does 0.1 TFLOP/s, and against native's
 // (ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 TORCHOPS_CPU_ISA=avx512, the same command for
-// conv1x1:mb8_ic480ih14oc192 and conv2d:mb8_ic128ih28oc128kh3ph1) 0.98 to 1.02 and 0.87 to 0.91.
-// Tried without gain: fetching the next patch's source during this one's products, blocks of the
-// depth whose sums go through memory, rows of 1 KB stored at once.
+// conv1x1:mb8_ic480ih14oc192 and conv2d:mb8_ic128ih28oc128kh3ph1) 0.98 to 1.02 and 0.87 to 0.91;
+// groups of 16 and more 0.79 to 0.98.
+// Tried without gain: fetching the next patch's source during
+// this one's products, blocks of the depth whose sums go through memory, rows of 1 KB stored at
+// once, stores past the cache, no fetching of what is to be written.
 #include "cpu/conv2d_bf16.h"
 
 #if defined(__AVX512BF16__)

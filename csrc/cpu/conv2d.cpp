@@ -35,6 +35,7 @@
 #include "cpu/conv2d_bf16.h"
 #include "cpu/conv2d_lines.h"
 #include "cpu/conv2d_nhwc.h"
+#include "cpu/conv2d_patches.h"
 #include "cpu/conv2d_weights.h"
 #include "cpu/conv2d_winograd.h"
 #include "cpu/gemm.h"
@@ -317,7 +318,7 @@ void conv2d(const Conv2dParams& p) {
 }
 
 void conv2d_grad_input(const Conv2dGradInputParams& p) {
-  if (conv2d_bf16_grad_input(p)) return;
+  if (conv2d_bf16_grad_input(p) || conv2d_patches_grad_input(p)) return;
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     Conv2dShape s = p.shape;

@@ -328,16 +328,17 @@ void write_block(const Matrix<T>& c, int64_t row, int64_t rows, int64_t column, 
     }
     return;
   }
-  for (int64_t r = 0; r < rows; ++r, from += stride) {
-    T* to = c.data + c.rows.at(row + r);
-    c.columns.for_each_run(
-        column, column + columns, [&](int64_t first, int64_t offset, int64_t count) {
-          const acc_t<T>* run = from + first - column;
-          for_each_block<kLanes<T>>(count, [&](int64_t i, int n) {
-            store_partial(to + offset + i, load_partial<acc_t<T>>(run + i, n), n);
-          });
+  c.columns.for_each_run(column, column + columns, [&](int64_t j, int64_t offset, int64_t width) {
+    c.rows.for_each_run(row, row + rows, [&](int64_t i, int64_t row_offset, int64_t height) {
+      const acc_t<T>* run = from + (i - row) * stride + j - column;
+      T* to = c.data + offset + row_offset;
+      for (int64_t r = 0; r < height; ++r, run += stride, to += c.rows.stride) {
+        for_each_block<kLanes<T>>(width, [&](int64_t l, int n) {
+          store_partial(to + l, load_partial<acc_t<T>>(run + l, n), n);
         });
-  }
+      }
+    });
+  });
 }
 
 // Fills a block with the bias, or zeros.
@@ -363,8 +364,8 @@ void multiply_matrices(const Product<T>& p) {
   // Blocks of C that are not fp32 in one run.
   const int64_t stride = columns.part + 64 / sizeof(Acc), size = rows.part * stride;
   const bool fill = p.row_bias || p.column_bias || plan.depth.count == 0;
-  const bool in_runs =
-      std::is_same_v<T, Acc> && p.c.columns.stride == 1 && columns.parts.size == p.c.columns.run;
+  const bool in_runs = std::is_same_v<T, Acc> && p.c.columns.stride == 1 &&
+                       columns.parts.size == p.c.columns.run && p.c.rows.run == p.c.rows.size;
   const int64_t flops = 2 * rows.part * columns.part * (p.b.rows.size + 1);
   parallel_for(plan.blocks(), kProductGrain / flops + 1, [&](int64_t begin, int64_t end) {
     ProductUnit<T> unit(plan);

@@ -16,6 +16,7 @@
 #include "core/transpose.h"
 #include "cpu/conv2d_bf16.h"
 #include "cpu/conv2d_gather.h"
+#include "cpu/conv2d_image_grad_weight.h"
 #include "cpu/conv2d_lines.h"
 #include "cpu/conv2d_winograd_grad_weight.h"
 #include "cpu/gemm.h"
@@ -37,11 +38,12 @@ struct Plan {
   Correlation c;
   int64_t block_rows, block_positions;
   int64_t row_blocks, column_blocks, position_blocks, shares;
+  int64_t sum_columns;  // of a row of one share's sums
 
   static constexpr int64_t kBlockColumns = 8 * kTileColumns<acc_t<T>>;
 
   explicit Plan(const Conv2dGradWeightParams& params)
-      : p(params), c(forward_correlation(params.shape)) {
+      : p(params), c(forward_correlation(params.shape)), sum_columns(c.columns) {
     // Nearly equal blocks: a short one is not worth its copies.
     row_blocks = blocks(c.depth(), kPanelLength<Panel::columns>);
     block_rows = row_blocks ? blocks(c.depth(), row_blocks) : 1;
@@ -53,7 +55,7 @@ struct Plan {
   }
 
   // One share's sums: [group][row][column]
-  int64_t share_size() const { return c.groups * c.depth() * c.columns; }
+  int64_t share_size() const { return c.groups * c.depth() * sum_columns; }
 };
 
 template <typename T>
@@ -70,18 +72,17 @@ struct Workspace {
         lines(plan.c, plan.block_positions) {}
 };
 
-// The block's grad_output as panels of kTileColumns channels: [panel][position][channel].
+// The block's grad_output as panels of `width` channels: [panel][position][channel].
 template <typename T>
 void gather_grads(const Plan<T>& plan, int64_t first, int64_t positions, int64_t channel,
-                  int64_t columns, acc_t<T>* grads) {
-  constexpr int64_t kWidth = kTileColumns<acc_t<T>>;
+                  int64_t columns, int64_t width, acc_t<T>* grads) {
   const auto* source = static_cast<const T*>(plan.p.grad_output);
   const int64_t channels = plan.p.shape.out_channels, plane = plan.c.out_plane();
   if (plan.p.shape.channels_last) {
     for (int64_t i = 0; i < positions; ++i) {
       const T* from = source + (first + i) * channels + channel;
-      for (int64_t j = 0; j < columns; j += kWidth) {
-        copy_in_whole(grads + j * positions + i * kWidth, from + j, smaller(kWidth, columns - j),
+      for (int64_t j = 0; j < columns; j += width) {
+        copy_in_whole(grads + j * positions + i * width, from + j, smaller(width, columns - j),
                       3 * channels);
       }
     }
@@ -92,12 +93,12 @@ void gather_grads(const Plan<T>& plan, int64_t first, int64_t positions, int64_t
     const int64_t count = smaller(plane - pixel, positions - i);
     for (int64_t j = 0; j < columns; j += kLanes<T>) {
       const T* from = source + (image * channels + channel + j) * plane + pixel;
-      acc_t<T>* to = grads + j / kWidth * kWidth * positions + i * kWidth + j % kWidth;
+      acc_t<T>* to = grads + j / width * width * positions + i * width + j % width;
       const int lanes = static_cast<int>(smaller(kLanes<T>, columns - j));
       load_planes(from, plane, lanes, count, [&](int64_t start, const Vec<T>* block, auto size) {
 #pragma GCC unroll 16
         for (int k = 0; k < kLanes<T>; ++k) {
-          if (k < size) store<acc_t<T>>(to + (start + k) * kWidth, block[k]);
+          if (k < size) store<acc_t<T>>(to + (start + k) * width, block[k]);
         }
       });
     }
@@ -192,7 +193,8 @@ void sum_share(const Plan<T>& plan, Workspace<T>& work, int64_t unit, acc_t<T>* 
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * plan.block_positions;
     const int64_t positions = smaller(plan.block_positions, c.positions() - first);
-    gather_grads(plan, first, positions, group * c.columns + column, columns, work.grads.get());
+    gather_grads(plan, first, positions, group * c.columns + column, columns,
+                 kTileColumns<acc_t<T>>, work.grads.get());
     add_block(plan, work, group, row, rows, columns, first, positions, block > begin);
   }
   if (plan.shares == 1) {
@@ -215,10 +217,35 @@ void combine(const Plan<T>& plan, const acc_t<T>* sums) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t group = item / strips, column = item % strips * kStrip<T>;
       const int64_t columns = smaller(kStrip<T>, c.columns - column);
-      write(plan, sums + group * c.depth() * c.columns + column, c.columns, group, 0, c.depth(),
-            column, columns);
+      write(plan, sums + group * c.depth() * plan.sum_columns + column, plan.sum_columns, group, 0,
+            c.depth(), column, columns);
     }
   });
+}
+
+// Fills the shares' sums from rows of the image.
+template <typename T>
+void sum_image_rows(Plan<T> plan) {
+  const ImageGradPlan<T> work(plan.c, plan.p.shape.channels_last);
+  constexpr int64_t kLeastPositions = 1024;
+  plan.shares = smaller(smaller(blocks(kUnits, work.blocks_of_panels), work.slabs.count),
+                        plan.c.positions() / kLeastPositions + 1);
+  plan.sum_columns = work.stride();
+  const Scratch<acc_t<T>> sums(plan.shares * plan.share_size());
+  const auto gather = [&](auto... block) { gather_grads(plan, block...); };
+  const int64_t units = plan.shares * work.blocks_of_panels;
+  parallel_for(units, kGrainFlops / (2 * plan.c.positions() * plan.share_size() / units + 1) + 1,
+               [&](int64_t begin, int64_t end) {
+                 const ImageGradWeight<T, decltype(gather)> unit(work, gather);
+                 for (int64_t item = begin; item < end; ++item) {
+                   const int64_t share = item / work.blocks_of_panels;
+                   unit.sum(static_cast<const T*>(plan.p.input),
+                            work.slabs.count * share / plan.shares,
+                            work.slabs.count * (share + 1) / plan.shares,
+                            item % work.blocks_of_panels, sums.get() + share * plan.share_size());
+                 }
+               });
+  combine(plan, sums.get());
 }
 
 // Fills the shares' sums by Winograd's algorithm. False: they are not all finite, and may be wrong.
@@ -275,6 +302,8 @@ void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
       if (winograd_pays(plan.c) && sum_winograd(plan)) return;
     }
     if (plan.share_size() == 0) return;
+    if (plan.c.positions() > 0 && grad_reads_image_rows(plan.c, p.shape.channels_last))
+      return sum_image_rows(plan);
     const int64_t size = plan.shares > 1 ? plan.shares * plan.share_size() : 0;
     const Scratch<acc_t<T>> sums(size + kLanes<T>);
     fill_zero(sums.get() + size, kLanes<T>);

@@ -34,46 +34,58 @@ void store_pixels(const Problem<T>& p, const Segment* segments, int64_t count, i
 }
 
 constexpr int64_t kBlockRows = (96 + kTileRows - 1) / kTileRows * kTileRows;
+// Of weights, what is multiplied into one tile of sums.
+constexpr int64_t kBlockPanels = 8;
+template <typename A> constexpr int64_t kBlockColumns = (kBlockPanels + 1) * kTileColumns<A>;
+
+// Panels [begin, end) of the weights, and their columns.
+struct PanelBlock {
+  int64_t begin, end, column, columns;
+  template <typename T>
+  PanelBlock(const ColumnPanels<T>& weights, int64_t block, int64_t all_columns)
+      : begin(block * kBlockPanels),
+        end(smaller(begin + kBlockPanels, weights.count())),
+        column(weights.column(begin)),
+        columns(smaller(weights.column(end), all_columns) - column) {}
+};
 
 template <typename T>
 void correlate_channels_last(const Problem<T>& p) {
   const Correlation& c = p.c;
-  constexpr int64_t kBlockColumns = 8 * kTileColumns<acc_t<T>>;
+  constexpr int64_t kStride = kBlockColumns<acc_t<T>>;
   const ColumnPanels<T> weights(c);
   pack_columns(p, weights);
   const DepthBlocks depth(c.depth());
   const int64_t row_blocks = blocks(c.positions(), kBlockRows);
-  const int64_t column_blocks = blocks(c.columns, kBlockColumns);
-  const int64_t flops = 2 * kBlockRows * smaller(c.columns, kBlockColumns) * (c.depth() + 1);
-  parallel_for(row_blocks * c.groups * column_blocks, kGrainFlops / flops + 1,
-               [&](int64_t begin, int64_t end) {
-                 const Scratch<acc_t<T>> panel(kBlockRows * kRowStride),
-                     tile(kBlockRows * kBlockColumns);
-                 Segment segments[kBlockRows];
-                 for (int64_t item = begin; item < end; ++item) {
-                   const int64_t first_column = item % column_blocks * kBlockColumns;
-                   const int64_t columns = smaller(kBlockColumns, c.columns - first_column);
-                   const int64_t group = item / column_blocks % c.groups;
-                   const int64_t row = item / column_blocks / c.groups * kBlockRows;
-                   const int64_t rows = smaller(kBlockRows, c.positions() - row);
-                   const int64_t count = make_segments(c, row, row + rows, segments);
-                   for (int64_t block = 0; block < depth.count; ++block) {
-                     const int64_t k = depth.begin(block), length = depth.length(block);
-                     gather_channels_last(c, p.source + group * c.channels, k, k + length, segments,
-                                          count, panel.get(), kRowStride);
-                     for (int64_t j = 0; j < columns; j += weights.kWidth) {
-                       const int64_t index = (first_column + j) / weights.kWidth;
-                       multiply<acc_t<T>, Panel::rows>(
-                           {panel.get(), weights.at(group, index, k), tile.get() + j,
-                            weights.width(index), kBlockColumns, length, block > 0},
-                           rows, smaller(weights.kWidth, columns - j));
-                     }
-                   }
-                   const int64_t channel = group * c.columns + first_column;
-                   store_pixels(p, segments, count, channel, columns, tile.get(), kBlockColumns);
-                   if (p.epilogue) p.epilogue->finish(row, row + rows, channel, columns);
-                 }
-               });
+  const int64_t column_blocks = blocks(weights.count(), kBlockPanels);
+  const int64_t flops = 2 * kBlockRows * smaller(c.columns, kStride) * (c.depth() + 1);
+  parallel_for(
+      row_blocks * c.groups * column_blocks, kGrainFlops / flops + 1,
+      [&](int64_t begin, int64_t end) {
+        const Scratch<acc_t<T>> panel(kBlockRows * kRowStride), tile(kBlockRows * kStride);
+        Segment segments[kBlockRows];
+        for (int64_t item = begin; item < end; ++item) {
+          const PanelBlock b(weights, item % column_blocks, c.columns);
+          const int64_t group = item / column_blocks % c.groups;
+          const int64_t row = item / column_blocks / c.groups * kBlockRows;
+          const int64_t rows = smaller(kBlockRows, c.positions() - row);
+          const int64_t count = make_segments(c, row, row + rows, segments);
+          for (int64_t block = 0; block < depth.count; ++block) {
+            const int64_t k = depth.begin(block), length = depth.length(block);
+            gather_channels_last(c, p.source + group * c.channels, k, k + length, segments, count,
+                                 panel.get(), kRowStride);
+            for (int64_t j = b.begin; j < b.end; ++j) {
+              multiply<acc_t<T>, Panel::rows>(
+                  {panel.get(), weights.at(group, j, k), tile.get() + weights.column(j) - b.column,
+                   weights.width(j), kStride, length, block > 0},
+                  rows, weights.width(j));
+            }
+          }
+          const int64_t channel = group * c.columns + b.column;
+          store_pixels(p, segments, count, channel, b.columns, tile.get(), kStride);
+          if (p.epilogue) p.epilogue->finish(row, row + rows, channel, b.columns);
+        }
+      });
 }
 
 // Where a block of sums goes: `stride` apart, straight into the output or into a tile.
@@ -84,23 +96,29 @@ struct Sums {
   const A* bias;  // to add here, or null
 };
 
-// Positions of a row of the output from `first` on, times one block of columns.
+// Positions of a row from `first` on, times one block of columns. `row` is counted from the first
+// one placed.
 template <typename T>
 void multiply_image_rows(const ImageRows<T>& lines, const ColumnPanels<T>& weights,
-                         const DepthBlocks& depth, int64_t first, int64_t count, int64_t channel,
-                         int64_t columns, const Sums<acc_t<T>>& sums) {
+                         const DepthBlocks& depth, int64_t row, int64_t first, int64_t count,
+                         const PanelBlock& b, const Sums<acc_t<T>>& sums) {
+  LineTile<acc_t<T>> t{};
+  t.line_stride = lines.tap_stride();
+  t.run = lines.run();
+  t.step = lines.step();
+  t.c_stride = sums.stride;
   for (int64_t block = 0; block < depth.count; ++block) {
     const int64_t k = depth.begin(block);
-    LineTile<acc_t<T>> t = lines.tile(first, k, depth.begin(block + 1));
-    for (int64_t j = 0; j < columns; j += weights.kWidth) {
-      const int64_t panel = (channel + j) / weights.kWidth;
-      t.b = weights.at(0, panel, k);
-      t.b_stride = weights.width(panel);
-      t.c = sums.data + j;
-      t.c_stride = sums.stride;
-      t.more = block > 0 ? t.c : sums.bias ? sums.bias + j : nullptr;
+    t.a = lines.at(row, 0, k / t.run) + first * t.step;
+    t.lines = depth.length(block) / t.run;
+    for (int64_t j = b.begin; j < b.end; ++j) {
+      const int64_t column = weights.column(j) - b.column;
+      t.b = weights.at(0, j, k);
+      t.b_stride = weights.width(j);
+      t.c = sums.data + column;
+      t.more = block > 0 ? t.c : sums.bias ? sums.bias + column : nullptr;
       t.more_stride = block > 0 ? t.c_stride : 0;
-      multiply_lines(t, count, t.b_stride / kLanes<T>);
+      multiply_lines<acc_t<T>, false>(t, count, weights.panels.size(j));
     }
   }
 }
@@ -110,41 +128,52 @@ void multiply_image_rows(const ImageRows<T>& lines, const ColumnPanels<T>& weigh
 template <typename T>
 void correlate_image_rows(const Problem<T>& p) {
   using A = acc_t<T>;
-  constexpr int64_t kPart = 8 * kLineRows, kLongest = kPanelLength<Panel::rows>;
+  constexpr int64_t kPart = 8 * kTileRows, kLongest = kPanelLength<Panel::rows>;
   const Correlation& c = p.c;
   const ColumnPanels<T> weights(c);
-  constexpr int64_t kBlockColumns = 8 * ColumnPanels<T>::kWidth;
   pack_columns(p, weights);
   // Whole registers of sums need no tile on their way.
   const bool direct = std::is_same_v<T, A> && c.columns % kLanes<A> == 0 && c.width.out_step == 1;
   const int64_t width = c.width.count, run = c.width.taps * c.channels;
   const DepthBlocks depth(c.depth(), run, run > kLongest ? run : kLongest);
   const int64_t flops = 2 * width * c.columns * (c.depth() + 1);
-  parallel_for(c.batch * c.height.count, kGrainFlops / flops + 1, [&](int64_t begin, int64_t end) {
-    const ImageRows<T> lines(c);
-    const Scratch<A> tile(direct ? 1 : kPart * kBlockColumns);
-    for (int64_t row = begin; row < end; ++row) {
-      lines.place(p.source, row);
-      for (int64_t first = 0; first < width; first += kPart) {
-        const int64_t count = smaller(kPart, width - first), position = row * width + first;
-        Segment segment;
-        make_segments(c, position, position + count, &segment);
-        for (int64_t channel = 0; channel < c.columns; channel += kBlockColumns) {
-          const int64_t columns = smaller(kBlockColumns, c.columns - channel);
-          Sums<A> sums{tile.get(), kBlockColumns, nullptr};
-          if constexpr (std::is_same_v<T, A>) {
-            if (direct) {
-              sums = {p.out + segment.out * c.columns + channel, c.columns,
-                      p.bias ? p.bias + channel : nullptr};
-            }
-          }
-          multiply_image_rows(lines, weights, depth, first, count, channel, columns, sums);
-          if (!direct) store_pixels(p, &segment, 1, channel, columns, tile.get(), kBlockColumns);
-          if (p.epilogue) p.epilogue->finish(position, position + count, channel, columns);
+  // Slabs enough for all threads.
+  const int64_t share = c.batch * c.height.count / (4 * thread_count()) + 1;
+  const RowSlabs slabs(c, smaller(ImageRows<T>::most_rows(c, true), share));
+  const auto multiply_part = [&](const ImageRows<T>& lines, int64_t row, int64_t slab_row,
+                                 int64_t first, int64_t count, A* tile) {
+    const int64_t position = row * width + first;
+    Segment segment;
+    make_segments(c, position, position + count, &segment);
+    for (int64_t block = 0; block < blocks(weights.count(), kBlockPanels); ++block) {
+      const PanelBlock b(weights, block, c.columns);
+      Sums<A> sums{tile, kBlockColumns<A>, nullptr};
+      if constexpr (std::is_same_v<T, A>) {
+        if (direct) {
+          sums = {p.out + segment.out * c.columns + b.column, c.columns,
+                  p.bias ? p.bias + b.column : nullptr};
         }
       }
+      multiply_image_rows(lines, weights, depth, slab_row, first, count, b, sums);
+      if (!direct) store_pixels(p, &segment, 1, b.column, b.columns, tile, kBlockColumns<A>);
+      if (p.epilogue) p.epilogue->finish(position, position + count, b.column, b.columns);
     }
-  });
+  };
+  parallel_for(
+      slabs.count, kGrainFlops / (flops * slabs.rows) + 1, [&](int64_t begin, int64_t end) {
+        const ImageRows<T> lines(c, slabs.rows, true);
+        const Scratch<A> tile(direct ? 1 : kPart * kBlockColumns<A>);
+        for (int64_t slab = begin; slab < end; ++slab) {
+          const int64_t image = slab / slabs.per_image, top = slab % slabs.per_image * slabs.rows;
+          const int64_t rows = smaller(slabs.rows, c.height.count - top);
+          lines.place(p.source, image, top, rows);
+          for (int64_t row = 0; row < rows; ++row) {
+            for (int64_t first = 0; first < width; first += kPart)
+              multiply_part(lines, image * c.height.count + top + row, row, first,
+                            smaller(kPart, width - first), tile.get());
+          }
+        }
+      });
 }
 
 }  // namespace

@@ -177,33 +177,45 @@ void weights_by_taps(const Conv2dShape& s, const T* from, T* to) {
                });
 }
 
-// Columns are kept in panels of kTileColumns: [panel][depth][column], the last panel of a group
-// only as wide as it needs, in whole vectors.
+// Columns in panels of two registers, or where `wide`, for tiles of few rows, of up to four. With
+// AVX-512 the one left over makes a panel of three: alone it would be bound by its loads.
+struct VecPanels {
+  int64_t vecs, count;
+  explicit VecPanels(int64_t vecs, bool wide = false)
+      : vecs(vecs),
+        count(wide ? blocks(vecs, 4) : blocks(vecs - (kVecBytes == 64 && vecs > 1), 2)) {}
+  int64_t begin(int64_t panel) const { return vecs * panel / count; }
+  int64_t size(int64_t panel) const { return begin(panel + 1) - begin(panel); }
+};
+
+// Columns are kept in panels, [panel][depth][column].
 template <typename T>
 struct ColumnPanels {
-  static constexpr int64_t kWidth = kTileColumns<acc_t<T>>;
-  int64_t depth, columns, group_size;
+  int64_t depth, group_size;
+  VecPanels panels;
   Scratch<acc_t<T>> data;
 
   explicit ColumnPanels(const Correlation& c)
       : depth(c.depth()),
-        columns(blocks(c.columns, kLanes<T>) * kLanes<T>),
-        group_size(depth * columns),
+        group_size(depth * blocks(c.columns, kLanes<T>) * kLanes<T>),
+        panels(blocks(c.columns, kLanes<T>)),
         data(c.groups * group_size) {}
-  int64_t width(int64_t panel) const { return smaller(kWidth, columns - panel * kWidth); }
+  int64_t count() const { return panels.count; }
+  int64_t column(int64_t panel) const { return panels.begin(panel) * kLanes<T>; }
+  int64_t width(int64_t panel) const { return panels.size(panel) * kLanes<T>; }
   acc_t<T>* at(int64_t group, int64_t panel, int64_t k) const {
-    return data.get() + group * group_size + panel * kWidth * depth + k * width(panel);
+    return data.get() + group * group_size + column(panel) * depth + k * width(panel);
   }
 };
 
 template <typename T>
 void pack_columns(const Problem<T>& p, const ColumnPanels<T>& packed) {
-  const int64_t panels = blocks(p.c.columns, packed.kWidth), chunk = packed_chunk(p, packed.depth);
-  const int64_t chunks = blocks(packed.depth, chunk), work = packed.kWidth * chunk;
+  const int64_t panels = packed.count(), chunk = packed_chunk(p, packed.depth);
+  const int64_t chunks = blocks(packed.depth, chunk), work = kTileColumns<acc_t<T>> * chunk;
   parallel_for(
       p.c.groups * chunks * panels, kGrainCopies / (work + 1) + 1, [&](int64_t begin, int64_t end) {
         for (int64_t item = begin; item < end; ++item) {
-          const int64_t panel = item % panels, first = panel * packed.kWidth;
+          const int64_t panel = item % panels, first = packed.column(panel);
           const int64_t k = item / panels % chunks * chunk, group = item / panels / chunks;
           const int64_t width = packed.width(panel);
           pack_weights(p, group, first, smaller(width, p.c.columns - first), k,

@@ -10,8 +10,9 @@
 // planes first. grad_input is the same product with the weights' channels swapped and the taps
 // reversed, one per phase of the stride. The order of summation depends on nothing but the shapes.
 //
-// 3x3 of stride 1 goes another way: conv2d_winograd.h; 1x1, too: conv2d_pointwise.cpp; and bf16
-// where the CPU multiplies it: conv2d_bf16.cpp.
+// 3x3 of stride 1 goes another way: conv2d_winograd.h; 1x1, too: conv2d_pointwise.cpp; the gradient
+// of an image cut into patches: conv2d_patches.cpp; and bf16 where the CPU multiplies it:
+// conv2d_bf16.cpp.
 //
 // Reached on Zen 3, fp32, native's time over ours, contiguous / channels_last, forward and backward
 // with both gradients (torchops bench PROBLEM --layout contiguous,channels_last --threads 1
@@ -22,8 +23,8 @@
 // On Granite Rapids (AVX-512), forward at 92 to 134 GFLOP/s of 166:
 //   conv2d:mb8_ic512ih14oc512kh3sh2ph1  0.83 / 1.00   1.00 / 1.18
 //   conv2d:mb8_ic384ih14oc768kh2sh2     0.83 / 1.06   1.02 / 1.19
-//   conv2d:mb2_ic32ih75oc48kh5ph2       0.94 / 0.88   0.84 / 0.76
-//   conv2d:mb8_ic3ih224oc96kh4sh4       0.98 / 1.12   0.89 / 0.61
+//   conv2d:mb2_ic32ih75oc48kh5ph2       0.94 / 0.90   0.99 / 0.88
+//   conv2d:mb8_ic3ih224oc96kh4sh4       1.06 / 1.02   2.72 / 2.53
 // Tried without gain: fetching the panel's lines for writing; gathering 32 positions at a time.
 #include "ops/conv2d.h"
 

@@ -7,8 +7,8 @@
 // by position. contiguous: grad_output is transposed on its way into the panel. The rows run in the
 // order in which the weight lies in memory, so that the result is transposed by whole vectors.
 //
-// 3x3 of stride 1 goes another way: conv2d_winograd_grad_weight.h; and bf16 where the CPU
-// multiplies it: conv2d_bf16_grad_weight.cpp.
+// Long rows, and 3x3 of stride 1, go another way: conv2d_image_grad_weight.h,
+// conv2d_winograd_grad_weight.h; and bf16 where the CPU multiplies it: conv2d_bf16_grad_weight.cpp.
 //
 // Reached: the backward of conv2d.cpp's table, of which this is half.
 #include "core/parallel.h"

@@ -14,6 +14,8 @@
 //   conv2d:mb2_ic32ih75oc48kh5ph2        1.07 / 0.87 at 135 GFLOP/s, gathered 0.82 / 0.66
 //   conv2d:mb8_ic3ih224oc64kh7sh2ph3     1.39 / 1.25, gathered 1.06 / 0.84
 //   conv2d:mb8_ic64ih56oc128kh3sh2ph1    1.09 / 1.18, gathered 1.09 / 1.05
+// and in the backward of torchops bench (command: conv2d.cpp)
+//   conv2d:mb8_ic3ih224oc64kh7sh2ph3_first  1.28 / 1.19, gathered 1.06 / 0.85
 // With AVX2 there, these took 0.6 to 0.9 of the time.
 #pragma once
 

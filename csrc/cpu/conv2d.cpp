@@ -20,7 +20,7 @@
 //   conv2d:mb8_ic3ih224oc64kh7sh2ph3    0.88 / 1.39   1.34 / 1.20
 //   conv2d:mb1_ic72ih33oc200kh3sh2ph1   1.01 / 1.04   0.84 / 1.01
 //   conv2d:mb2_ic32ih75oc48kh5ph2       0.90 / 0.94   0.94 / 1.32
-// On Granite Rapids (AVX-512), forward at 92 to 134 GFLOP/s of 166:
+// On Granite Rapids (AVX-512), forward at 92 to 154 GFLOP/s of 166:
 //   conv2d:mb8_ic512ih14oc512kh3sh2ph1  0.83 / 1.00   1.00 / 1.18
 //   conv2d:mb8_ic384ih14oc768kh2sh2     0.83 / 1.06   1.02 / 1.19
 //   conv2d:mb2_ic32ih75oc48kh5ph2       0.94 / 0.90   0.99 / 0.88

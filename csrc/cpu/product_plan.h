@@ -96,8 +96,8 @@ struct ProductPlan {
   // What is read where it lies comes in long runs, which the hardware foresees, and is used within
   // the time that L2 keeps it.
   static constexpr int64_t kStreamRows = 256, kStreamDepth = 48, kStreamColumns = 1024;
-  // Short rows are more of them, since each block adds to all of C: 14 x 14 pixels are a twentieth
-  // faster with a depth of 192 than of 48.
+  // Blocks of short rows are deeper, since each block adds to all of C: 14 x 14 pixels are a
+  // twentieth faster with a depth of 192 than of 48.
   static constexpr int64_t kStreamBlock = 38'000, kLongestStream = 192;
   // Blocks that share copies.
   static constexpr int64_t kGroupRows = 8, kGroupColumns = 4;
@@ -125,8 +125,10 @@ struct ProductPlan {
     return streams && wide ? kStreamColumns : kColumns;
   }
 
+  // By the longest rows that there may be, not by those that the threads leave: how the depth is
+  // cut decides the order of summation.
   int64_t stream_depth() const {
-    const int64_t depth = kStreamBlock / columns.part;
+    const int64_t depth = kStreamBlock / Parts(p.c.columns.run, kStreamColumns, kWidth).part;
     return product_least(depth < kStreamDepth ? kStreamDepth : depth, kLongestStream);
   }
 

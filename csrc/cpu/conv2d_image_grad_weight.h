@@ -58,6 +58,7 @@ struct ImageGradPlan {
 
  private:
   static constexpr int64_t kPositions = 192;
+  // Tiles of so few rows have sums enough for multiply-adds not to wait only if they are wide.
   static bool has_low_tiles(const Correlation& c, bool channels_last) {
     const int64_t run = c.width.taps * (channels_last ? c.channels : 1);
     return blocks(run, blocks(run, kTileRows)) < 5;
@@ -75,7 +76,7 @@ class ImageGradWeight {
       : plan_(plan),
         gather_(gather),
         lines_(plan.c, plan.slabs.rows, plan.channels_last),
-        grads_(plan.row_step * plan.c.width.count * plan.stride()) {}
+        grads_(plan.row_step * plan.c.width.count * plan.panels.widest() * kLanes<T>) {}
 
   // The sums over slabs [begin, end) of a block of panels.
   void sum(const T* input, int64_t begin, int64_t end, int64_t block, Acc* sums) const {

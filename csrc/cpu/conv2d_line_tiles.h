@@ -10,8 +10,9 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-// Rows of a tile that is so many registers wide: with a broadcast value and the columns it fills
-// all registers but one.
+// Rows of a tile that is so many registers wide: its sums leave room for the columns and a
+// broadcast value. (Of AVX2's 16 registers, tiles four wide would take 17: one column is an
+// operand in memory.)
 template <int kVecs>
 constexpr int kLineRows = kVecs <= kTileVecs ? kTileRows
                           : kVecs > 3        ? kTileRows * kTileVecs / 4 - (kTileRows > 6)
@@ -47,22 +48,9 @@ class FewLineRows {
   int64_t stride_;
 };
 
-// Rows side by side.
-template <typename A>
-class TurnedLineRows {
- public:
-  TurnedLineRows(const A* a, int64_t stride) : a_(a), stride_(stride) {}
-  A at(int row, int k) const { return a_[k * stride_ + row]; }
-  void advance(int count) { a_ += count * stride_; }
-
- private:
-  const A* a_;
-  int64_t stride_;
-};
-
 template <typename A, bool kTurned>
 using LineRows = std::conditional_t<
-    kTurned, TurnedLineRows<A>,
+    kTurned, TileRows<A, Panel::columns>,
     std::conditional_t<kHasTensorTiles, TileRows<A, Panel::in_place>, FewLineRows<A>>>;
 
 template <typename A, bool kTurned, int kRows, int kVecs>

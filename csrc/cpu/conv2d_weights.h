@@ -186,6 +186,7 @@ struct VecPanels {
         count(wide ? blocks(vecs, 4) : blocks(vecs - (kVecBytes == 64 && vecs > 1), 2)) {}
   int64_t begin(int64_t panel) const { return vecs * panel / count; }
   int64_t size(int64_t panel) const { return begin(panel + 1) - begin(panel); }
+  int64_t widest() const { return blocks(vecs, count); }
 };
 
 // Columns are kept in panels, [panel][depth][column].

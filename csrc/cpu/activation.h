@@ -19,7 +19,7 @@ namespace torchops::cpu::TORCHOPS_ISA {
 #if defined(__AVX512F__)
 constexpr float kLowestExponent = -105;  // rounds to zero
 
-// Within [low, high]; NaN stays.
+// Within [low, high]; NaN stays, because of two operands these return the second if either is NaN.
 inline VecF32 limit(VecF32 x, float low, float high) {
   const __m512 below = _mm512_min_ps(_mm512_set1_ps(high), bit_cast<__m512>(x));
   return bit_cast<VecF32>(_mm512_max_ps(_mm512_set1_ps(low), below));
@@ -30,11 +30,13 @@ inline VecF32 scale_by_power(VecF32 p, VecF32 shifted, float shift) {
   return bit_cast<VecF32>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(shifted - shift)));
 }
 
-// 1 / d for d >= 1, within an ulp: half the time of a division.
+// 1 / d for d >= 1, within an ulp: half the time of a division. Infinity times zero would make its
+// correction NaN.
 inline VecF32 inverse(VecF32 d) {
   const __m512 guess = _mm512_rcp14_ps(bit_cast<__m512>(d));
   const VecF32 error = 1.0f - d * bit_cast<VecF32>(guess);
-  const __mmask16 finite = _mm512_cmp_ps_mask(bit_cast<__m512>(d), _mm512_set1_ps(INFINITY), 1);
+  const __mmask16 finite =
+      _mm512_cmp_ps_mask(bit_cast<__m512>(d), _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
   return bit_cast<VecF32>(_mm512_mask_fmadd_ps(guess, finite, bit_cast<__m512>(error), guess));
 }
 #else

@@ -11,8 +11,7 @@ namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
 // Rows of a tile that is so many registers wide: its sums leave room for the columns and a
-// broadcast value. (Of AVX2's 16 registers, tiles four wide would take 17: one column is an
-// operand in memory.)
+// broadcast value. (Three rows of four take one more than AVX2 has: GCC 12 keeps a sum in memory.)
 template <int kVecs>
 constexpr int kLineRows = kVecs <= kTileVecs ? kTileRows
                           : kVecs > 3        ? kTileRows * kTileVecs / 4 - (kTileRows > 6)

@@ -56,6 +56,24 @@ def test_blocks_of_pixels_for_more_threads_give_the_same_bits(memory_format, cha
         assert all(map(torch.equal, compute(threads), expected)), f"{threads} threads"
 
 
+@pytest.mark.parametrize("kernel, stride", [(3, 1), (3, 2), (5, 1)])
+@each_format
+def test_max_pools_of_one_image_give_the_same_bits_for_more_threads(memory_format, kernel, stride):
+    image = torch.randn(1, 16, 61, 62).to(memory_format=memory_format)
+    grads = torch.randn(1, 16, 61, 62)
+
+    def compute(threads):
+        torch.set_num_threads(threads)
+        input = image.detach().requires_grad_()
+        output = torchops.functional.max_pool2d(input, kernel, stride, kernel // 2)
+        grad = grads[:, :, : output.shape[2], : output.shape[3]]
+        return bits(torch.autograd.grad(output, input, grad))
+
+    expected = compute(1)
+    for threads in (2, 3):
+        assert all(map(torch.equal, compute(threads), expected)), f"{threads} threads"
+
+
 @pytest.mark.parametrize("channels, groups", [((128, 256), 8), ((48, 96), 3), ((130, 70), 2)])
 @each_format
 def test_groups_of_bfloat16_give_the_same_bits_for_more_threads(memory_format, channels, groups):

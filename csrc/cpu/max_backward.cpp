@@ -114,19 +114,21 @@ void gather_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, const Cove
     }
     T* to = grad_input + block.element(H, W, C, ih);
     for (int64_t iw = 0; iw < W; ++iw, to += C) {
+      const auto *w = left.begin(iw), *end_w = left.end(iw);
       int64_t k = 0;
-      for (const auto *w = left.begin(iw), *end_w = left.end(iw); w < end_w; ++w) {
-        if (separable) {
+      if (separable) {
+        for (; w < end_w; ++w)
           summed.get()[k++] = {sums.get() + w->output * pitch, columns.get() + w->output * pitch,
                                w->tap};
-        } else {
-          for (int64_t h = 0; h < count; ++h) sources.get()[k++] = source(h, w->output, w->tap);
-        }
-      }
-      if (separable)
         gather_pixel(summed.get(), k, block.channels, to, stream);
-      else
-        gather_pixel(sources.get(), k, block.channels, to, stream);
+        continue;
+      }
+      // In the order of a scatter.
+      for (int64_t h = 0; h < count; ++h) {
+        for (const auto* tap = w; tap < end_w; ++tap)
+          sources.get()[k++] = source(h, tap->output, tap->tap);
+      }
+      gather_pixel(sources.get(), k, block.channels, to, stream);
     }
   }
   if (stream) finish_streams();
@@ -275,9 +277,13 @@ void backward(const MaxWindows& p, const T* grad_output, const O* offsets, T* gr
     });
   };
   if (p.channels_last) {
-    const bool few = p.channels < kFewestGathered && (p.batch > 1 || thread_count() == 1);
+    const int64_t covering = above.most() * left.most();
+    // Images go to threads. Alone, one is scattered only where a gather adds in the same order:
+    // results must not depend on the threads.
+    const bool alone = thread_count() == 1 && covering <= kMostGathered;
+    const bool few = p.channels < kFewestGathered && (p.batch > 1 || alone);
     // From how many positions a window a scatter is faster; windows that overlap in fp32: never.
-    const int64_t covering = above.most() * left.most(), half = sizeof(T) == 2 ? 8 : inputs + 1;
+    const int64_t half = sizeof(T) == 2 ? 8 : inputs + 1;
     const int64_t many = covering > kMostGathered ? 4 : overlap ? half : 16;
     if (few || inputs >= many * outputs) return scatter(p.batch, p.channels);
     gather(p, above, left, grad_output, offsets, grad_input);

@@ -31,7 +31,7 @@ struct PairPositions {
     rows = blocks(c.height.count, blocks(c.height.count, rows));
     row_blocks = blocks(c.height.count, rows);
     patches = c.batch * row_blocks * parts;
-    phases = taps > 1 ? c.height.step : 1;
+    phases = seen_phases(c.height);
     plane = (rows + (taps > 1 ? (taps - 1) * c.height.tap_offset / phases : 0)) * pitch;
     length = round_up(rows * pitch, kChunk);
     pairs = (phases * plane / 2 + taps * kTile) | 1;

@@ -36,6 +36,11 @@ inline Correlation without_rows(Correlation c, bool channels_last) {
   return c;
 }
 
+// Phases of the stride that taps see: of wider strides the rest is not copied.
+inline int64_t seen_phases(const Axis& a) {
+  return a.taps > 1 ? smaller(a.step, (a.taps - 1) * a.tap_offset + 1) : 1;
+}
+
 // The depth: `lines` runs, one per tap or per row of taps, each of some chunks.
 struct PairDepth {
   bool merged;    // planes: a row of taps is a run
@@ -87,8 +92,8 @@ struct Patches {
   Patches(const Correlation& c, const PairDepth& depth, int64_t most) : c(c) {
     const int64_t height_taps = c.height.taps;
     const int64_t width_taps = depth.merged || depth.overlaps ? 1 : c.width.taps;
-    height_phases = height_taps > 1 ? c.height.step : 1;
-    width_phases = width_taps > 1 ? c.width.step : 1;
+    height_phases = seen_phases(c.height);
+    width_phases = width_taps > 1 ? seen_phases(c.width) : 1;
     height_reach = height_taps > 1 ? (height_taps - 1) * c.height.tap_offset / height_phases : 0;
     width_reach = width_taps > 1 ? (width_taps - 1) * c.width.tap_offset / width_phases : 0;
     if (depth.overlaps) width_reach = blocks(c.width.taps, c.width.step) - 1;

@@ -48,69 +48,95 @@ inline void multiply_pixels(const TileState& state, const PairPlan& plan, const 
                             height > kTile ? 2 : 1, block.width > kTile ? 2 : 1);
 }
 
-inline void multiply_channels_last(const PairPlan& plan, const PairWeights& weights) {
+// Where a patch's pixels lie in the output: null between its rows.
+inline void find_pixels(const PairPlan& plan, const Patch& patch, const Scratch<bf16*>& pixels) {
+  pixels.zero();
+  plan.patches.for_each_output(patch, [&](int64_t first, int64_t pixel, int64_t count) {
+    for (int64_t k = 0; k < count; ++k)
+      pixels.get()[first + k] =
+          plan.p.out + (pixel + k * plan.c.width.out_step) * plan.c.out_channels();
+  });
+}
+
+// Sums of blocks, of which one is stored when the next one is about to be summed: behind that one
+// in the program, its loads would look as if they met that one's stores, 4 KB further on.
+class LateStore {
+ public:
+  LateStore(const bf16* bias, bf16* const* pixels) : bias_(bias), pixels_(pixels) {}
+
+  // Memory for the sums of `height` pixels, from `row` on, x a block of channels.
+  float* next(int64_t row, int64_t height, const PairBlock& block) {
+    store_last();
+    turn_ = 1 - turn_;
+    row_ = row, height_ = height, column_ = block.column, width_ = block.width;
+    return sums_[turn_];
+  }
+  void store_last() const {
+    (bias_ ? store_pixels<true> : store_pixels<false>)(bias_, pixels_ + row_, height_, column_,
+                                                       width_, sums_[turn_]);
+  }
+
+ private:
+  alignas(64) float sums_[2][kBlock * kBlock];
+  const bf16* const bias_;
+  bf16* const* const pixels_;
+  int turn_ = 0;
+  int64_t row_ = 0, height_ = 0, column_ = 0, width_ = 0;  // of the last block: none yet
+};
+
+// A patch, packed at `panel` unless it is read where it lies, x some output channels.
+inline void multiply_patch(const TileState& state, const PairPlan& plan, const PairWeights& weights,
+                           const PixelRows& rows, const Patch& patch, const bf16* panel,
+                           const PairColumns& columns, bf16* const* pixels) {
   const Correlation& c = plan.c;
+  const int64_t length = plan.patches.length(patch);
+  const bool in_place = rows.in_place(patch);
+  const int64_t stride = in_place ? c.source_channels() : rows.stride;
+  const bf16* source = panel;
+  if (in_place) source = plan.p.source + patch.column * stride + columns.first_group * c.channels;
+  // The next block's pixels, some with each block of channels, where these are as many.
+  const bool ahead = in_place && c.groups == 1 && c.channels <= columns.channels;
+  const int64_t share = blocks(kBlock, blocks(columns.channels, kBlock)) * stride;
+  LateStore store(plan.p.bias, pixels);
+  for (int64_t g = 0; g < plan.slice; ++g, source += rows.next_group) {
+    for (int64_t row = 0; row < length; row += kBlock) {
+      const int64_t height = smaller(kBlock, length - row);
+      plan.for_each_block(columns, g, [&](const PairBlock& block) {
+        for (int64_t r = row; r < row + height; ++r) {
+          if (pixels[r]) __builtin_prefetch(pixels[r] + block.column, 1);
+        }
+        if (ahead && row + kBlock < length) {
+          const bf16* next =
+              source + (row + kBlock) * stride + (block.channel - columns.channel) / kBlock * share;
+          for (int64_t j = 0; j < share; j += kChunk) __builtin_prefetch(next + j);
+        }
+        multiply_pixels(state, plan, source + row * stride, stride, height, weights, block,
+                        store.next(row, height, block));
+      });
+    }
+  }
+  store.store_last();
+}
+
+inline void multiply_channels_last(const PairPlan& plan, const PairWeights& weights) {
   const Patches& patches = plan.patches;
-  const PixelRows rows(c, plan.depth, plan.slice, patches);
+  const PixelRows rows(plan.c, plan.depth, plan.slice, patches);
   plan.place_chunks(rows.stride, plan.depth.chunk, weights.chunk_size());
   parallel_for(plan.units(), plan.grain(), [&](int64_t begin, int64_t end) {
     const TileState state(plan.depth.chunk / 2);
     const Scratch<bf16> panels(plan.set * rows.size);
-    alignas(64) float sums[2][kBlock * kBlock];
     const Scratch<bf16*> pixels(round_up(patches.rows * patches.pitch, kBlock));
     plan.for_each_unit(
         begin, end,
         [&](const Patch& patch, int64_t i, int64_t group) {
           if (!rows.in_place(patch))
-            rows.fill(patches, patch, plan.p.source + group * c.channels,
+            rows.fill(patches, patch, plan.p.source + group * plan.c.channels,
                       panels.get() + i * rows.size);
         },
         [&](const Patch& patch, int64_t i, const PairColumns& columns) {
-          pixels.zero();
-          patches.for_each_output(patch, [&](int64_t first, int64_t pixel, int64_t count) {
-            for (int64_t k = 0; k < count; ++k)
-              pixels.get()[first + k] =
-                  plan.p.out + (pixel + k * c.width.out_step) * c.out_channels();
-          });
-          const int64_t length = patches.length(patch);
-          const bool in_place = rows.in_place(patch);
-          const int64_t stride = in_place ? c.source_channels() : rows.stride;
-          const bf16* source =
-              in_place ? plan.p.source + patch.column * stride + columns.first_group * c.channels
-                       : panels.get() + i * rows.size;
-          // The next block's pixels, some with each block of channels, where these are as many.
-          const bool ahead = in_place && c.groups == 1 && c.channels <= columns.channels;
-          const int64_t share = blocks(kBlock, blocks(columns.channels, kBlock)) * stride;
-          // A block is stored while the next one is summed, ahead of it in the program: behind it,
-          // its loads would look as if they met the next one's stores, 4 KB further on.
-          struct Last { int64_t row, height, column, width; } last{};
-          int turn = 0;
-          const auto store_last = [&] {
-            (plan.p.bias ? store_pixels<true>
-                         : store_pixels<false>)(plan.p.bias, pixels.get() + last.row, last.height,
-                                                last.column, last.width, sums[turn]);
-          };
-          for (int64_t g = 0; g < plan.slice; ++g, source += rows.next_group) {
-            for (int64_t row = 0; row < length; row += kBlock) {
-              const int64_t height = smaller(kBlock, length - row);
-              plan.for_each_block(columns, g, [&](const PairBlock& block) {
-                for (int64_t r = row; r < row + height; ++r) {
-                  if (pixels.get()[r]) __builtin_prefetch(pixels.get()[r] + block.column, 1);
-                }
-                if (ahead && row + kBlock < length) {
-                  const bf16* next = source + (row + kBlock) * stride +
-                                     (block.channel - columns.channel) / kBlock * share;
-                  for (int64_t j = 0; j < share; j += kChunk) __builtin_prefetch(next + j);
-                }
-                store_last();
-                turn = 1 - turn;
-                multiply_pixels(state, plan, source + row * stride, stride, height, weights, block,
-                                sums[turn]);
-                last = {row, height, block.column, block.width};
-              });
-            }
-          }
-          store_last();
+          find_pixels(plan, patch, pixels);
+          multiply_patch(state, plan, weights, rows, patch, panels.get() + i * rows.size, columns,
+                         pixels.get());
         });
   });
 }

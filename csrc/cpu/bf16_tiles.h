@@ -13,16 +13,6 @@
 #include "core/transpose.h"
 #include "core/vec.h"
 
-namespace torchops::cpu::TORCHOPS_ISA {
-
-#if defined(__AVX512BF16__)
-constexpr bool kHasPairs = true;
-#else
-constexpr bool kHasPairs = false;
-#endif
-
-}  // namespace torchops::cpu::TORCHOPS_ISA
-
 #if defined(__AVX512BF16__)
 namespace torchops::cpu::TORCHOPS_ISA {
 

@@ -15,7 +15,6 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-// Where the first in channel of an out channel's element lies, by depth: -1 for padding.
 struct PairWeights {
   const Correlation& c;
   const PairDepth& depth;
@@ -46,6 +45,7 @@ struct PairWeights {
   void pack(const bf16* weight, int64_t taps, int64_t taps_wide) const {
     const int64_t size = depth.size();
     const int64_t row = taps * (swapped ? c.columns : c.channels);
+    // Where an element of the depth lies in the weight, for the first column: -1 for padding.
     const Scratch<int64_t> places(size);
     for (int64_t k = 0; k < size; ++k) places.get()[k] = -1;
     for (int64_t t = 0; t < c.height.taps * c.width.taps; ++t) {
@@ -71,14 +71,14 @@ struct PairWeights {
   }
 
  private:
-  // Where an element of the depth lies: a chunk is padded.
+  // The place of an element of the depth in the panels: a chunk is padded.
   int64_t place(int64_t tap_height, int64_t tap_width, int64_t channel) const {
     const bool one_run = depth.merged || depth.overlaps;
     const int64_t line = one_run ? tap_height : tap_height * c.width.taps + tap_width;
     const int64_t k = (one_run ? tap_width * depth.channels : 0) + channel;
     return (line * depth.run_chunks + k / depth.chunk) * kChunk + k % depth.chunk;
   }
-  // Sixteen rows of the depth, those beyond the last column zeros.
+  // Sixteen columns with all of their depth, those beyond the last zeros.
   void pack_rows(const bf16* weight, int64_t column, int64_t row, const int64_t* places,
                  bf16* to) const {
     alignas(64) bf16 stage[kTile][kChunk];

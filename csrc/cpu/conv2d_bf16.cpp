@@ -26,7 +26,8 @@
 //   conv2d:mb8_g2ic512ih14oc512kh3ph1      1.17 / 1.12   1.02 / 1.18
 //   conv2d:mb8_g32ic1024ih14oc1024kh3ph1   1.46 / 0.97   1.49 / 1.26
 //   conv2d:mb8_g32ic512ih28oc512kh3ph1     1.24 / 1.03   1.14 / 1.16
-//   conv2d:mb8_g32ic256ih28oc256kh3ph1     (another's) / 1.01   (another's) / 1.08
+//   conv2d:mb8_g32ic256ih28oc256kh3ph1        - / 1.01      - / 1.08
+// (contiguous, such narrow ones are conv2d_grouped.cpp's).
 // Forward, 0.2 to 1.4 TFLOP/s of bf16 gemm's 1.2: the rest is memory, and for few channels the
 // rounding of the sums: 45 ns for a block of 1024, whose products take 22 ns a chunk. The first
 // layers, of three channels, are at 0.73 to 0.88. vdpbf16ps has not been timed where it is the best
@@ -34,9 +35,9 @@
 // (ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 TORCHOPS_CPU_ISA=avx512, the same command for
 // conv1x1:mb8_ic480ih14oc192 and conv2d:mb8_ic128ih28oc128kh3ph1) 0.98 to 1.02 and 0.87 to 0.91;
 // groups of 16 and more 0.79 to 0.98.
-// Tried without gain: fetching the next patch's source during
-// this one's products, blocks of the depth whose sums go through memory, rows of 1 KB stored at
-// once, stores past the cache, no fetching of what is to be written.
+// Tried without gain: fetching the next patch's source during this one's products, blocks of the
+// depth whose sums go through memory, rows of 1 KB stored at once, stores past the cache, no
+// fetching of what is to be written.
 #include "cpu/conv2d_bf16.h"
 
 #if defined(__AVX512BF16__)

@@ -7,6 +7,7 @@
 // reached by every step-th tap alone, and neighbours among them are under neighbouring outputs.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <numeric>
 
@@ -63,11 +64,11 @@ inline bool has_short_axes(const Conv2dShape& s) {
 // so that the taps of a phase are every step-th one, with step = stride / gcd(stride, dilation).
 class PhasedAxis {
  public:
-  PhasedAxis(const Window& w, int64_t outputs)
-      : PhasedAxis(w, outputs, std::gcd(w.stride, w.dilation)) {}
+  PhasedAxis(const Window& w, int64_t inputs, int64_t outputs)
+      : PhasedAxis(w, inputs, outputs, std::gcd(w.stride, w.dilation)) {}
 
   // n / phases
-  __device__ int phases_before(int n) const { return as_int(stride_.divide(n)); }
+  __device__ int phases_before(int n) const { return as_int(split_phases_.divide(n)); }
 
   // The first tap of a phase; where it has none, `taps` or more.
   __device__ int64_t first_tap(int64_t phase) const {
@@ -90,12 +91,12 @@ class PhasedAxis {
   // How many taps the phase has of which this is the first.
   __device__ int64_t taps_from(int64_t first) const { return step_.divide(taps - 1 - first) + 1; }
 
-  int64_t taps, phases, first_taps, most_taps;  // most_taps: of a phase
+  int64_t taps, phases, first_taps, most_taps;  // phases: that have a pixel; most_taps: of a phase
 
  private:
-  PhasedAxis(const Window& w, int64_t outputs, int64_t common)
+  PhasedAxis(const Window& w, int64_t inputs, int64_t outputs, int64_t common)
       : taps(w.size),
-        phases(w.stride),
+        phases(std::clamp(inputs, int64_t{1}, w.stride)),
         first_taps(w.stride / common < w.size ? w.stride / common : w.size),
         most_taps(ceil_div(w.size, w.stride / common)),
         outputs_(outputs),
@@ -104,13 +105,14 @@ class PhasedAxis {
         source_dilation_(w.dilation / common),
         stride_(w.stride),
         step_(w.stride / common),
-        common_(common) {
+        common_(common),
+        split_phases_(phases) {
     while ((inverse_ * source_dilation_ - 1) % (w.stride / common) != 0) ++inverse_;
   }
 
   int64_t outputs_, padding_, dilation_, source_dilation_;
   int64_t inverse_ = 0;  // of source_dilation_, modulo the step
-  Divisor stride_, step_, common_;
+  Divisor stride_, step_, common_, split_phases_;
 };
 
 }  // namespace torchops::cuda

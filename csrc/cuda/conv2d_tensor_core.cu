@@ -265,7 +265,8 @@ void launch_grad_input(const Conv2dGradInputParams& p, const Stream& stream) {
   const Conv2dShape& s = p.shape;
   const PackedImages<T> grad(p.grad_output, s.channels_last, s.batch, s.out_channels,
                              s.out_height * s.out_width, s.groups, stream);
-  const PhasedAxis height(s.window_height, s.out_height), width(s.window_width, s.out_width);
+  const PhasedAxis height(s.window_height, s.in_height, s.out_height),
+      width(s.window_width, s.in_width, s.out_width);
   const int64_t phases = height.phases * width.phases;
   const int64_t target_height = ceil_div(s.in_height, height.phases);
   const int64_t target_width = ceil_div(s.in_width, width.phases);

@@ -323,16 +323,9 @@ void conv2d_grad_input(const Conv2dGradInputParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     Conv2dShape s = p.shape;
-    const auto* weight = static_cast<const T*>(p.weight);
-    const int64_t taps = s.window_height.size * s.window_width.size;
-    const bool reorder = !s.weight_channels_last && taps > 1;
-    const Scratch<T> by_taps(reorder ? s.out_channels * (s.in_channels / s.groups) * taps : 0);
-    if (reorder) {
-      weights_by_taps(s, weight, by_taps.get());
-      weight = by_taps.get();
-      s.weight_channels_last = true;
-    }
-    Weights<T> weights = forward_weights<T>(s, weight);
+    const WeightByTaps<T> by_taps(s, p.weight);
+    s.weight_channels_last = true;
+    Weights<T> weights = forward_weights<T>(s, by_taps.data);
     std::swap(weights.column_stride, weights.channel_stride);
     const Source<T> source(s, p.grad_output, s.out_channels, s.out_height * s.out_width,
                            s.in_channels);

@@ -61,30 +61,12 @@ void multiply(const PairProblem& p, bool channels_last, bool swapped) {
                  : multiply_contiguous)(plan, weights);
 }
 
-// The weight in the order of channels_last.
-struct WeightByTaps {
-  int64_t taps;
-  Scratch<bf16> copy;
-  const bf16* data;
-
-  WeightByTaps(const Conv2dShape& s, const void* weight)
-      : taps(s.window_height.size * s.window_width.size),
-        copy(s.weight_channels_last || taps == 1
-                 ? 0
-                 : s.out_channels * (s.in_channels / s.groups) * taps),
-        data(static_cast<const bf16*>(weight)) {
-    if (s.weight_channels_last || taps == 1) return;
-    weights_by_taps(s, data, copy.get());
-    data = copy.get();
-  }
-};
-
 }  // namespace
 
 bool conv2d_bf16(const Conv2dParams& p) {
   const Conv2dShape& s = p.shape;
   if (!s.multiplies_pairs()) return false;
-  const WeightByTaps weight(s, p.weight);
+  const WeightByTaps<bf16> weight(s, p.weight);
   const Epilogue epilogue(p);
   multiply({without_rows(forward_correlation(s), s.channels_lie_last()), weight.data, weight.taps,
             s.window_width.size, static_cast<const bf16*>(p.input),
@@ -96,7 +78,7 @@ bool conv2d_bf16(const Conv2dParams& p) {
 bool conv2d_bf16_grad_input(const Conv2dGradInputParams& p) {
   const Conv2dShape& s = p.shape;
   if (!s.multiplies_pairs()) return false;
-  const WeightByTaps weight(s, p.weight);
+  const WeightByTaps<bf16> weight(s, p.weight);
   for (int64_t h = 0; h < smaller(s.window_height.stride, s.in_height); ++h) {
     for (int64_t w = 0; w < smaller(s.window_width.stride, s.in_width); ++w) {
       multiply({without_rows(grad_input_correlation(s, h, w), s.channels_lie_last()), weight.data,

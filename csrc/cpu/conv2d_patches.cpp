@@ -83,17 +83,12 @@ bool conv2d_patches_grad_input(const Conv2dGradInputParams& p) {
     return false;
   dispatch_dtype(s.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto *grads = static_cast<const T*>(p.grad_output),
-               *weight = static_cast<const T*>(p.weight);
+    const auto* grads = static_cast<const T*>(p.grad_output);
     auto* out = static_cast<T*>(p.grad_input);
-    if (!s.channels_last) return multiply_planes(s, grads, weight, out);
-    const int64_t patch = s.in_channels * s.window_height.size * s.window_width.size;
-    const Scratch<T> by_taps(s.weight_channels_last ? 0 : s.out_channels * patch);
-    if (!s.weight_channels_last) {
-      weights_by_taps(s, weight, by_taps.get());
-      weight = by_taps.get();
-    }
-    multiply_pixels(s, grads, weight, out);
+    if (s.channels_last)
+      multiply_pixels(s, grads, WeightByTaps<T>(s, p.weight).data, out);
+    else
+      multiply_planes(s, grads, static_cast<const T*>(p.weight), out);
   });
   return true;
 }

@@ -177,6 +177,26 @@ void weights_by_taps(const Conv2dShape& s, const T* from, T* to) {
                });
 }
 
+// The weight in that order, where it lies if it does so already.
+template <typename T>
+struct WeightByTaps {
+  const int64_t taps;
+  const Scratch<T> copy;
+  const T* data;
+
+  WeightByTaps(const Conv2dShape& s, const void* weight)
+      : taps(s.window_height.size * s.window_width.size),
+        copy(lies(s) ? 0 : s.out_channels * (s.in_channels / s.groups) * taps),
+        data(static_cast<const T*>(weight)) {
+    if (lies(s)) return;
+    weights_by_taps(s, data, copy.get());
+    data = copy.get();
+  }
+
+ private:
+  bool lies(const Conv2dShape& s) const { return s.weight_channels_last || taps == 1; }
+};
+
 // Columns in panels of two registers, or where `wide`, for tiles of few rows, of up to four. With
 // AVX-512 the one left over makes a panel of three: alone it would be bound by its loads.
 struct VecPanels {

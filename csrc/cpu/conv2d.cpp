@@ -20,11 +20,11 @@
 //   conv2d:mb8_ic3ih224oc64kh7sh2ph3    0.88 / 1.39   1.34 / 1.20
 //   conv2d:mb1_ic72ih33oc200kh3sh2ph1   1.01 / 1.04   0.84 / 1.01
 //   conv2d:mb2_ic32ih75oc48kh5ph2       0.90 / 0.94   0.94 / 1.32
-// On Granite Rapids (AVX-512), forward at 92 to 154 GFLOP/s of 166:
-//   conv2d:mb8_ic512ih14oc512kh3sh2ph1  0.83 / 1.00   1.00 / 1.18
-//   conv2d:mb8_ic384ih14oc768kh2sh2     0.83 / 1.06   1.02 / 1.19
-//   conv2d:mb2_ic32ih75oc48kh5ph2       0.94 / 0.90   0.99 / 0.88
-//   conv2d:mb8_ic3ih224oc96kh4sh4       1.06 / 1.02   2.72 / 2.53
+// On Granite Rapids (AVX-512), forward at 68 to 139 GFLOP/s of 167:
+//   conv2d:mb8_ic512ih14oc512kh3sh2ph1  0.82 / 0.99   1.03 / 1.14
+//   conv2d:mb8_ic384ih14oc768kh2sh2     0.90 / 1.00   1.06 / 1.26
+//   conv2d:mb2_ic32ih75oc48kh5ph2       0.95 / 0.92   1.04 / 0.91
+//   conv2d:mb8_ic3ih224oc96kh4sh4       1.07 / 1.10   2.48 / 2.39
 // Tried without gain: fetching the panel's lines for writing; gathering 32 positions at a time.
 #include "ops/conv2d.h"
 

@@ -18,23 +18,19 @@
 // Reached on Granite Rapids with AMX, native's time over ours, forward and backward with both
 // gradients, geometric means and worst of ResNet-50's shapes at batch 8 (torchops bench --suite
 // resnet50 --dtype bf16 --layout contiguous,channels_last --threads 1 --quick):
-//   3x3 and 7x7, channels_last   1.09, worst 0.88   1.50, worst 1.03
-//   1x1, channels_last           1.15, worst 0.94   1.27, worst 1.00
-//   3x3 and 7x7, contiguous      1.38, worst 1.02   1.22, worst 1.01
-//   1x1, contiguous              2.40, worst 1.71   1.76, worst 1.15
+//   3x3 and 7x7, channels_last   1.05, worst 0.70   1.40, worst 1.03
+//   1x1, channels_last           1.15, worst 0.95   1.23, worst 1.05
+//   3x3 and 7x7, contiguous      1.36, worst 1.00   1.19, worst 0.98
+//   1x1, contiguous              2.31, worst 1.48   1.69, worst 1.09
 // and groups, contiguous / channels_last, forward and backward:
-//   conv2d:mb8_g2ic512ih14oc512kh3ph1      1.17 / 1.12   1.02 / 1.18
-//   conv2d:mb8_g32ic1024ih14oc1024kh3ph1   1.46 / 0.97   1.49 / 1.26
-//   conv2d:mb8_g32ic512ih28oc512kh3ph1     1.24 / 1.03   1.14 / 1.16
-//   conv2d:mb8_g32ic256ih28oc256kh3ph1        - / 1.01      - / 1.08
+//   conv2d:mb8_g2ic512ih14oc512kh3ph1      1.17 / 1.10   1.03 / 1.18
+//   conv2d:mb8_g32ic1024ih14oc1024kh3ph1   1.53 / 0.98   1.43 / 1.33
+//   conv2d:mb8_g32ic512ih28oc512kh3ph1     1.20 / 1.15   1.17 / 1.08
+//   conv2d:mb8_g32ic256ih28oc256kh3ph1        - / 1.13      - / 1.04
 // (contiguous, such narrow ones are conv2d_grouped.cpp's).
-// Forward, 0.2 to 1.4 TFLOP/s of bf16 gemm's 1.2: the rest is memory, and for few channels the
-// rounding of the sums: 45 ns for a block of 1024, whose products take 22 ns a chunk. The first
-// layers, of three channels, are at 0.73 to 0.88. vdpbf16ps has not been timed where it is the best
-// there is, on Zen 4. Here it does 0.1 TFLOP/s, and against native's
-// (ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 TORCHOPS_CPU_ISA=avx512, the same command for
-// conv1x1:mb8_ic480ih14oc192 and conv2d:mb8_ic128ih28oc128kh3ph1) 0.98 to 1.02 and 0.87 to 0.91;
-// groups of 16 and more 0.79 to 0.98.
+// Forward, 0.2 to 1.3 TFLOP/s of bf16 gemm's 1.2: the rest is memory, and for few channels the
+// rounding of the sums. The first layer, of three channels, is the worst. vdpbf16ps has not been
+// timed where it is the best there is, on Zen 4.
 // Tried without gain: fetching the next patch's source during this one's products, blocks of the
 // depth whose sums go through memory, rows of 1 KB stored at once, stores past the cache, no
 // fetching of what is to be written.

@@ -9,8 +9,8 @@
 // format turns one of the two over 16 x 16 pairs at a time: channels_last grad_output, contiguous
 // the input, which with several taps is brought into channels_last once, as a whole. Some groups
 // take turns at the same positions, each fetching the next one's channels, which lie beside its
-// own: otherwise the copies waited for memory, 1.5 times as long as all of it takes now. Shares are
-// summed in order, so that the result does not depend on threads.
+// own: otherwise the copies wait for memory. Shares are summed in order, so that the result does
+// not depend on threads.
 //
 // Reached: the backward of conv2d_bf16.cpp's table, of which this is half.
 // Tried without gain: 1024 positions at a time.

@@ -4,13 +4,12 @@
 // reaches.
 //
 // Times of native over ours on Granite Rapids, forward, in fp32 and bf16 (torchops bench PROBLEM
-// --layout channels_last --dtype f32,bf16 --threads 1 --quick); through the working form they had
-// been 0.4 to 0.8:
-//   conv2d:mb8_g96ic96ih56oc96kh3ph2dh2            0.98   1.28
-//   conv2d:mb8_g64ic64ih56oc64kh1kw11ph0pw5        1.03   1.21
-//   conv2d:mb8_g320ic320ih24iw75oc320kh3sh4ph1     0.92   1.02
-// Slower: pixels at the borders by one vector at a time; more than 64 taps, which repeat the
-// conversions of half types and the borders too often.
+// --layout channels_last --dtype f32,bf16 --direction fwd --threads 1 --quick):
+//   conv2d:mb8_g96ic96ih56oc96kh3ph2dh2            0.90   1.22
+//   conv2d:mb8_g64ic64ih56oc64kh1kw11ph0pw5        0.91   1.10
+//   conv2d:mb8_g320ic320ih24iw75oc320kh3sh4ph1     0.93   1.07
+// Slower: the working form; pixels at the borders by one vector at a time; more than 64 taps, which
+// repeat the conversions of half types and the borders too often.
 #pragma once
 
 #include "core/parallel.h"

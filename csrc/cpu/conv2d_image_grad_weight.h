@@ -9,14 +9,11 @@
 // couple of hundred positions at a time adds the products of each line to its sums. Shares are
 // summed in order by the caller.
 //
-// Reached on Granite Rapids, fp32, native's time over ours, grad_weight alone, contiguous /
-// channels_last, and from gathered panels:
-//   conv2d:mb2_ic32ih75oc48kh5ph2        1.07 / 0.87 at 135 GFLOP/s, gathered 0.82 / 0.66
-//   conv2d:mb8_ic3ih224oc64kh7sh2ph3     1.39 / 1.25, gathered 1.06 / 0.84
-//   conv2d:mb8_ic64ih56oc128kh3sh2ph1    1.09 / 1.18, gathered 1.09 / 1.05
-// and in the backward of torchops bench (command: conv2d.cpp)
-//   conv2d:mb8_ic3ih224oc64kh7sh2ph3_first  1.28 / 1.19, gathered 1.06 / 0.85
-// With AVX2 there, these took 0.6 to 0.9 of the time.
+// Reached on Granite Rapids, fp32, native's time over ours, contiguous / channels_last, in the
+// backward (command: conv2d.cpp), which is this alone for a network's first layer and this and
+// grad_input for the other; and from gathered panels:
+//   conv2d:mb8_ic3ih224oc64kh7sh2ph3_first  1.31 / 1.15, gathered 1.06 / 0.80
+//   conv2d:mb2_ic32ih75oc48kh5ph2           1.04 / 0.91, gathered 0.84 / 0.76
 #pragma once
 
 #include "core/parallel.h"

@@ -3,8 +3,8 @@
 // In channels_last all taps along the width of one position are a run of memory, and the runs of
 // neighbouring positions lie a constant distance apart: they are rows of A as they are. So each row
 // of the image is copied about once instead of once per tap, which for windows of 5 x 5 is more
-// work than the product with 48 output channels. (Copied anew for each row of the output that sees
-// it, a fifteenth of that product's time.) conv2d_image_grad_weight.h reads them in both formats.
+// work than the product with 48 output channels. conv2d_image_grad_weight.h reads them in both
+// formats.
 #pragma once
 
 #include "core/scratch.h"

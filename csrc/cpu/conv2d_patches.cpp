@@ -7,11 +7,12 @@
 // contiguous: where patches have few elements, the product of one image stays in L2 until the rows
 // of the patches are brought into the planes.
 //
-// Reached on Granite Rapids, fp32, grad_input alone, native's time over ours, contiguous /
-// channels_last, and what it was before:
-//   conv2d:mb8_ic3ih224oc96kh4sh4    3.5 / 3.2, before 0.9 / 0.6
-//   conv2d:mb8_ic3ih224oc384kh16sh16 6.9 / 6.2
-//   conv2d:mb8_ic96ih56oc192kh2sh2   2.2 / 1.0, before 1.6 / 0.9
+// Reached on Granite Rapids, fp32, native's time over ours, contiguous / channels_last, in the
+// backward with both gradients, of which the first, gathered, was at 0.89 / 0.61 (torchops bench
+// PROBLEM --layout contiguous,channels_last --threads 1 --quick):
+//   conv2d:mb8_ic3ih224oc96kh4sh4      2.48 / 2.39
+//   conv2d:mb8_ic3ih224oc384kh16sh16   2.99 / 3.10
+//   conv2d:mb8_ic96ih56oc192kh2sh2     1.33 / 1.14
 #include "cpu/conv2d_patches.h"
 
 #include "cpu/conv2d_weights.h"

@@ -9,7 +9,7 @@
 // differ by rows only are added first, and then gathered along the row.
 //
 // In the order of max_forward.cpp, on Zen 3: 1.5 / 1.9, 1.2 / 4.3, 1.4 / 1.8 and 1.0 / 1.7; on
-// Granite Rapids: 2.0 / 1.9, 1.5 / 2.2, 2.3 / 2.0 and 1.2 / 2.0. Small maps contiguous, by the same
+// Granite Rapids: 2.0 / 2.5, 1.7 / 1.3, 2.1 / 2.0 and 1.3 / 1.7. Small maps contiguous, by the same
 // command, on Zen 3: max_pool2d:mb8_ic480ih14kh3sh2 0.85, where a call costs more than native's.
 // Slower: memset in front of a scatter, which leaves the lines outside the cache.
 #include "cpu/max_backward.h"

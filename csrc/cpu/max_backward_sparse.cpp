@@ -7,12 +7,12 @@
 //
 // Times of native over ours on Granite Rapids, contiguous / channels_last in fp32, then in bf16
 // (torchops bench PROBLEM --dtype f32,bf16 --layout contiguous,channels_last --threads 1 --quick):
-//   adaptive_max_pool2d:mb8_ic512ih14oh1     0.93 / 0.95    1.00 / 0.92
-//   adaptive_max_pool2d:mb8_ic72ih75oh1      1.19 / 0.97    0.93 / 0.92
-//   adaptive_max_pool2d:mb8_ic256ih28oh3     1.06 / 1.13    0.95 / 0.84
-// The zeros take both the same time. Where windows overlap, gathers in channels_last had been 2 to
-// 4 times slower than native. Slower: zeros past the cache, or 128 KB of them at once; gradients
-// where an offset is the pixel's and zeros elsewhere, in one go.
+//   adaptive_max_pool2d:mb8_ic512ih14oh1     0.97 / 0.92    0.89 / 0.88
+//   adaptive_max_pool2d:mb8_ic72ih75oh1      0.90 / 0.94    1.14 / 0.91
+//   adaptive_max_pool2d:mb8_ic256ih28oh3     1.18 / 1.02    0.97 / 0.92
+// The zeros take both the same time. Slower: gathers where windows overlap; zeros past the cache,
+// or 128 KB of them at once; gradients where an offset is the pixel's and zeros elsewhere, in one
+// go.
 #include "core/parallel.h"
 #include "cpu/max_backward.h"
 #include "cpu/max_winners.h"

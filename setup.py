@@ -82,7 +82,12 @@ def find_compiler() -> str:
 
 
 def find_tool(name: str) -> str:
-    path = shutil.which(name)
+    """A program that pip installs; this Python's own first, as in an activated environment.
+
+    Without build isolation pip leaves PATH alone, and the system's may be too old or absent.
+    """
+    folders = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
+    path = shutil.which(name, path=os.pathsep.join(folders))
     if path is None:
         fail(f"{name} is not installed.", INSTALL_TOOLS)
     return path

@@ -90,8 +90,19 @@ def test_arguments_within_cxx_become_a_cmake_list(setup, monkeypatch):
     assert setup.find_compiler() == "g++;-O1"
 
 
+def test_cmake_of_this_python_needs_no_path(setup, monkeypatch, tmp_path):
+    """On a fresh machine only `.venv` has a cmake, and pip does not put it on the PATH."""
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.setattr(setup.sysconfig, "get_path", lambda name: str(tmp_path / name))
+    cmake = tmp_path / "scripts" / "cmake"
+    cmake.parent.mkdir()
+    cmake.touch(mode=0o755)
+    assert setup.find_tool("cmake") == str(cmake)
+
+
 def test_without_cmake(setup, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(setup.sysconfig, "get_path", lambda name: str(tmp_path / name))
     message = failure(setup.find_tool, "cmake")
     assert "cmake is not installed" in message
     assert "pip install" in message

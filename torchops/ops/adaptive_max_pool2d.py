@@ -18,7 +18,12 @@ from torchops.ops._autograd import (
 )
 from torchops.ops._drop_in import drop_in, native_only
 from torchops.ops._max_rules import backward_only, register_max
-from torchops.ops._shape import adaptive_size, adaptive_size_1d, suggest_memory_format
+from torchops.ops._shape import (
+    adaptive_size,
+    adaptive_size_1d,
+    check_not_empty,
+    suggest_memory_format,
+)
 
 _adaptive_max_pool2d = kernel("adaptive_max_pool2d")
 _indices = kernel("adaptive_max_pool2d_indices")
@@ -89,6 +94,7 @@ class AdaptiveMaxPool2dFunction(Function):
     def backward(ctx, grad_output, _):
         if grad_output is None:
             return None, None
+        check_not_empty("adaptive_max_pool2d_backward", grad_output)
         (offsets,) = ctx.saved_tensors
         return AdaptiveMaxPool2dBackwardFunction.call(
             depending(grad_output), offsets, ctx.rest[0]

@@ -102,3 +102,18 @@ def test_third_derivative_of_a_max_pool(name):
     (gathered,) = torch.autograd.grad(grad_input, g, v, create_graph=True)
     (scattered,) = torch.autograd.grad(gathered, v, g)
     torch.testing.assert_close(scattered, grad_input)
+
+
+@pytest.mark.parametrize("name", ["max_pool", "adaptive_max_pool"])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_backward_refuses_indices_that_were_changed(name, dims):
+    """It does not read them, but native's does."""
+    input = torch.randn(2, 3, *(8,) * dims, requires_grad=True)
+    pool = getattr(torchops.functional, f"{name}{dims}d")
+    output, indices = pool(input, 2, return_indices=True)
+    assert not indices.requires_grad
+    output.sum().backward(retain_graph=True)
+    assert torch.equal(input.grad.sign().sum(), torch.tensor(1.0 * output.numel()))
+    indices.add_(1)
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        output.sum().backward()

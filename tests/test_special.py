@@ -193,3 +193,35 @@ def test_no_windows(name, output_size, memory_format, dtype):
             message = outcome(lambda: torch.autograd.grad(output.sum(), input))  # noqa: B023
             found.append((output.shape, output.stride(), message))
         assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kernel_size", [1, 2])
+@pytest.mark.parametrize("batch", [(), (0,), (2,)])
+def test_no_input_channels(batch, kernel_size, groups, dims):
+    """Native's output has none, either."""
+    name, found = f"conv{dims}d", []
+    for ops in (TF, torch.nn.functional):
+        input = torch.randn(*batch, 0, *(5,) * dims, requires_grad=True)
+        weight = torch.randn(4, 0, *(kernel_size,) * dims, requires_grad=True)
+        bias = torch.randn(4, requires_grad=True)
+        output = getattr(ops, name)(input, weight, bias, groups=groups)
+        found.append([output, *torch.autograd.grad(output.sum(), [input, weight, bias])])
+    assert all(map(torch.equal, *found))
+
+
+def test_raw_operators_need_input_channels():
+    """Groups of no channels would be divided by."""
+    numbers = ([1], [0], [1], 2)
+    input, weight, output = (
+        torch.ones(size) for size in ((2, 0, 5, 5), (4, 0, 1, 1), (2, 4, 5, 5))
+    )
+    operators = torch.ops.torchops
+    for call in (
+        lambda: operators.conv2d(input, weight, None, *numbers),
+        lambda: operators.conv2d_grad_input(output, weight, input.shape, *numbers, False),
+        lambda: operators.conv2d_grad_weight(input, output, weight.shape, *numbers, False),
+    ):
+        with pytest.raises(RuntimeError, match="with channels"):
+            call()

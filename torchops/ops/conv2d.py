@@ -55,6 +55,8 @@ def conv2d(
         raise TypeError(f"conv2d: weight must be a Tensor, not {type(weight).__name__}")
     if isinstance(groups, bool):
         raise TypeError("conv2d: groups must be an int, not a bool")
+    if input.dim() in (3, 4) and input.shape[-3] == 0:  # native's output has no channels either
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if not isinstance(padding, str):
         padding = pair(padding)
     window = (pair(stride), padding, pair(dilation), groups)
@@ -79,6 +81,8 @@ def conv1d(
     """conv2d over [N, C, L] or [C, L]; the same as torch.nn.functional.conv1d."""
     if input.dim() not in (2, 3) or weight.dim() != 3:
         raise RuntimeError("conv1d: expected a 2-D or 3-D input and a 3-D weight")
+    if input.shape[-2] == 0:
+        return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     if not isinstance(padding, str):
         padding = (0, *single(padding))
     window = ((1, *single(stride)), padding, (1, *single(dilation)), groups)

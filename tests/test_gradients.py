@@ -74,6 +74,9 @@ LINEAR = {
     "adaptive_avg_pool2d": lambda ops, x: ops.adaptive_avg_pool2d(x, 3),
     "adaptive_max_pool2d": lambda ops, x: ops.adaptive_max_pool2d(x, 3),
     "global average": lambda ops, x: ops.adaptive_avg_pool2d(x, 1),
+    "image": lambda ops, x: ops.conv2d(x, torch.ones(2, 3, 3, 3)),
+    "weight": lambda ops, x: ops.conv2d(torch.ones(1, 3, 9, 9), x),
+    "weight of rows": lambda ops, x: ops.conv1d(torch.ones(1, 3, 9), x[..., 0]),
     "bias": lambda ops, x: ops.conv2d(IMAGE, WEIGHT, x),
     "bias alone": lambda ops, x: ops.conv2d(IMAGE, WEIGHT.detach(), x),
 }
@@ -91,6 +94,14 @@ def test_a_linear_gradient_requires_grad_where_native_has_it(name, create_graph)
         )
         needs.append((gradient.requires_grad, gradient.is_leaf))
     assert needs[0] == needs[1]
+
+
+def test_second_derivatives_of_no_images():
+    x, weight = torch.empty(0, 3, 8, 6, requires_grad=True), torch.ones(2, 3, 3, 3)
+    for leaves in ([x], [x, weight.requires_grad_()]):
+        output = torchops.functional.conv2d(x, weight)
+        gradients = torch.autograd.grad(output.sum(), leaves, create_graph=True)
+        sum(gradient.square().sum() for gradient in gradients).backward()
 
 
 @pytest.mark.parametrize("name", ["max_pool2d", "adaptive_max_pool2d"])

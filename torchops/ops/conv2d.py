@@ -221,12 +221,18 @@ class Conv2dFunction(Function):
     def backward(ctx, grad_output):
         input, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        if input.shape[0] == 0:  # torch answers in the layouts of the arguments
-            grad_bias = weight.new_zeros(weight.shape[0]) if needs_bias else None
-            zeros = torch.zeros_like(input), torch.zeros_like(weight)
-            return *zeros, grad_bias, None, None, None, None
-        channels_last = rules.channels_last(input, weight)
+        linear = grad_output
+        if needs_input or needs_weight:  # native's gradients depend on both
+            linear = depending(grad_output)
         grad_input = grad_weight = grad_bias = None
+        if needs_bias:
+            grad_bias = linear.sum([0, *range(2, grad_output.dim())])
+        if input.shape[0] == 0:  # torch answers in the layouts of the arguments
+            zeros = depending(torch.zeros_like(input)), depending(torch.zeros_like(weight))
+            return *zeros, grad_bias, None, None, None, None
+        if needs_input != needs_weight:
+            grad_output = linear
+        channels_last = rules.channels_last(input, weight)
         if needs_input:
             grad_input = Conv2dGradInputFunction.call(
                 grad_output, weight, input.shape, *ctx.window, channels_last
@@ -235,9 +241,6 @@ class Conv2dFunction(Function):
             grad_weight = Conv2dGradWeightFunction.call(
                 input, grad_output, weight.shape, *ctx.window, channels_last
             )
-        if needs_bias:
-            linear = depending(grad_output) if needs_input or needs_weight else grad_output
-            grad_bias = linear.sum([0, *range(2, grad_output.dim())])
         return grad_input, grad_weight, grad_bias, None, None, None, None
 
     @staticmethod

@@ -74,6 +74,9 @@ LINEAR = {
     "adaptive_avg_pool2d": lambda ops, x: ops.adaptive_avg_pool2d(x, 3),
     "adaptive_max_pool2d": lambda ops, x: ops.adaptive_max_pool2d(x, 3),
     "global average": lambda ops, x: ops.adaptive_avg_pool2d(x, 1),
+    "image": lambda ops, x: ops.conv2d(x, torch.ones(2, 3, 3, 3)),
+    "weight": lambda ops, x: ops.conv2d(torch.ones(1, 3, 9, 9), x),
+    "weight of rows": lambda ops, x: ops.conv1d(torch.ones(1, 3, 9), x[..., 0]),
     "bias": lambda ops, x: ops.conv2d(IMAGE, WEIGHT, x),
     "bias alone": lambda ops, x: ops.conv2d(IMAGE, WEIGHT.detach(), x),
 }
@@ -93,6 +96,14 @@ def test_a_linear_gradient_requires_grad_where_native_has_it(name, create_graph)
     assert needs[0] == needs[1]
 
 
+def test_second_derivatives_of_no_images():
+    x, weight = torch.empty(0, 3, 8, 6, requires_grad=True), torch.ones(2, 3, 3, 3)
+    for leaves in ([x], [x, weight.requires_grad_()]):
+        output = torchops.functional.conv2d(x, weight)
+        gradients = torch.autograd.grad(output.sum(), leaves, create_graph=True)
+        sum(gradient.square().sum() for gradient in gradients).backward()
+
+
 @pytest.mark.parametrize("name", ["max_pool2d", "adaptive_max_pool2d"])
 def test_third_derivative_of_a_max_pool(name):
     """The gather that a second derivative takes is differentiable, too."""
@@ -102,3 +113,18 @@ def test_third_derivative_of_a_max_pool(name):
     (gathered,) = torch.autograd.grad(grad_input, g, v, create_graph=True)
     (scattered,) = torch.autograd.grad(gathered, v, g)
     torch.testing.assert_close(scattered, grad_input)
+
+
+@pytest.mark.parametrize("name", ["max_pool", "adaptive_max_pool"])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_backward_refuses_indices_that_were_changed(name, dims):
+    """It does not read them, but native's does."""
+    input = torch.randn(2, 3, *(8,) * dims, requires_grad=True)
+    pool = getattr(torchops.functional, f"{name}{dims}d")
+    output, indices = pool(input, 2, return_indices=True)
+    assert not indices.requires_grad
+    output.sum().backward(retain_graph=True)
+    assert torch.equal(input.grad.sign().sum(), torch.tensor(1.0 * output.numel()))
+    indices.add_(1)
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        output.sum().backward()

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+import torchops.functional
 from support import as_function, assert_within_rule, each_sample, gradients, results
 
 
@@ -80,3 +81,19 @@ def test_gradient_of_an_output_in_any_layout(case, sample, layout):
         )
         found.append(torch.autograd.grad(output, inputs, grad_output))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(2, 1, 4, 3), (1, 3, 2, 1), (2, 4, 3, 1), (2, 1, 3, 5)])
+def test_batch_norm_of_images_of_one_row_or_column(shape, training):
+    """channels_last by their strides, but for those of the one row or column."""
+    strides = []
+    for ops, device in (
+        (torch.nn.functional, "cpu"),
+        (torchops.functional, "cpu"),
+        (torchops.functional, "meta"),
+    ):
+        images = torch.randn(shape, device=device).permute(0, 2, 1, 3)
+        mean, var = torch.zeros(shape[2], device=device), torch.ones(shape[2], device=device)
+        strides.append(ops.batch_norm(images, mean, var, training=training).stride())
+    assert strides[0] == strides[1] == strides[2]

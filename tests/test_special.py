@@ -18,7 +18,6 @@ from support import (
     each_sample,
     gradients,
     largest_finite,
-    positions,
     results,
 )
 from torchops import _C
@@ -168,17 +167,61 @@ def test_zero_size(case, axis, compute):
                 t[:0] if t is not None and t.shape == channels and t.dim() == 1 else t
                 for t in tensors
             ]
-        own, native, forward = (
-            outcome(lambda: run(case, function, sample, tensors))  # noqa: B023
-            for run, function in (
-                (compute, case.own),
-                (compute, case.native),
-                (results, case.native),
-            )
+        own, native = (
+            outcome(lambda: compute(case, function, sample, tensors))  # noqa: B023
+            for function in (case.own, case.native)
         )
         if case.composed(sample) and isinstance(native, tuple):
             assert isinstance(own, tuple), sample  # no twin, no text to keep to
-        elif isinstance(native, tuple) and not isinstance(forward, tuple):
-            assert own == [tensors[p].shape for p in positions(case, tensors)]  # torch gives up
         else:
             assert own == native, sample
+
+
+@each_dtype
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("output_size", [0, (3, 0), (0, 3)])
+@pytest.mark.parametrize("name", ["adaptive_avg_pool2d", "adaptive_max_pool2d"])
+def test_no_windows(name, output_size, memory_format, dtype):
+    """An adaptive pool to nothing, which native computes but does not differentiate."""
+    images = torch.randn(2, 3, 9, 8).to(dtype, memory_format=memory_format)
+    for input in (images, images[0]):
+        input = input.detach().requires_grad_()
+        found = []
+        for ops in (TF, torch.nn.functional):
+            output = getattr(ops, name)(input, output_size)
+            assert getattr(ops, name)(input.detach(), output_size).shape == output.shape
+            message = outcome(lambda: torch.autograd.grad(output.sum(), input))  # noqa: B023
+            found.append((output.shape, output.stride(), message))
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kernel_size", [1, 2])
+@pytest.mark.parametrize("batch", [(), (0,), (2,)])
+def test_no_input_channels(batch, kernel_size, groups, dims):
+    """Native's output has none, either."""
+    name, found = f"conv{dims}d", []
+    for ops in (TF, torch.nn.functional):
+        input = torch.randn(*batch, 0, *(5,) * dims, requires_grad=True)
+        weight = torch.randn(4, 0, *(kernel_size,) * dims, requires_grad=True)
+        bias = torch.randn(4, requires_grad=True)
+        output = getattr(ops, name)(input, weight, bias, groups=groups)
+        found.append([output, *torch.autograd.grad(output.sum(), [input, weight, bias])])
+    assert all(map(torch.equal, *found))
+
+
+def test_raw_operators_need_input_channels():
+    """Groups of no channels would be divided by."""
+    numbers = ([1], [0], [1], 2)
+    input, weight, output = (
+        torch.ones(size) for size in ((2, 0, 5, 5), (4, 0, 1, 1), (2, 4, 5, 5))
+    )
+    operators = torch.ops.torchops
+    for call in (
+        lambda: operators.conv2d(input, weight, None, *numbers),
+        lambda: operators.conv2d_grad_input(output, weight, input.shape, *numbers, False),
+        lambda: operators.conv2d_grad_weight(input, output, weight.shape, *numbers, False),
+    ):
+        with pytest.raises(RuntimeError, match="with channels"):
+            call()

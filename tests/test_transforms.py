@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
 
+import torchops.functional
 from support import as_function, each_first_sample, each_small_sample
 
 
@@ -172,3 +173,20 @@ def test_forward_mode_under_eager_autograd(case, sample):
             tangent = torch.autograd.forward_ad.unpack_dual(loss(call)(*duals)).tangent
         found.append((tangent.detach(), torch.autograd.grad(tangent, leaves, allow_unused=True)))
     assert_same(*found)
+
+
+@pytest.mark.parametrize("duals", [(0,), (1,), (2,), (1, 2), (0, 1), (0, 2), (3, 1), (0, 3)])
+def test_batch_norm_refuses_tangents_of_its_statistics(duals):
+    input, mean, var, weight = (torch.rand(size) for size in ((3, 2, 5), 2, 2, 2))
+    found = []
+    for ops in (torchops.functional, torch.nn.functional):
+        with torch.autograd.forward_ad.dual_level():
+            arguments = [
+                torch.autograd.forward_ad.make_dual(t, torch.ones_like(t)) if i in duals else t
+                for i, t in enumerate((input, mean, var, weight))
+            ]
+            try:
+                found.append(ops.batch_norm(*arguments).shape)
+            except RuntimeError as error:
+                found.append(str(error))
+    assert found[0] == found[1]

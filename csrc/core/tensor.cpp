@@ -35,18 +35,6 @@ int32_t storage_dtype(Storage storage, const Tensor& like) {
 // Dimensions from the fastest to the slowest in channels_last.
 constexpr int kChannelsLastOrder[4] = {1, 3, 2, 0};
 
-bool is_dense(const Tensor& tensor, MemoryFormat format) {
-  if (format == MemoryFormat::contiguous || tensor.dim() != 4) return tensor.is_contiguous();
-  if (tensor.numel() == 0) return true;
-  int64_t expected = 1;
-  for (int d : kChannelsLastOrder) {
-    if (tensor.size(d) == 1) continue;
-    if (tensor.stride(d) != expected) return false;
-    expected *= tensor.size(d);
-  }
-  return true;
-}
-
 Window make_window(const char* op, int64_t size, int64_t stride, int64_t padding,
                    int64_t dilation) {
   TORCHOPS_CHECK(size > 0, op, ": kernel size should be greater than zero, but got ", size);
@@ -92,6 +80,18 @@ MemoryFormat suggest_memory_format(const Tensor& tensor) {
     smallest = size > 1 ? stride * size : stride;
   }
   return MemoryFormat::channels_last;
+}
+
+bool is_dense(const Tensor& tensor, MemoryFormat format) {
+  if (format == MemoryFormat::contiguous || tensor.dim() != 4) return tensor.is_contiguous();
+  if (tensor.numel() == 0) return true;
+  int64_t expected = 1;
+  for (int d : kChannelsLastOrder) {
+    if (tensor.size(d) == 1) continue;
+    if (tensor.stride(d) != expected) return false;
+    expected *= tensor.size(d);
+  }
+  return true;
 }
 
 Tensor contiguous(const Tensor& tensor, MemoryFormat format) {

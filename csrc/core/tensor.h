@@ -28,6 +28,8 @@ enum class MemoryFormat : int32_t { contiguous, channels_last };
 // torch's suggest_memory_format: channels_last only where the strides say so beyond doubt.
 MemoryFormat suggest_memory_format(const Tensor& tensor);
 
+bool is_dense(const Tensor& tensor, MemoryFormat format);
+
 // The tensor itself where it is dense in that format, else a copy that is.
 Tensor contiguous(const Tensor& tensor, MemoryFormat format);
 

@@ -65,6 +65,13 @@ inline Activation make_activation(int64_t activation) {
   return static_cast<Activation>(activation);
 }
 
+// A layout that is channels_last, but for sizes of 1 whose strides say otherwise, stays that here.
+inline MemoryFormat output_format(const Tensor& input) {
+  if (input.is_contiguous()) return MemoryFormat::contiguous;
+  return is_dense(input, MemoryFormat::channels_last) ? MemoryFormat::channels_last
+                                                      : suggest_memory_format(input);
+}
+
 // Of a forward call, but for input and output: both are like `given`.
 struct BatchNormArguments {
   MemoryFormat format;  // of the output
@@ -75,7 +82,7 @@ struct BatchNormArguments {
   BatchNormArguments(const Tensor& given, const OptionalTensor& given_weight,
                      const OptionalTensor& given_bias, const OptionalTensor& given_residual,
                      double eps, int64_t activation)
-      : format(given.is_contiguous() ? MemoryFormat::contiguous : suggest_memory_format(given)),
+      : format(output_format(given)),
         weight("weight", given_weight, given),
         bias("bias", given_bias, given) {
     params.shape = make_shape(given, format);

@@ -51,7 +51,9 @@ Conv2dShape make_shape(const Tensor& like, const IntList& input, const IntList& 
   TORCHOPS_CHECK(input[1] == weight[1] * a.groups, "conv2d: given groups=", a.groups,
                  ", weight of size ", to_string(weight), ", expected input to have ",
                  weight[1] * a.groups, " channels, but got input of size ", to_string(input));
-  TORCHOPS_CHECK(input[0] * input[1] == 0 || input[2] * input[3] > 0,
+  TORCHOPS_CHECK(input[1] > 0, "conv2d: expected an input with channels, but got sizes ",
+                 to_string(input));
+  TORCHOPS_CHECK(input[0] == 0 || input[2] * input[3] > 0,
                  "conv2d: expected an input with at least one pixel, but got sizes ",
                  to_string(input));
   const Window2d window =

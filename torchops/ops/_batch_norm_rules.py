@@ -16,8 +16,11 @@ INPUT, WEIGHT, BIAS, RESIDUAL = 1, 2, 4, 8
 
 
 def _like_output(input):
-    dense = input.is_contiguous()
-    memory_format = torch.contiguous_format if dense else suggest_memory_format(input)
+    memory_format = suggest_memory_format(input)
+    if input.is_contiguous():
+        memory_format = torch.contiguous_format
+    elif input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last):
+        memory_format = torch.channels_last
     return torch.empty(
         input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format
     )

@@ -16,6 +16,7 @@ from torchops.ops._autograd import (
     Function,
     call_operator,
     fold_batch,
+    kernel,
     operator,
     plain_apply,
     register,
@@ -46,6 +47,32 @@ def backward_only(op: str, function: type[Function]) -> Callable[..., Any]:
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     name = function.__name__.replace("Function", "BackwardOnly")
+    return plain_apply(type(name, (torch.autograd.Function,), members))
+
+
+def with_indices(
+    op: str, function: type[Function], to_indices: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The same for a call that returns indices, `to_indices(offsets, input_size, windows)`.
+
+    Backward reads the offsets alone, but refuses as native's does where the indices have changed.
+    """
+    pool_with_offsets = kernel(f"{op}_with_offsets")
+
+    def forward(ctx, input, windows):
+        output, offsets = pool_with_offsets(input, windows)
+        indices = to_indices(offsets, input.shape, windows)
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(offsets, indices)
+        ctx.rest = input.shape, windows
+        return output, indices
+
+    def backward(ctx, grad_output, _):
+        return function.backward(ctx, grad_output, None)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    name = function.__name__.replace("Function", "WithIndices")
     return plain_apply(type(name, (torch.autograd.Function,), members))
 
 

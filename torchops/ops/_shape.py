@@ -56,6 +56,17 @@ def adaptive_size_1d(output_size: Any) -> tuple[Any, ...]:
     return (1, length)
 
 
+def check_not_empty(operator: str, grad_output: Tensor) -> None:
+    """Raises where native's backward does: only the first dimension may be empty."""
+    for dim, size in enumerate(grad_output.shape[1:], 1):
+        if size == 0:
+            raise RuntimeError(
+                f"{operator}(): Expected grad_output to have non-zero size for non-batch "
+                f"dimensions, but grad_output has sizes {list(grad_output.shape)} with dimension "
+                f"{dim} being empty"
+            )
+
+
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether torch's own operators give channels_last to what they compute from `tensor`."""
     return strides_are_channels_last(tensor.shape, tensor.stride())

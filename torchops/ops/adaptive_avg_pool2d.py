@@ -20,6 +20,7 @@ from torchops.ops._drop_in import drop_in, native_only
 from torchops.ops._shape import (
     adaptive_size,
     adaptive_size_1d,
+    check_not_empty,
     is_channels_last,
     suggest_memory_format,
 )
@@ -84,6 +85,7 @@ class AdaptiveAvgPool2dFunction(Function):
     @staticmethod
     def backward(ctx, grad_output):
         if ctx.output_size != (1, 1):  # native's mean needs nothing but the size of its input
+            check_not_empty("adaptive_avg_pool2d_backward", grad_output)
             grad_output = depending(grad_output)
         grad_input = AdaptiveAvgPool2dBackwardFunction.call(
             grad_output, ctx.input_size, ctx.channels_last

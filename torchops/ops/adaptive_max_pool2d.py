@@ -17,8 +17,13 @@ from torchops.ops._autograd import (
     save,
 )
 from torchops.ops._drop_in import drop_in, native_only
-from torchops.ops._max_rules import backward_only, register_max
-from torchops.ops._shape import adaptive_size, adaptive_size_1d, suggest_memory_format
+from torchops.ops._max_rules import backward_only, register_max, with_indices
+from torchops.ops._shape import (
+    adaptive_size,
+    adaptive_size_1d,
+    check_not_empty,
+    suggest_memory_format,
+)
 
 _adaptive_max_pool2d = kernel("adaptive_max_pool2d")
 _indices = kernel("adaptive_max_pool2d_indices")
@@ -45,6 +50,8 @@ def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = 
     """
     size = adaptive_size(output_size, input)
     if return_indices:
+        if only_backward(input):
+            return train_with_indices(input, size)
         output, offsets = AdaptiveMaxPool2dFunction.call(input, size)
         return output, _indices(offsets, input.shape)
     if only_backward(input):
@@ -89,7 +96,8 @@ class AdaptiveMaxPool2dFunction(Function):
     def backward(ctx, grad_output, _):
         if grad_output is None:
             return None, None
-        (offsets,) = ctx.saved_tensors
+        check_not_empty("adaptive_max_pool2d_backward", grad_output)
+        offsets, *_ = ctx.saved_tensors
         return AdaptiveMaxPool2dBackwardFunction.call(
             depending(grad_output), offsets, ctx.rest[0]
         ), None
@@ -101,6 +109,11 @@ class AdaptiveMaxPool2dFunction(Function):
 
 
 train_adaptive_max_pool2d = backward_only("adaptive_max_pool2d", AdaptiveMaxPool2dFunction)
+train_with_indices = with_indices(
+    "adaptive_max_pool2d",
+    AdaptiveMaxPool2dFunction,
+    lambda offsets, input_size, _: _indices(offsets, input_size),
+)
 
 
 class AdaptiveMaxPool2dBackwardFunction(Function):

@@ -286,17 +286,26 @@ class BatchNormApplyFunction(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, mean, var, weight, bias, residual, ctx.eps, ctx.activation = inputs
+        ctx.set_materialize_grads(False)  # tangents that are not given are None
         saved = (input, weight, bias, residual if ctx.activation else None, mean, var)
         save(ctx, *saved)
 
     @staticmethod
     def backward(ctx, grad_output):
+        if grad_output is None:
+            return (None,) * 8
         needs = ctx.needs_input_grad
         input, *others = _gradients(ctx, grad_output, (needs[0], *needs[3:6]), False)
         return input, None, None, *others, None, None
 
     @staticmethod
     def tangent(ctx, input, mean, var, weight, bias, residual, *_):
+        has_tangents = any(t is not None for t in (input, weight, bias, residual))
+        if has_tangents and (mean is not None or var is not None):
+            raise RuntimeError(
+                "batch_norm is not differentiable wrt running_mean and running_var, they cannot "
+                "have forward grad defined"
+            )
         terms = derivatives.terms(*ctx.saved_tensors, ctx.eps, False, ctx.activation)  # type: ignore[call-arg]
         return derivatives.tangent(terms, input, weight, bias, residual)
 

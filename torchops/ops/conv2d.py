@@ -55,6 +55,8 @@ def conv2d(
         raise TypeError(f"conv2d: weight must be a Tensor, not {type(weight).__name__}")
     if isinstance(groups, bool):
         raise TypeError("conv2d: groups must be an int, not a bool")
+    if input.dim() in (3, 4) and input.shape[-3] == 0:  # native's output has no channels either
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if not isinstance(padding, str):
         padding = pair(padding)
     window = (pair(stride), padding, pair(dilation), groups)
@@ -79,6 +81,8 @@ def conv1d(
     """conv2d over [N, C, L] or [C, L]; the same as torch.nn.functional.conv1d."""
     if input.dim() not in (2, 3) or weight.dim() != 3:
         raise RuntimeError("conv1d: expected a 2-D or 3-D input and a 3-D weight")
+    if input.shape[-2] == 0:
+        return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     if not isinstance(padding, str):
         padding = (0, *single(padding))
     window = ((1, *single(stride)), padding, (1, *single(dilation)), groups)
@@ -217,12 +221,18 @@ class Conv2dFunction(Function):
     def backward(ctx, grad_output):
         input, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        if input.shape[0] == 0:  # torch answers in the layouts of the arguments
-            grad_bias = weight.new_zeros(weight.shape[0]) if needs_bias else None
-            zeros = torch.zeros_like(input), torch.zeros_like(weight)
-            return *zeros, grad_bias, None, None, None, None
-        channels_last = rules.channels_last(input, weight)
+        linear = grad_output
+        if needs_input or needs_weight:  # native's gradients depend on both
+            linear = depending(grad_output)
         grad_input = grad_weight = grad_bias = None
+        if needs_bias:
+            grad_bias = linear.sum([0, *range(2, grad_output.dim())])
+        if input.shape[0] == 0:  # torch answers in the layouts of the arguments
+            zeros = depending(torch.zeros_like(input)), depending(torch.zeros_like(weight))
+            return *zeros, grad_bias, None, None, None, None
+        if needs_input != needs_weight:
+            grad_output = linear
+        channels_last = rules.channels_last(input, weight)
         if needs_input:
             grad_input = Conv2dGradInputFunction.call(
                 grad_output, weight, input.shape, *ctx.window, channels_last
@@ -231,9 +241,6 @@ class Conv2dFunction(Function):
             grad_weight = Conv2dGradWeightFunction.call(
                 input, grad_output, weight.shape, *ctx.window, channels_last
             )
-        if needs_bias:
-            linear = depending(grad_output) if needs_input or needs_weight else grad_output
-            grad_bias = linear.sum([0, *range(2, grad_output.dim())])
         return grad_input, grad_weight, grad_bias, None, None, None, None
 
     @staticmethod

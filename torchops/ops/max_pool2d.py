@@ -17,7 +17,7 @@ from torchops.ops._autograd import (
     save,
 )
 from torchops.ops._drop_in import drop_in, native_only
-from torchops.ops._max_rules import backward_only, register_max
+from torchops.ops._max_rules import backward_only, register_max, with_indices
 from torchops.ops._shape import (
     pooled_shape,
     single,
@@ -59,6 +59,8 @@ def max_pool2d(
     """
     pool = max_pool_numbers(kernel_size, stride, padding, dilation, ceil_mode)
     if return_indices:
+        if only_backward(input):
+            return train_with_indices(input, pool)
         output, offsets = MaxPool2dFunction.call(input, pool)
         return output, _indices(offsets, input.shape, pool)
     if only_backward(input):
@@ -129,7 +131,7 @@ class MaxPool2dFunction(Function):
     def backward(ctx, grad_output, _):
         if grad_output is None:
             return None, None
-        (offsets,) = ctx.saved_tensors
+        offsets, *_ = ctx.saved_tensors
         return MaxPool2dBackwardFunction.call(depending(grad_output), offsets, *ctx.rest), None
 
     @staticmethod
@@ -139,6 +141,7 @@ class MaxPool2dFunction(Function):
 
 
 train_max_pool2d = backward_only("max_pool2d", MaxPool2dFunction)
+train_with_indices = with_indices("max_pool2d", MaxPool2dFunction, _indices)
 
 
 class MaxPool2dBackwardFunction(Function):

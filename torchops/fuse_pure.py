@@ -6,7 +6,7 @@ import dis
 import types
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _DECIDING = (
     "rand", "bernoulli", "dropout", "is_grad", "is_autocast", "training", "requires_grad",
@@ -54,10 +54,18 @@ def _harmless(block: nn.Module, function: types.FunctionType, name: str, seen: s
             if isinstance(value, types.ModuleType)
             else getattr(value, "__module__", "")
         )
-        return str(home).split(".")[0] in ("torch", "typing", "builtins")
-    if hasattr(nn.Module, name) or not hasattr(block, name):
-        return True  # a method of nn.Module's name is a tensor's here: x.float()
-    value = getattr(block, name)
+        if str(home).split(".")[0] not in ("torch", "typing", "builtins"):
+            return False
+    if hasattr(nn.Module, name):
+        return hasattr(Tensor, name)  # x.float() is harmless, self.bn.eval() is not
+    if not all(_read_live(part, name) for part in block.modules() if part is not block):
+        return False
+    value = getattr(block, name, None)
     if isinstance(value, types.MethodType):
         return _reads_only_modules(block, value.__func__, seen)
-    return value is None or isinstance(value, nn.Module)
+    return not hasattr(type(block), name) and (value is None or isinstance(value, nn.Module))
+
+
+def _read_live(part: nn.Module, name: str) -> bool:
+    """Whether `part.name`, if forward reads that, is recorded as such and not as its value."""
+    return isinstance(getattr(part, name, None), nn.Module | Tensor | None)

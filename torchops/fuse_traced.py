@@ -118,7 +118,7 @@ def _fuse_block(block: nn.Module) -> list[str]:
     sites = [site for node in calls if (site := _fold(block, graph, node)) is not None]
     if sites:
         code = graph.python_code("self")
-        key = (type(block), code.src, *_absent(block))
+        key = (type(block), code.src, *_absent(block), *_unset(block))
         if key not in _classes:
             namespace = dict(code.globals)
             exec(code.src, namespace)
@@ -135,12 +135,13 @@ _classes: dict[Any, type[nn.Module]] = {}
 def _rewritten(block: nn.Module, recorded: Any, inputs: int) -> type[nn.Module]:
     """A subclass of the block's class with the recorded forward, where that holds: for as many
     tensors as were recorded, and while the block has the submodules that it had."""
-    cls, absent = type(block), _absent(block)
+    cls, absent, unset = type(block), _absent(block), _unset(block)
     own: Any = cls.forward
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         holds = len(args) == inputs and not kwargs and _absent(self) == absent
+        holds = holds and all([getattr(self, name, None) is None for name in unset])
         if holds and all([isinstance(arg, Tensor) for arg in args]):
             return recorded(self, *args)
         return own(self, *args, **kwargs)  # torch.fx records this one, too
@@ -152,6 +153,14 @@ def _rewritten(block: nn.Module, recorded: Any, inputs: int) -> type[nn.Module]:
 def _absent(block: nn.Module) -> list[bool]:
     """Which submodules are None: all that a pure forward can decide by."""
     return [child is None for child in block._modules.values()]
+
+
+def _unset(block: nn.Module) -> list[str]:
+    """Attributes that are None without being submodules, and may become anything."""
+    return [name for name, value in vars(block).items() if value is None and name not in _COMMON]
+
+
+_COMMON = vars(nn.Module())
 
 
 class _Proxy(torch.fx.Proxy):
@@ -186,7 +195,12 @@ def _record(block: nn.Module) -> torch.fx.Graph | None:
     constants = set(block.__dict__) - attributes
     for name in constants:  # tensors that forward made: recorded values, not this forward's to keep
         delattr(block, name)
-    return None if constants else graph
+    return None if constants or any(map(_is_deep, graph.nodes)) else graph
+
+
+def _is_deep(node: torch.fx.Node) -> bool:
+    """Calls a part of a submodule; the container that forward found it in may change its length."""
+    return node.op == "call_module" and "." in str(node.target)
 
 
 def _fold(block: nn.Module, graph: torch.fx.Graph, node: torch.fx.Node) -> str | None:

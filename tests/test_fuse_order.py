@@ -142,6 +142,22 @@ def test_calls_between_that_write_nothing_of_it(block: type[nn.Module]) -> None:
     assert left_to_torch(model, x) == left_to_torch(reference, x)[:-1]
 
 
+@pytest.mark.parametrize("watched", [["conv2"], ["bn2", "downsample.0"], ["conv1"]])
+def test_hooks_see_the_order_of_the_forward(watched: list[str]) -> None:
+    down = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    found = []
+    block = BasicBlock(3, down).eval()
+    for model in (block, torchops.convert(copy.deepcopy(block))):
+        order: list[str] = []
+        for name in watched:
+            hook = lambda *_, name=name, order=order: order.append(name)  # noqa: E731
+            model.get_submodule(name).register_forward_hook(hook)
+        with torch.no_grad():
+            model(torch.randn(2, 3, 5, 5))
+        found.append(order)
+    assert found[0] == found[1]
+
+
 class AddsAside(BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))

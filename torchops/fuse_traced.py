@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from torchops.fuse import (
     restore,
 )
 from torchops.fuse_pure import is_pure
-from torchops.nn.conv2d_bn_act import CONVOLUTIONS
+from torchops.nn.conv2d_bn_act import CONVOLUTIONS, watched
 
 _FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
@@ -123,7 +124,8 @@ def _fuse_block(block: nn.Module) -> list[str]:
             namespace = dict(code.globals)
             exec(code.src, namespace)
             inputs = sum(node.op == "placeholder" for node in graph.nodes)
-            _classes[key] = _rewritten(block, namespace["forward"], inputs)
+            moved = [name for node in graph.nodes for name in node.meta.get("moved", ())]
+            _classes[key] = _rewritten(block, namespace["forward"], inputs, moved)
         block.__class__ = _classes[key]
     return sites
 
@@ -132,9 +134,10 @@ def _fuse_block(block: nn.Module) -> list[str]:
 _classes: dict[Any, type[nn.Module]] = {}
 
 
-def _rewritten(block: nn.Module, recorded: Any, inputs: int) -> type[nn.Module]:
+def _rewritten(block: nn.Module, recorded: Any, inputs: int, moved: list[str]) -> type[nn.Module]:
     """A subclass of the block's class with the recorded forward, where that holds: for as many
-    tensors as were recorded, and while the block has the submodules that it had."""
+    tensors as were recorded, while the block has the submodules that it had, and while nobody
+    would notice that those in `moved` are called later."""
     cls, absent, unset = type(block), _absent(block), _unset(block)
     own: Any = cls.forward
 
@@ -142,6 +145,7 @@ def _rewritten(block: nn.Module, recorded: Any, inputs: int) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         holds = len(args) == inputs and not kwargs and _absent(self) == absent
         holds = holds and all([getattr(self, name, None) is None for name in unset])
+        holds = holds and not any([watched(getattr(self, name)) for name in moved])
         if holds and all([isinstance(arg, Tensor) for arg in args]):
             return recorded(self, *args)
         return own(self, *args, **kwargs)  # torch.fx records this one, too
@@ -217,6 +221,7 @@ def _fold(block: nn.Module, graph: torch.fx.Graph, node: torch.fx.Node) -> str |
         conv = None
     if len(steps) == 1:
         return None
+    passes = any(each.op == "call_module" or _is_new(block, each) for each in _between(steps))
     with graph.inserting_before(steps[-1]):
         layers = [
             graph.create_node("get_attr", step.target) for step in steps[: steps.index(node) + 1]
@@ -227,6 +232,8 @@ def _fold(block: nn.Module, graph: torch.fx.Graph, node: torch.fx.Node) -> str |
         call = batch_norm_act if conv is None else conv_batch_norm_act
         rest = () if residual is None else (residual, _in_place(steps[-2]))
         fused = graph.call_function(call, (*layers, act, steps[0].args[0], *rest))
+    if passes:
+        fused.meta["moved"] = [layer.target for layer in layers]
     steps[-1].replace_all_uses_with(fused)
     for old in reversed(steps):
         graph.erase_node(old)
@@ -301,17 +308,23 @@ def _movable(block: nn.Module, steps: list[torch.fx.Node]) -> bool:
     the first reads, or is one of the same batch-norm, whose statistics go by the order of calls."""
     layers = {_called(block, step) for step in steps}
     read = _sources(block, steps[0])
+    for node in _between(steps):
+        called = _called(block, node)
+        parts = set() if called is None else set(called.modules())
+        if any(type(part) in BATCH_NORMS for part in parts & layers):
+            return False
+        if _may_write(block, node, parts) and read & _sources(block, node):
+            return False
+    return True
+
+
+def _between(steps: list[torch.fx.Node]) -> Iterator[torch.fx.Node]:
+    """The other nodes from the first step to the last."""
     node = steps[0].next
     while node is not steps[-1]:
         if node not in steps:
-            called = _called(block, node)
-            parts = set() if called is None else set(called.modules())
-            if any(type(part) in BATCH_NORMS for part in parts & layers):
-                return False
-            if _may_write(block, node, parts) and read & _sources(block, node):
-                return False
+            yield node
         node = node.next
-    return True
 
 
 def _called(block: nn.Module, node: torch.fx.Node) -> nn.Module | None:

@@ -216,11 +216,99 @@ class WithoutGradients(Deciding):
         return F.relu(x)
 
 
+class Options(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(3, 3, 1), 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x if self.training else x
+
+    def doubled(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+
+class ReadsAFlagBelow(Deciding):
+    def __init__(self) -> None:
+        super().__init__()
+        self.options = Options()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(x)) * self.options.scale
+
+
+class CallsAMethodBelow(ReadsAFlagBelow):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.options.doubled(x)))
+
+
+class CallsForward(ReadsAFlagBelow):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.options.forward(x)))
+
+
+class Freezes(Deciding):
+    def forward(self, x: Tensor) -> Tensor:
+        self.bn.eval()
+        return F.relu(self.bn(x))
+
+
+class NamesItLikeAFunction(Deciding):
+    def __init__(self) -> None:
+        super().__init__()
+        self.Tensor = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(x)) * self.Tensor
+
+
+class ReachesBelow(Deciding):
+    """Its list may get longer, or shorter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = conv(x)
+        return F.relu(self.bn(x))
+
+
+class HasADefault(Deciding):
+    scale: float | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(x))
+        return x if self.scale is None else x * self.scale
+
+
 @pytest.mark.parametrize(
-    "block", [ReadsFlag, ReadsMode, Counts, Gambles, Looks, LooksAtTheClass, WithoutGradients]
-)
+    "block", [ReadsFlag, ReadsMode, Counts, Gambles, Looks, LooksAtTheClass, WithoutGradients,
+     ReadsAFlagBelow, CallsAMethodBelow, CallsForward, Freezes, NamesItLikeAFunction, ReachesBelow,
+     HasADefault],
+)  # fmt: skip
 def test_a_forward_that_decides_is_left_as_it_is(block: type[nn.Module]) -> None:
     assert type(torchops.convert(block())) is block
+
+
+class MayScale(Deciding):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale: float | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(x))
+        return x if self.scale is None else x * self.scale
+
+
+def test_an_attribute_that_was_none_counts_when_it_is_set() -> None:
+    reference = MayScale()
+    model = torchops.convert(copy.deepcopy(reference))
+    x = torch.randn(2, 3, 4, 4)
+    assert left_to_torch(model, x) == []
+    reference.scale = model.scale = 3.0
+    torch.testing.assert_close(model(x), reference(x))
 
 
 class Skips(Deciding):

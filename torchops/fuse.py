@@ -11,6 +11,7 @@ BatchNormAct2d by fuse_timm.py.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from torchops.nn.batch_norm import normalize
 from torchops.nn.conv2d_bn_act import CONVOLUTIONS, convolve_normalize, in_one_call, watched
 from torchops.ops._activation import ACTIVATIONS
 from torchops.ops._conv2d_rules import output_size
+from torchops.ops.conv2d import autocasts
 
 BATCH_NORMS = (tnn.BatchNorm1d, tnn.BatchNorm2d, tnn.BatchNorm3d)
 
@@ -58,21 +60,31 @@ def folded(batch_norm: Any, activation: nn.Module | str | None) -> str | None:
 
 
 def batch_norm_act(
-    batch_norm: nn.Module, activation: nn.Module | str, input: Tensor, residual: Any = None
+    batch_norm: nn.Module,
+    activation: nn.Module | str,
+    input: Tensor,
+    residual: Any = None,
+    in_place: bool = False,
 ) -> Tensor:
-    """activation(batch_norm(input) + residual), in one pass where the modules allow it."""
+    """activation(batch_norm(input) + residual), in one pass where the modules allow it; `in_place`
+    says which addition the forward has, as they differ in what they promote and broadcast."""
     name = folded(batch_norm, activation)
     if name is not None and (residual is None or _alike(residual, input)):
         return normalize(batch_norm, input, name, residual)
     output = batch_norm(input)
     if residual is not None:
-        output = output + residual
+        output = operator.iadd(output, residual) if in_place else output + residual
     act = ACTIVATIONS[activation].native if isinstance(activation, str) else activation
     return act(output)
 
 
 def conv_batch_norm_act(
-    conv: Any, batch_norm: Any, activation: Any, input: Tensor, residual: Any = None
+    conv: Any,
+    batch_norm: Any,
+    activation: Any,
+    input: Tensor,
+    residual: Any = None,
+    in_place: bool = False,
 ) -> Tensor:
     """activation(batch_norm(conv(input)) + residual), in one pass where the modules allow it.
 
@@ -86,7 +98,7 @@ def conv_batch_norm_act(
     output = conv(input)
     if activation is None:
         return batch_norm(output)
-    return batch_norm_act(batch_norm, activation, output, residual)
+    return batch_norm_act(batch_norm, activation, output, residual, in_place)
 
 
 def _alike(residual: Any, output: Tensor) -> bool:
@@ -96,7 +108,7 @@ def _alike(residual: Any, output: Tensor) -> bool:
 
 def _is_output(residual: Any, conv: Any, input: Tensor) -> bool:
     """The same, before there is an output."""
-    if isinstance(conv.padding, str):
+    if autocasts(input) or isinstance(conv.padding, str):
         return False
     size = output_size(input.shape, conv.weight.shape, conv.stride, conv.padding, conv.dilation)
     return _has(residual, size, input.dtype)

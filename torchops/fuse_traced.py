@@ -5,17 +5,19 @@
 torch.fx records what forward calls, convolution, batch-norm, add and activation become one call,
 and the block gets a subclass with the rewritten forward. Recording bakes in whatever Python decided
 while it ran, so only a forward that can decide nothing is touched: one that reads nothing of its
-block but submodules, draws no random numbers, asks for no mode and stores nothing (`is_pure`). What
-it may decide by are the kinds of its arguments and which submodules are None: the subclass asks for
-these.
+block but submodules, draws no random numbers, asks for no mode and stores nothing: fuse_pure.py.
+What it may decide by are the kinds of its arguments and which submodules are None: the subclass
+asks for these.
+
+One call for several stands where the last of them stood, so they must not be parted by one that
+writes what they read (`_movable`).
 """
 
 from __future__ import annotations
 
-import dis
 import functools
 import operator
-import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,7 +34,8 @@ from torchops.fuse import (
     folded,
     restore,
 )
-from torchops.nn.conv2d_bn_act import CONVOLUTIONS
+from torchops.fuse_pure import is_pure
+from torchops.nn.conv2d_bn_act import CONVOLUTIONS, watched
 
 _FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
@@ -46,7 +49,25 @@ _FUNCTIONS: dict[Any, str] = {
     torch.sigmoid: "sigmoid",
 }
 _METHODS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "sigmoid_": "sigmoid"}
-_ADDS = {operator.add, operator.iadd, torch.add}
+
+
+def _function(name: str) -> Any:
+    """operator.iadd and its like in disguise: torch.fx would write these as statements, and a
+    number would change for whoever else holds it."""
+    operation = getattr(operator, name)
+
+    def function(value: Any, other: Any) -> Any:
+        return operation(value, other)
+
+    function.__name__ = name
+    return function
+
+
+_IN_PLACE = {
+    name: _function(name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior")
+}
+_ADDS = {operator.add, _IN_PLACE["iadd"], torch.add}
 _ADD_METHODS = {"add", "add_", "__add__", "__iadd__"}
 
 
@@ -98,12 +119,13 @@ def _fuse_block(block: nn.Module) -> list[str]:
     sites = [site for node in calls if (site := _fold(block, graph, node)) is not None]
     if sites:
         code = graph.python_code("self")
-        key = (type(block), code.src, *_absent(block))
+        key = (type(block), code.src, *_absent(block), *_unset(block))
         if key not in _classes:
             namespace = dict(code.globals)
             exec(code.src, namespace)
             inputs = sum(node.op == "placeholder" for node in graph.nodes)
-            _classes[key] = _rewritten(block, namespace["forward"], inputs)
+            moved = [name for node in graph.nodes for name in node.meta.get("moved", ())]
+            _classes[key] = _rewritten(block, namespace["forward"], inputs, moved)
         block.__class__ = _classes[key]
     return sites
 
@@ -112,15 +134,18 @@ def _fuse_block(block: nn.Module) -> list[str]:
 _classes: dict[Any, type[nn.Module]] = {}
 
 
-def _rewritten(block: nn.Module, recorded: Any, inputs: int) -> type[nn.Module]:
+def _rewritten(block: nn.Module, recorded: Any, inputs: int, moved: list[str]) -> type[nn.Module]:
     """A subclass of the block's class with the recorded forward, where that holds: for as many
-    tensors as were recorded, and while the block has the submodules that it had."""
-    cls, absent = type(block), _absent(block)
+    tensors as were recorded, while the block has the submodules that it had, and while nobody
+    would notice that those in `moved` are called later."""
+    cls, absent, unset = type(block), _absent(block), _unset(block)
     own: Any = cls.forward
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         holds = len(args) == inputs and not kwargs and _absent(self) == absent
+        holds = holds and all([getattr(self, name, None) is None for name in unset])
+        holds = holds and not any([watched(getattr(self, name)) for name in moved])
         if holds and all([isinstance(arg, Tensor) for arg in args]):
             return recorded(self, *args)
         return own(self, *args, **kwargs)  # torch.fx records this one, too
@@ -134,7 +159,33 @@ def _absent(block: nn.Module) -> list[bool]:
     return [child is None for child in block._modules.values()]
 
 
+def _unset(block: nn.Module) -> list[str]:
+    """Attributes that are None without being submodules, and may become anything."""
+    return [name for name, value in vars(block).items() if value is None and name not in _COMMON]
+
+
+_COMMON = vars(nn.Module())
+
+
+class _Proxy(torch.fx.Proxy):
+    """Records x += y as such, where torch.fx's own has x = x + y."""
+
+
+def _recorder(operation: Any) -> Any:
+    def record(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return record
+
+
+for _name, _operation in _IN_PLACE.items():
+    setattr(_Proxy, f"__{_name}__", _recorder(_operation))
+
+
 class _Tracer(torch.fx.Tracer):
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return True
 
@@ -146,25 +197,31 @@ def _record(block: nn.Module) -> torch.fx.Graph | None:
     except Exception:  # whatever forward does that cannot be recorded: the block stays as it is
         return None
     constants = set(block.__dict__) - attributes
-    for (
-        name
-    ) in constants:  # tensors that forward made: recorded values, so not this forward's to keep
+    for name in constants:  # tensors that forward made: recorded values, not this forward's to keep
         delattr(block, name)
-    return None if constants else graph
+    return None if constants or any(map(_is_deep, graph.nodes)) else graph
+
+
+def _is_deep(node: torch.fx.Node) -> bool:
+    """Calls a part of a submodule; the container that forward found it in may change its length."""
+    return node.op == "call_module" and "." in str(node.target)
 
 
 def _fold(block: nn.Module, graph: torch.fx.Graph, node: torch.fx.Node) -> str | None:
     """Rewrites `[conv ->] bn [[-> add] -> activation]` around a batch-norm; a line about it, or
     None."""
-    known = type(block.get_submodule(str(node.target))) in BATCH_NORMS
+    known = type(_called(block, node)) in BATCH_NORMS
     if not known or len(node.args) != 1 or node.kwargs:
         return None
     steps, activation, residual = _ending(block, node)
-    conv = _convolution_before(block, node, steps[-1])
-    if conv is not None:
+    conv = _convolution_before(block, node)
+    if conv is not None and _movable(block, [conv, *steps]):
         steps = [conv, *steps]
+    else:
+        conv = None
     if len(steps) == 1:
         return None
+    passes = any(each.op == "call_module" or _is_new(block, each) for each in _between(steps))
     with graph.inserting_before(steps[-1]):
         layers = [
             graph.create_node("get_attr", step.target) for step in steps[: steps.index(node) + 1]
@@ -173,8 +230,10 @@ def _fold(block: nn.Module, graph: torch.fx.Graph, node: torch.fx.Node) -> str |
         if isinstance(activation, nn.Module):
             act = graph.create_node("get_attr", steps[-1].target)
         call = batch_norm_act if conv is None else conv_batch_norm_act
-        rest = () if residual is None else (residual,)
+        rest = () if residual is None else (residual, _in_place(steps[-2]))
         fused = graph.call_function(call, (*layers, act, steps[0].args[0], *rest))
+    if passes:
+        fused.meta["moved"] = [layer.target for layer in layers]
     steps[-1].replace_all_uses_with(fused)
     for old in reversed(steps):
         graph.erase_node(old)
@@ -193,33 +252,23 @@ def _ending(block: nn.Module, node: torch.fx.Node) -> tuple[list[torch.fx.Node],
     steps, residual = [node, last], None
     if _activation_of(block, last) is None:
         residual = _residual_of(last, node)
-        if residual is None or len(last.users) != 1 or _mutates_between(block, node, last):
+        if residual is None or len(last.users) != 1:
             return alone
         (last,) = last.users
         steps.append(last)
     activation = _activation_of(block, last)
     if activation is None or folded(block.get_submodule(str(node.target)), activation) is None:
         return alone
-    return steps, activation, residual
+    return (steps, activation, residual) if _movable(block, steps) else alone
 
 
-def _convolution_before(
-    block: nn.Module, node: torch.fx.Node, last: torch.fx.Node
-) -> torch.fx.Node | None:
-    """The call of a convolution that nobody but this batch-norm sees the result of, if it may as
-    well be made at `last`: nobody between gets its input, too, and so might change that."""
+def _convolution_before(block: nn.Module, node: torch.fx.Node) -> torch.fx.Node | None:
+    """The call of a convolution that nobody but this batch-norm sees the result of."""
     conv = node.args[0]
     if not isinstance(conv, torch.fx.Node) or conv.op != "call_module" or len(conv.users) != 1:
         return None
-    known = type(block.get_submodule(str(conv.target))) in CONVOLUTIONS
-    if not known or len(conv.args) != 1 or conv.kwargs:
-        return None
-    between = conv.next
-    while between is not last:
-        if conv.args[0] in between.all_input_nodes:
-            return None
-        between = between.next
-    return conv
+    known = type(_called(block, conv)) in CONVOLUTIONS
+    return conv if known and len(conv.args) == 1 and not conv.kwargs else None
 
 
 def _activation_of(block: nn.Module, node: torch.fx.Node) -> nn.Module | str | None:
@@ -241,78 +290,71 @@ def _residual_of(node: torch.fx.Node, batch_norm: torch.fx.Node) -> torch.fx.Nod
     is_add_method = node.op == "call_method" and node.target in _ADD_METHODS
     if not (is_add or is_add_method) or len(node.args) != 2 or node.kwargs:
         return None
+    if _in_place(node) and node.args[0] is not batch_norm:  # it is the other one that changes
+        return None
     others = [arg for arg in node.args if arg is not batch_norm]
     return others[0] if len(others) == 1 and isinstance(others[0], torch.fx.Node) else None
 
 
-def _mutates_between(block: nn.Module, first: torch.fx.Node, last: torch.fx.Node) -> bool:
-    """Whether a call between the two may change a tensor in place: the batch-norm would see it."""
-    node = first.next
-    while node is not last:
-        if node.op == "call_method" and str(node.target).rstrip("_") != node.target:
-            return True
-        if node.op == "call_function" and str(getattr(node.target, "__name__", "")).startswith("i"):
-            return True
-        if node.op == "call_module" and getattr(
-            block.get_submodule(str(node.target)), "inplace", False
-        ):
-            return True
-        node = node.next
-    return False
+def _in_place(node: torch.fx.Node) -> bool:
+    """Whether a function or method may write its arguments, by its name and options."""
+    name = str(getattr(node.target, "__name__", node.target))
+    named = name.startswith(("i", "__i", "set")) or (name.endswith("_") and name[-2:] != "__")
+    return named or True in node.args or bool({"inplace", "out"} & node.kwargs.keys())
 
 
-# ---- forwards that can decide nothing ----------------------------------------------------------
-
-_DECIDING = (
-    "rand", "bernoulli", "dropout", "is_grad", "is_autocast", "training", "requires_grad",
-    "checkpoint",
-)  # fmt: skip
-_HIDING = {"getattr", "setattr", "vars", "globals", "locals", "__dict__", "print", "super"}
-# What torch.fx hands to forward answers these otherwise than a tensor.
-_HIDING |= {"isinstance", "hasattr", "type", "callable"}
-# Stores outlive the call, and torch.fx records no context manager: torch.no_grad() would be lost.
-_BEYOND_CALLS = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"}
-_BEYOND_CALLS |= {"SETUP_WITH", "BEFORE_WITH", "LOAD_SPECIAL"}
-
-
-def is_pure(block: nn.Module) -> bool:
-    """Whether forward, judged by its bytecode, depends on its inputs and submodules alone."""
-    return "forward" not in block.__dict__ and _reads_only_modules(
-        block, type(block).forward, set()
-    )
-
-
-def _reads_only_modules(block: nn.Module, function: Any, seen: set[Any]) -> bool:
-    if not isinstance(function, types.FunctionType) or function.__closure__:
-        return False
-    if function in seen:
-        return True
-    seen.add(function)
-    codes = [function.__code__]
-    for code in codes:  # grows by the comprehensions and lambdas inside
-        codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
-        for instruction in dis.get_instructions(code):
-            if instruction.opname in _BEYOND_CALLS:
-                return False
-        if not all(_harmless(block, function, name, seen) for name in code.co_names):
+def _movable(block: nn.Module, steps: list[torch.fx.Node]) -> bool:
+    """Whether all steps may as well be made at the last of them: no other call between writes what
+    the first reads, or is one of the same batch-norm, whose statistics go by the order of calls."""
+    layers = {_called(block, step) for step in steps}
+    read = _sources(block, steps[0])
+    for node in _between(steps):
+        called = _called(block, node)
+        parts = set() if called is None else set(called.modules())
+        if any(type(part) in BATCH_NORMS for part in parts & layers):
+            return False
+        if _may_write(block, node, parts) and read & _sources(block, node):
             return False
     return True
 
 
-def _harmless(block: nn.Module, function: types.FunctionType, name: str, seen: set[Any]) -> bool:
-    if name.startswith(_DECIDING) or name in _HIDING:
-        return False
-    if name in function.__globals__:
-        value = function.__globals__[name]
-        home = (
-            value.__name__
-            if isinstance(value, types.ModuleType)
-            else getattr(value, "__module__", "")
-        )
-        return str(home).split(".")[0] in ("torch", "typing", "builtins")
-    if hasattr(nn.Module, name) or not hasattr(block, name):
-        return True  # a method of nn.Module's name is a tensor's here: x.float()
-    value = getattr(block, name)
-    if isinstance(value, types.MethodType):
-        return _reads_only_modules(block, value.__func__, seen)
-    return value is None or isinstance(value, nn.Module)
+def _between(steps: list[torch.fx.Node]) -> Iterator[torch.fx.Node]:
+    """The other nodes from the first step to the last."""
+    node = steps[0].next
+    while node is not steps[-1]:
+        if node not in steps:
+            yield node
+        node = node.next
+
+
+def _called(block: nn.Module, node: torch.fx.Node) -> nn.Module | None:
+    return block.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _may_write(block: nn.Module, node: torch.fx.Node, parts: set[nn.Module]) -> bool:
+    """Whether a call may write its arguments: layers of torch and ours do if `inplace` says so."""
+    if not parts:
+        return not _is_new(block, node) and _in_place(node)
+    known = all(type(part).__module__.startswith(("torch.nn.", "torchops.")) for part in parts)
+    return not known or any(getattr(part, "inplace", False) for part in parts)
+
+
+def _sources(block: nn.Module, node: torch.fx.Node) -> set[Any]:
+    """What a node's arguments may share memory with; all inputs of the block count as one."""
+    found: set[Any] = set()
+    todo = [*node.all_input_nodes]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add("inputs" if node.op == "placeholder" else node)
+            todo += [] if _is_new(block, node) else node.all_input_nodes
+    return found
+
+
+def _is_new(block: nn.Module, node: torch.fx.Node) -> bool:
+    """Whether a node's value is a tensor of its own."""
+    layers = (*CONVOLUTIONS, *BATCH_NORMS)
+    return type(_called(block, node)) in layers or node.target in (
+        batch_norm_act,
+        conv_batch_norm_act,
+    )

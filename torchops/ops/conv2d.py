@@ -153,12 +153,17 @@ def _convolve(
     dilation: tuple, groups: int,
 ) -> Tensor:  # fmt: skip
     """Of images or, all tensors 3-D, of rows: images of height 1. The arguments are pairs."""
-    device = "cpu" if input.is_cpu else input.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        input, weight, bias = _autocast(device, input, weight, bias)
+    if autocasts(input):
+        input, weight, bias = _autocast(input.device.type, input, weight, bias)
     if isinstance(padding, str):
         input, padding = _named_padding(input, weight, stride, padding, dilation)
     return Conv2dFunction.call(input, weight, bias, stride, padding, dilation, groups)
+
+
+def autocasts(input: Tensor) -> bool:
+    """Whether autocast is on for a tensor's device; torch refuses to say of some, as meta."""
+    device = "cpu" if input.is_cpu else input.device.type
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
 
 
 def _autocast(device: str, *tensors: Any) -> Any:

@@ -19,7 +19,7 @@ from torchops.ops._autograd import differentiable, kernel, register
 from torchops.ops._drop_in import REFUSALS, drop_in, infers
 from torchops.ops._shape import pair
 from torchops.ops.batch_norm import batch_norm, check_statistics, native_batch_norm
-from torchops.ops.conv2d import conv2d
+from torchops.ops.conv2d import autocasts, conv2d
 
 
 def native_conv2d_bn_act(
@@ -107,9 +107,7 @@ def _one_pass(input, weight, bias, stride, padding, dilation, groups, *tensors) 
     """Whether the fused operator, which has no derivative, computes what is asked for."""
     if input.dim() != 4 or isinstance(padding, str) or isinstance(groups, bool):
         return False
-    if torch.is_autocast_enabled(input.device.type) or differentiable(
-        input, weight, bias, *tensors
-    ):
+    if autocasts(input) or differentiable(input, weight, bias, *tensors):
         return False
     window = (stride, padding, dilation, groups)
     return _backend.mode == "own" or not _tuning.prefers_native(

@@ -50,6 +50,8 @@ CASES = [
     # 1x1, images read where they lie: two blocks of rows and of depth, the last pixel alone; a row
     (2, 60, 15, 15, (1, 1), (1, 1), (0, 0), (1, 1), 140, 1),
     (1, 140, 1, 150, (1, 1), (1, 1), (0, 0), (1, 1), 17, 1),
+    # the same with all of the depth at a time
+    (2, 60, 28, 29, (1, 1), (1, 1), (0, 0), (1, 1), 140, 1),
     # 1x1, grad_weight turned over: many pixels, of more channels than the other side has
     (1, 9, 65, 64, (1, 1), (1, 1), (0, 0), (1, 1), 21, 1),
     (2, 75, 16, 17, (1, 1), (1, 1), (0, 0), (1, 1), 33, 1),
@@ -68,6 +70,7 @@ CASES = [
     (1, 33, 4, 1100, (2, 3), (2, 1), (1, 1), (1, 1), 20, 1),
     (5, 530, 5, 7, (3, 2), (2, 3), (1, 1), (1, 1), 300, 1),
     (2, 64, 19, 31, (1, 1), (1, 1), (0, 0), (1, 1), 300, 1),
+    (2, 96, 19, 31, (1, 1), (1, 1), (0, 0), (1, 1), 24, 1),
     # bf16 in pairs, groups: whole chunks of channels and less, several to a slice and a rest;
     # windows that overlap, of one row and of phases; images of one pixel
     (2, 128, 9, 13, (3, 3), (1, 1), (1, 1), (1, 1), 192, 4),

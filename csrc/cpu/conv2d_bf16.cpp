@@ -18,8 +18,8 @@
 // Reached on Granite Rapids with AMX, native's time over ours, forward and backward with both
 // gradients, geometric means and worst of ResNet-50's shapes at batch 8 (torchops bench --suite
 // resnet50 --dtype bf16 --layout contiguous,channels_last --threads 1 --quick):
-//   3x3 and 7x7, channels_last   1.05, worst 0.70   1.40, worst 1.03
-//   1x1, channels_last           1.15, worst 0.95   1.23, worst 1.05
+//   3x3 and 7x7, channels_last   1.07, worst 0.90   1.45, worst 1.06
+//   1x1, channels_last           1.13, worst 0.90   1.30, worst 1.13
 //   3x3 and 7x7, contiguous      1.36, worst 1.00   1.19, worst 0.98
 //   1x1, contiguous              2.31, worst 1.48   1.69, worst 1.09
 // and groups, contiguous / channels_last, forward and backward:
@@ -33,7 +33,7 @@
 // timed where it is the best there is, on Zen 4.
 // Tried without gain: fetching the next patch's source during this one's products, blocks of the
 // depth whose sums go through memory, rows of 1 KB stored at once, stores past the cache, no
-// fetching of what is to be written.
+// fetching of what is to be written, or in the order of memory.
 #include "cpu/conv2d_bf16.h"
 
 #if defined(__AVX512BF16__)

@@ -96,9 +96,11 @@ class GradWeightPanels {
     const int64_t count = round_up(patch.rows * q_.pitch, kChunk);
     place_pixels(patch, row, count);
     const bf16* const* pixels = pixels_.get();
-    const int64_t ahead = larger(c_.columns, kChunk);  // the next group's
+    // The next group's, or the next chunk's positions: nothing is under way while pairs are
+    // turned.
+    const int64_t ahead = c_.groups > 1 ? larger(c_.columns, kChunk) : kChunk * c_.columns;
     const auto load_row = [&](int64_t position, int64_t r, __mmask32 mask) {
-      if (c_.groups > 1 && pixels[position]) __builtin_prefetch(pixels[position] + r + ahead);
+      if (pixels[position]) __builtin_prefetch(pixels[position] + r + ahead);
       return pixels[position] ? load_masked(pixels[position] + r, mask) : _mm512_setzero_si512();
     };
     alignas(64) bf16 pairs[2][kTile * kChunk];
@@ -170,11 +172,17 @@ class GradWeightPanels {
   void fill_whole_pairs(const GradWeightBlock& block, const bf16* line, int64_t count,
                         bf16* to) const {
     const int64_t step = c_.width.step * c_.channels;
+    // Groups' lines are copies, taps see pixels again, and long rows the hardware foresees.
+    constexpr int64_t kLongest = 384;
+    const int64_t ahead = c_.groups > 1 || c_.width.taps > 1 || step > kLongest ? 0 : kChunk * step;
     for (int64_t k = 0; k < block.columns; k += kBlock, to += 2 * column_stride_) {
       const __mmask32 mask = lanes_between(0, plan_.width - block.column - k);
       const bf16* from = line + block.column + k;
-      for (int64_t i = 0; i < count; ++i, from += 2 * step)
+      for (int64_t i = 0; i < count; ++i, from += 2 * step) {
+        __builtin_prefetch(from + ahead);
+        __builtin_prefetch(from + ahead + step);
         store_pair(load_masked(from, mask), load_masked(from + step, mask), to + i * kChunk);
+      }
     }
   }
   // Positions [begin, end) of a line, each with as many taps as it has.

@@ -11,8 +11,8 @@
 //
 // 14 rows in place need five registers for their addresses, and two steps of depth at a time: with
 // a register for each row, or one step at a time, scalar additions take a tenth of the ports that
-// multiply-adds run on. Tried without gain: deeper blocks of wide images; strips of columns that
-// stay in L1.
+// multiply-adds run on. Tried without gain: deeper blocks of wide images, but for those
+// that end the depth (ProductPlan::kWholeStream); strips of columns that stay in L1.
 #pragma once
 
 #include "cpu/gemm.h"

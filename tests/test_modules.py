@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+import torchops.functional as TF
 import torchops.nn as tnn
 
 
@@ -307,6 +309,12 @@ def test_skip_init(cls, twin, example):
 def test_batch_norm_takes_device_and_dtype_by_position():
     layer = tnn.BatchNorm2d(3, 1e-5, 0.1, True, True, "meta", torch.float64, activation="relu")
     assert layer.weight.is_meta and layer.weight.dtype is torch.float64
+
+
+def test_avg_pool2d_writes_to_out_as_native_does():
+    input, out = torch.randn(2, 3, 8, 8), torch.empty(2, 3, 4, 4)
+    assert TF.avg_pool2d(input, 2, out=out) is out
+    torch.testing.assert_close(out, F.avg_pool2d(input, 2))
 
 
 def test_training_tells_autograd_that_the_running_statistics_changed():

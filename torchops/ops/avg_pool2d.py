@@ -41,6 +41,8 @@ def avg_pool2d(
     ceil_mode: bool = False,
     count_include_pad: bool = True,
     divisor_override: int | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Mean of each window; the same as torch.nn.functional.avg_pool2d.
 
@@ -50,6 +52,7 @@ def avg_pool2d(
         ceil_mode: also count a last window that starts inside the input but ends outside.
         count_include_pad: divide by the window's size even where part of it is padding.
         divisor_override: divide by this instead.
+        out: native's, undocumented, and native it is that writes there.
 
     Returns:
         [N, C, H_out, W_out] in the input's format. Sums are fp32 (fp64 for double).
@@ -61,6 +64,12 @@ def avg_pool2d(
     Complexity: reads the input once and writes the output once; backward the reverse. Nothing is
         saved for backward.
     """
+    if out is not None:
+        native: Any = F.avg_pool2d
+        return native(
+            input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override,
+            out=out,
+        )  # fmt: skip
     pool = avg_pool_numbers(
         kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
     )

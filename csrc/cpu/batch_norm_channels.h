@@ -216,10 +216,11 @@ inline Rows make_rows(const BatchNormShape& shape) {
 
 // Writes `count` rows of `length` elements, one behind the other, of each of kCount streams that
 // are `stride` apart, as f(at, i, n, registers) gives those of the row that begins at element `at`.
-// With `past_cache`, rows are whole steps, aligned to a register.
+// With `past_cache`, rows are whole steps, aligned to a register; `in_place` as in write_steps.
 template <int kCount, typename T, typename F>
 [[gnu::always_inline]] inline void write_rows(T* output, int64_t stride, int64_t count,
-                                              int64_t length, bool past_cache, const F& f) {
+                                              int64_t length, bool past_cache, bool in_place,
+                                              const F& f) {
   const auto write_step = [&](int64_t row, int64_t i, int n) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int s = 0; s < kCount; ++s) {
@@ -234,10 +235,10 @@ template <int kCount, typename T, typename F>
     for (; i + kStep<T> <= length; i += kStep<T>) write_step(row, i, kStep<T>);
     if (i == length) continue;
     // The last step goes again up to the end, over some that are done.
-    if (length >= kStep<T>)
+    if (length >= kStep<T> && !in_place)
       write_step(row, length - kStep<T>, kStep<T>);
     else
-      write_step(row, 0, static_cast<int>(length));
+      write_step(row, i, static_cast<int>(length - i));
   }
 }
 

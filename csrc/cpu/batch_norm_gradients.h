@@ -125,8 +125,6 @@ struct Call {
     if (from_kept) return f(Sources<T, T, Straight>{kept + offset, input + offset, nullptr, {}});
     straight ? f(at(offset).straight()) : f(at(offset));
   }
-  // Whether the first pass has left h beside grad_input.
-  bool keeps() const { return kept && kept != grad_input; }
 };
 
 template <typename T> using Bent = Sources<T, acc_t<T>, Straight>;
@@ -197,7 +195,8 @@ template <bool kPerLane, typename T, typename G, typename C>
                                         int64_t c, T* output, int64_t length, bool training,
                                         bool past_cache) {
   const GradInputLanes<kPerLane, T> lanes(channels, c);
-  write_steps(output, length, past_cache,
+  const bool in_place = static_cast<const void*>(from.gradient) == output;
+  write_steps(output, length, past_cache, in_place,
               [&](int64_t i, int n, Vec<T>(&v)[2])
                   __attribute__((always_inline)) { lanes.value(from, i, n, training, v); });
 }
@@ -209,29 +208,17 @@ template <int kCount, typename T, typename C>
                                              int64_t length, bool training, bool past_cache) {
   const GradInputLanes<true, T> lanes(channels, 0);
   write_rows<kCount>(
-      output, stride, count, length, past_cache,
+      output, stride, count, length, past_cache, from.gradient == output,
       [&](int64_t at, int64_t i, int n, Vec<T>(&v)[2])
           __attribute__((always_inline)) { lanes.value(from.shifted(at), i, n, training, v); });
-}
-
-// What the first pass left in grad_input: out of the way of its second pass, which may write an
-// element twice.
-template <typename T>
-Bent<T> lift(const Call<T>& call, int64_t offset, int64_t length, acc_t<T>* buffer) {
-  std::memcpy(buffer, call.kept + offset, length * sizeof(acc_t<T>));
-  for (int64_t i = 0; i < length; i += kStep<T>) {
-    prefetch_step(call.kept + offset + i + kStrip);
-    prefetch_step(call.input + offset + i + kStrip);
-  }
-  return {buffer, call.input + offset, nullptr, {}};
 }
 
 template <bool kPerLane, typename T>
 void second_pass(const Call<T>& call, const Channels<T>& channels, int64_t c, int64_t offset,
                  int64_t length, bool past_cache) {
   T* output = call.grad_input + offset;
-  if (call.keeps() || !call.curve) {
-    return call.with_sources(offset, call.keeps(), [&](const auto& from) {
+  if (call.kept || !call.curve) {
+    return call.with_sources(offset, call.kept, [&](const auto& from) {
       write_grad_input<kPerLane>(from, channels, c, output, length, call.p.training, past_cache);
     });
   }
@@ -239,9 +226,7 @@ void second_pass(const Call<T>& call, const Channels<T>& channels, int64_t c, in
     acc_t<T> buffer[kStrip];
     const int64_t strip = min(kStrip, length - i);
     const int64_t channel = kPerLane ? c + i : c;
-    const auto bent =
-        call.kept ? lift(call, offset + i, strip, buffer)
-                  : bend<kPerLane>(call, channels.affine, channel, offset + i, strip, buffer);
+    const auto bent = bend<kPerLane>(call, channels.affine, channel, offset + i, strip, buffer);
     write_grad_input<kPerLane>(bent, channels, channel, output + i, strip, call.p.training,
                                past_cache);
   }
@@ -251,8 +236,8 @@ void second_pass(const Call<T>& call, const Channels<T>& channels, int64_t c, in
 template <int kCount, typename T>
 void second_pass_rows(const Call<T>& call, const Channels<T>& channels, int64_t offset,
                       int64_t stride, int64_t count, int64_t length, bool past_cache) {
-  if (call.keeps() || !call.curve) {
-    return call.with_sources(offset, call.keeps(), [&](const auto& from) {
+  if (call.kept || !call.curve) {
+    return call.with_sources(offset, call.kept, [&](const auto& from) {
       write_grad_input_rows<kCount>(from, channels, call.grad_input + offset, stride, count, length,
                                     call.p.training, past_cache);
     });

@@ -160,10 +160,11 @@ template <typename T, typename F>
   if (i < length) f(i, static_cast<int>(length - i));
 }
 
-// Writes `length` elements at `output`, those of a step as f(i, n, registers) gives them.
+// Writes `length` elements at `output`, those of a step as f(i, n, registers) gives them. With
+// `in_place` f reads them there, too, so that none is written twice.
 template <typename T, typename F>
 [[gnu::always_inline]] inline void write_steps(T* output, int64_t length, bool past_cache,
-                                               const F& f) {
+                                               bool in_place, const F& f) {
   Vec<T> v[2];
   const auto write_some = [&](int64_t i, int n) __attribute__((always_inline)) {
     f(i, n, v);
@@ -185,7 +186,7 @@ template <typename T, typename F>
       store_two(output + i, v, past_cache);
     }
     edge = static_cast<int>(length - i);
-    if (!past_cache && edge > 0 && length >= kStep<T>) {
+    if (!past_cache && !in_place && edge > 0 && length >= kStep<T>) {
       // Again up to the end, over some that are done.
       i = length - kStep<T>;
       edge = 0;

@@ -3,10 +3,11 @@
 //
 // Plan: NHWC runs straight from tensor to tensor, 3x3, 5x5 and 7x7 in float32 and bfloat16 by
 // kernels that know their window (conv2d_depthwise_nhwc.h), others tap by tap
-// (conv2d_depthwise_taps.h). NCHW runs plane by plane (conv2d_depthwise_nchw.h), but for rows
-// shorter than a register and the gradient of strides. Those, larger windows, several output
+// (conv2d_depthwise_taps.h). NCHW runs plane by plane (conv2d_depthwise_nchw.h), but for rows that
+// leave much of a register idle and the gradient of strides. Those, larger windows, several output
 // channels per group, and NCHW in float16 and float64 go through the working form
-// (conv2d_depthwise.h).
+// (conv2d_depthwise.h), small planes as a whole and asked for in front of it: as many planes as a
+// register has lanes are more streams than the hardware foresees.
 //
 // Reached on Zen 3, one thread, float32 forward, NCHW / NHWC, of a copy in the same run (torchops
 // bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
@@ -15,12 +16,18 @@
 //   conv2d:mb8_g576ic576ih14oc576kh3ph1    49 / 60 %
 //   conv2d:mb8_g96ic96ih112oc96kh3sh2ph1   59 / 66 % and more
 // and of the rate of torch.mm: conv2d:mb8_g192ic192ih28oc192kh7ph3 57 / 67 %.
+// Small planes in NCHW, on Zen 4, native's time over ours before and after whole planes, fetching
+// and rows of 12 to 15 columns:
+//   conv2d:mb8_g480ic480ih14oc480kh3ph1    0.98   1.45
+//   conv2d:mb8_g480ic480ih14oc480kh7ph3    1.00   1.13
+//   conv2d:mb8_g480ic480ih7oc480kh7ph3     0.95   1.19
 //
 // Did not pay: NHWC through the working form, by whole rows (about 3x slower) or by slices of
 // channels (slower still; both timed under load); its lines loaded before a strip instead of
 // prefetched (1.4x slower at stride 1), or prefetched between the rows of a strip (1.2x slower);
 // NCHW by the planes of conv2d_grouped.h (1.3 to 2x slower than the working form); planes of 7 x 7
-// by rows (1.3x slower than the working form).
+// by rows (1.3x slower than the working form; 1.1 to 3.5x on Zen 4); a plane's rows copied while
+// the one before it is multiplied.
 #include "core/parallel.h"
 #include "cpu/conv2d_depthwise_nchw.h"
 #include "cpu/conv2d_depthwise_nhwc.h"
@@ -30,7 +37,8 @@ namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
 constexpr int kStrip = 8;                   // output pixels in registers
-constexpr int64_t kStepPixels = 64;         // output pixels between loads of input rows
+constexpr int64_t kStepPixels = 64;         // output pixels between loads of input rows,
+constexpr int64_t kStepPlane = 256;         // of NCHW, where small planes are read in one run
 constexpr int64_t kRowsBytes = 192 * 1024;  // input rows in the working form: within L2
 constexpr int64_t kMostTapsInPlace = 64;    // of NHWC; more pay for a copy without borders
 
@@ -125,8 +133,12 @@ class Slab {
   }
 
   static Rows<acc> input_rows(const Correlation<scalar_t>& p, int64_t vectors, int64_t step_rows) {
-    const int64_t left = smaller(0, p.width.first);
-    const int64_t right = larger(p.input.width, p.width.last_input(p.output.width - 1) + 1);
+    int64_t left = smaller(0, p.width.first);
+    int64_t right = larger(p.input.width, p.width.last_input(p.output.width - 1) + 1);
+    // Kernels that know their window can leave out zero columns, which pays where there are many.
+    const bool knows = find_rows_kernel<acc>(p) || find_upsample_kernel<acc>(p);
+    if (knows && 3 * (right - left - p.input.width) > p.input.width)
+      left = 0, right = p.input.width;
     return {nullptr, p.input.members, vectors, p.height.span(step_rows), left, right - left};
   }
 
@@ -136,9 +148,10 @@ class Slab {
     for (int64_t y = begin; y < end; y += step_rows_) {
       const int64_t y_end = smaller(y + step_rows_, end);
       const int64_t needed = larger(loaded, p_.height.first_input(y));
-      loaded = larger(loaded, smaller(p_.height.last_input(y_end - 1) + 1, p_.input.height));
+      loaded = larger(loaded, input_end(y_end));
       p_.input.load_rows(n, first, needed, loaded, input_);
       for (int64_t r = y; r < y_end; ++r) find_tap_rows(r, r - y);
+      if (!p_.input.channels_last) fetch(n, first, vectors, y, y_end);
       for (int64_t v = 0; v < vectors; ++v) {
         for (int64_t m = 0; m < p_.output.members; ++m) {
           if (kernel_) {
@@ -161,6 +174,23 @@ class Slab {
   }
 
  private:
+  // Behind the last input row that output rows before `end` reach.
+  int64_t input_end(int64_t end) const {
+    const int64_t last = p_.height.last_input(smaller(end, p_.output.height) - 1);
+    return smaller(last + 1, p_.input.height);
+  }
+
+  // The output rows of this step and the input rows of the next.
+  void fetch(int64_t n, int64_t first, int64_t vectors, int64_t begin, int64_t end) const {
+    p_.output.template fetch_rows<true>(n, first, vectors, begin, end);
+    if (end < p_.output.height) {
+      p_.input.template fetch_rows<false>(n, first, vectors, input_end(end),
+                                          input_end(end + step_rows_));
+    } else if ((first + vectors) * kSize < p_.input.groups) {
+      p_.input.template fetch_rows<false>(n, first + vectors, vectors, 0, input_end(step_rows_));
+    }
+  }
+
   int64_t taps() const { return p_.height.window.size * p_.width.window.size; }
   int64_t members() const { return p_.input.members * p_.output.members; }
   int64_t max_tap_rows() const { return p_.input.members * p_.height.window.size; }
@@ -256,7 +286,8 @@ void correlate(const Correlation<scalar_t>& p, int64_t batch) {
       return upsample_nhwc(p, batch, kernel);
     if (taps <= kMostTapsInPlace) return correlate_taps(p, batch);
   }
-  const int64_t step_rows = smaller(rows, divide_up(kStepPixels, p.output.width));
+  const int64_t pixels = p.input.channels_last ? kStepPixels : kStepPlane;
+  const int64_t step_rows = smaller(rows, divide_up(pixels, p.output.width));
   const int64_t slab = slab_vectors(p, vectors, step_rows), slabs = divide_up(vectors, slab);
   const int64_t row_work = p.output.width * slab * kLanes<scalar_t> * (taps + 8);
   parallel_for(batch * slabs * rows, kGrainTaps / row_work + 1, [&](int64_t begin, int64_t end) {
@@ -268,6 +299,15 @@ void correlate(const Correlation<scalar_t>& p, int64_t batch) {
       begin += count;
     }
   });
+}
+
+// Whether a row fills a register, or nearly so where there are few taps: the working form costs
+// two transpositions, but none of its lanes is idle.
+template <typename acc>
+bool fills_rows(int64_t in_width, const Axis& width) {
+  constexpr int64_t lanes = kLanes<acc>;
+  if (in_width >= lanes) return true;
+  return width.window.size <= 3 && 4 * smaller(width.input, width.output) >= 3 * lanes;
 }
 
 // NCHW with one output channel per group. `reversed`: the taps in descending order.
@@ -299,7 +339,7 @@ void forward(const Conv2dParams& params) {
              width = Axis::forward(s.window_width, s.in_width, s.out_width);
   const Epilogue epilogue(params);
   if constexpr (kHasWindowKernels<scalar_t>) {
-    if (!s.channels_last && members == 1 && s.in_width >= kLanes<acc>) {
+    if (!s.channels_last && members == 1 && fills_rows<acc>(s.in_width, width)) {
       return correlate_planes<scalar_t>(params.input, params.output, params.weight, params.bias,
                                         height, width, s, false, epilogue.get());
     }
@@ -336,7 +376,7 @@ void grad_input(const Conv2dGradInputParams& params) {
   const Axis height = axis(s.window_height, s.in_height, s.out_height),
              width = axis(s.window_width, s.in_width, s.out_width);
   if constexpr (kHasWindowKernels<scalar_t>) {
-    if (!s.channels_last && members == 1 && dense && s.in_width >= kLanes<acc> &&
+    if (!s.channels_last && members == 1 && dense && fills_rows<acc>(s.in_width, width) &&
         smaller(height.window.padding, width.window.padding) >= 0) {
       return correlate_planes<scalar_t>(params.grad_output, params.grad_input, params.weight,
                                         nullptr, height, width, s, true, nullptr);

@@ -84,6 +84,19 @@ struct Image {
     }
   }
 
+  // Asks for rows [begin, end) of the same, each plane's in turn.
+  template <bool to_write>
+  void fetch_rows(int64_t n, int64_t first, int64_t vectors, int64_t begin, int64_t end) const {
+    const int64_t bytes = (end - begin) * width * int64_t{sizeof(scalar_t)};
+    for (int64_t v = first; v < first + vectors; ++v) {
+      const scalar_t* plane = at(n, 0, v, begin);
+      for (int64_t left = lanes(v) * members; left > 0; --left, plane += height * width) {
+        const char* rows = reinterpret_cast<const char*>(plane);
+        for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(rows + i, to_write);
+      }
+    }
+  }
+
   // The reverse; rows start at slot 0 and have no padding.
   void store_rows(int64_t n, int64_t first, int64_t begin, int64_t end,
                   const Rows<acc>& rows) const {
@@ -140,6 +153,10 @@ struct Image {
   void load_plane_rows(int64_t n, int64_t m, int64_t first, int64_t v, int64_t begin, int64_t end,
                        const Rows<acc>& rows) const {
     const scalar_t* planes = at(n, m, first + v, begin);
+    if (rows.left == 0 && rows.width == width && rows.slots >= height) {
+      return load_planes(planes, plane_stride(), lanes(first + v), (end - begin) * width,
+                         rows.at(m, v, begin));
+    }
     load_planes(planes, plane_stride(), lanes(first + v), (end - begin) * width,
                 [&](int64_t start, const Vec<acc>* block, auto size) {
                   int64_t y = begin + start / width, x = start % width;

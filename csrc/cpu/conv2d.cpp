@@ -6,9 +6,10 @@
 // are positions, vectors run over output channels; windows are gathered, or read where they lie in
 // rows of the image. contiguous: rows are output channels, vectors run over positions; the shifted
 // rows of the image are read in place or copied into a panel. channels_last of at most half a tile
-// of output channels, such as the gradient of an image, is brought into
-// planes first. grad_input is the same product with the weights' channels swapped and the taps
-// reversed, one per phase of the stride. The order of summation depends on nothing but the shapes.
+// of output channels, such as the gradient of an image, is brought into planes first, and planes of
+// short rows into channels_last. grad_input is the same product with the weights' channels swapped
+// and the taps reversed, one per phase of the stride. The order of summation depends on nothing but
+// the shapes.
 //
 // 3x3 of stride 1 goes another way: conv2d_winograd.h; 1x1, too: conv2d_pointwise.cpp; the gradient
 // of an image cut into patches: conv2d_patches.cpp; and bf16 where the CPU multiplies it:
@@ -25,6 +26,10 @@
 //   conv2d:mb8_ic384ih14oc768kh2sh2     0.90 / 1.00   1.06 / 1.26
 //   conv2d:mb2_ic32ih75oc48kh5ph2       0.95 / 0.92   1.04 / 0.91
 //   conv2d:mb8_ic3ih224oc96kh4sh4       1.07 / 1.10   2.48 / 2.39
+// On Zen 4, contiguous images of short rows, which are turned over, before and after:
+//   conv2d:mb8_ic64ih14oc64kh3sh2ph1   0.68, 0.99   0.80, 0.99
+//   conv2d:mb64_ic32ih14oc64kh3sh2ph1  0.71, 1.00   0.74, 0.94
+//   conv2d:mb8_ic48ih7oc64kh5ph2       0.59, 0.73   0.56, 0.62
 // Tried without gain: fetching the panel's lines for writing; gathering 32 positions at a time.
 #include "ops/conv2d.h"
 
@@ -37,6 +42,7 @@
 #include "cpu/conv2d_lines.h"
 #include "cpu/conv2d_nhwc.h"
 #include "cpu/conv2d_patches.h"
+#include "cpu/conv2d_turn.h"
 #include "cpu/conv2d_weights.h"
 #include "cpu/conv2d_winograd.h"
 #include "cpu/gemm.h"
@@ -266,42 +272,55 @@ void correlate(const Problem<T>& p) {
   correlate_contiguous(p);
 }
 
-// The source of a product, contiguous where channels_last would leave most lanes of its vectors of
-// output channels empty.
+// Whether rows of planes are so short that copying them for each tap takes longer than turning the
+// images over: it does for few columns of the product.
 template <typename T>
-struct Source {
-  const T* data;
-  bool channels_last, pixels;
-  Scratch<T> planes;
+bool turns_planes(const Conv2dShape& s, int64_t columns) {
+  constexpr int64_t kFewColumns = 128;
+  return !s.channels_last && s.groups == 1 && s.window_width.size > 1 &&
+         2 * s.out_width <= kLanes<T> && columns >= kLanes<T> && columns <= kFewColumns &&
+         !(kHasWinograd<T> && winograd_pays(forward_correlation(s)));
+}
 
-  Source(const Conv2dShape& s, const void* source, int64_t channels, int64_t pixels_per_image,
-         int64_t columns)
-      : data(static_cast<const T*>(source)),
-        channels_last(s.channels_last),
-        pixels(s.channels_last && s.groups == 1 && s.window_width.size > 1 &&
-               columns <= kTileRows / 2),
-        planes(pixels ? s.batch * channels * pixels_per_image : 0) {
-    if (!pixels) return;
-    channels_last = false;
-    const int64_t strips = blocks(pixels_per_image, kLanes<T>);
-    parallel_for(
-        s.batch * strips, kGrainCopies / (kLanes<T> * channels + 1) + 1,
-        [&](int64_t begin, int64_t end) {
-          for (int64_t item = begin; item < end; ++item) {
-            const int64_t image = item / strips * pixels_per_image * channels;
-            const int64_t pixel = item % strips * kLanes<T>;
-            const int lanes = static_cast<int>(smaller(kLanes<T>, pixels_per_image - pixel));
-            T* to = planes.get() + image + pixel;
-            load_planes(data + image + pixel * channels, channels, lanes, channels,
-                        [&](int64_t channel, const Vec<T>* block, int size) {
-                          for (int k = 0; k < size; ++k)
-                            store_partial(to + (channel + k) * pixels_per_image, block[k], lanes);
-                        });
-          }
-        });
-    data = planes.get();
-  }
-};
+template <typename T>
+void conv2d_of_planes(const Conv2dParams& p) {
+  const Conv2dShape& s = p.shape;
+  const Epilogue epilogue(p);
+  const int64_t in_plane = s.in_height * s.in_width, out_plane = s.out_height * s.out_width;
+  const Scratch<T> input(s.batch * s.in_channels * in_plane);
+  const Scratch<T> output(s.batch * s.out_channels * out_plane);
+  turn_images(static_cast<const T*>(p.input), input.get(), s.batch, s.in_channels, in_plane);
+  const WeightByTaps<T> weight(s, p.weight);
+  Conv2dParams turned = p;
+  turned.shape.channels_last = turned.shape.weight_channels_last = true;
+  turned.weight = weight.data;
+  turned.input = input.get();
+  turned.output = output.get();
+  turned.norm = nullptr;
+  conv2d(turned);
+  turn_images(output.get(), static_cast<T*>(p.output), s.batch, out_plane, s.out_channels);
+  if (!epilogue.get()) return;
+  parallel_for(s.batch, kGrainCopies / (out_plane * s.out_channels + 1) + 1,
+               [&](int64_t begin, int64_t end) {
+                 epilogue.finish(begin * out_plane, end * out_plane, 0, s.out_channels);
+               });
+}
+
+template <typename T>
+void conv2d_grad_input_of_planes(const Conv2dGradInputParams& p) {
+  const Conv2dShape& s = p.shape;
+  const int64_t in_plane = s.in_height * s.in_width, out_plane = s.out_height * s.out_width;
+  const Scratch<T> grad_output(s.batch * s.out_channels * out_plane);
+  const Scratch<T> grad_input(s.batch * s.in_channels * in_plane);
+  turn_images(static_cast<const T*>(p.grad_output), grad_output.get(), s.batch, s.out_channels,
+              out_plane);
+  Conv2dGradInputParams turned = p;
+  turned.shape.channels_last = true;
+  turned.grad_output = grad_output.get();
+  turned.grad_input = grad_input.get();
+  conv2d_grad_input(turned);
+  turn_images(grad_input.get(), static_cast<T*>(p.grad_input), s.batch, in_plane, s.in_channels);
+}
 
 }  // namespace
 
@@ -310,6 +329,7 @@ void conv2d(const Conv2dParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Conv2dShape& s = p.shape;
+    if (turns_planes<T>(s, s.out_channels)) return conv2d_of_planes<T>(p);
     const Source<T> source(s, p.input, s.in_channels, s.in_height * s.in_width, s.out_channels);
     const Epilogue epilogue(p);
     correlate<T>({forward_correlation(s), forward_weights<T>(s, p.weight), source.data,
@@ -322,6 +342,7 @@ void conv2d_grad_input(const Conv2dGradInputParams& p) {
   if (conv2d_bf16_grad_input(p) || conv2d_patches_grad_input(p)) return;
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
+    if (turns_planes<T>(p.shape, p.shape.in_channels)) return conv2d_grad_input_of_planes<T>(p);
     Conv2dShape s = p.shape;
     const WeightByTaps<T> by_taps(s, p.weight);
     s.weight_channels_last = true;

@@ -245,24 +245,37 @@ template <typename T, int kernel, int stride>
   });
 }
 
-// The rows under two windows; `whole` says that all of them and their pixels exist.
+// Those of them that exist; `whole` says that their pixels do.
+template <typename T, int kernel, int stride, bool whole>
+[[gnu::always_inline]] inline void add_existing(const StripInput<T>& input,
+                                                const WindowRows<T>& window,
+                                                const acc_t<T>* weights,
+                                                Vec<T> (&sum)[2][kStripPixels]) {
+  int row = window.begin;
+  for (; row < (window.end < stride ? window.end : stride); ++row) {
+    add_row<T, kernel, stride, true, false, whole>(input, row, weights, sum);
+  }
+  for (; row < (window.end < kernel ? window.end : kernel); ++row) {
+    add_row<T, kernel, stride, true, true, whole>(input, row, weights, sum);
+  }
+  for (; row < window.end; ++row) {
+    add_row<T, kernel, stride, false, true, whole>(input, row, weights, sum);
+  }
+}
+
+// The rows under two windows; `whole` says that all their pixels exist. Without asking for each,
+// 7x7 of 96 x 56 x 56 took 2.5 ms instead of 3.1 (Zen 4, fp32).
 template <typename T, int kernel, int stride>
 [[gnu::always_inline]] inline void add_rows(const StripInput<T>& input, const WindowRows<T>& window,
                                             bool whole, const acc_t<T>* weights,
                                             Vec<T> (&sum)[2][kStripPixels]) {
   if constexpr (kernel == 3) {
-    if (whole) return add_whole<T, kernel, stride>(input, weights, sum);
+    if (whole && window.begin == 0 && window.end == kernel + stride)
+      return add_whole<T, kernel, stride>(input, weights, sum);
+  } else if (whole) {
+    return add_existing<T, kernel, stride, true>(input, window, weights, sum);
   }
-  int row = window.begin;
-  for (; row < (window.end < stride ? window.end : stride); ++row) {
-    add_row<T, kernel, stride, true, false, false>(input, row, weights, sum);
-  }
-  for (; row < (window.end < kernel ? window.end : kernel); ++row) {
-    add_row<T, kernel, stride, true, true, false>(input, row, weights, sum);
-  }
-  for (; row < window.end; ++row) {
-    add_row<T, kernel, stride, false, true, false>(input, row, weights, sum);
-  }
+  add_existing<T, kernel, stride, false>(input, window, weights, sum);
 }
 
 // Output pixels [o, o + kStripPixels) of one channel vector, of which `count` are stored. The sums
@@ -300,7 +313,6 @@ void correlate_rows(const RowPair<T>& p) {
   constexpr int64_t reach = (kStripPixels - 1) * stride + kernel;
   Patch<T, kernel + stride, reach> patch;
   const int64_t readable = p.window.readable(p.input);
-  const bool all_rows = p.window.begin == 0 && p.window.end == kernel + stride;
   constexpr int bytes = kStripPixels * kLanes<T> * int(sizeof(T));
   RowsAhead ahead = p.ahead, ahead_output = p.ahead_output;
   for (int64_t o = 0; o < p.output_width; o += kStripPixels) {
@@ -309,7 +321,7 @@ void correlate_rows(const RowPair<T>& p) {
     const int64_t start = o <= back ? o : back > 0 ? back : 0;
     const int64_t count = smaller(p.output_width, kStripPixels);
     StripInput<T> strip(p.input, p.window.rows, p.first + start * stride, reach);
-    const bool whole = all_rows && !strip.at_border(reach);
+    const bool whole = !strip.at_border(reach);
     for (int64_t channel = 0; channel < p.channels; channel += kLanes<T>) {
       const bool copies = strip.last() > readable;
       const StripInput<T> input =

@@ -3,8 +3,8 @@
 // Separable: the rows of a box are added into one row of column sums in cache, then columns are
 // added. The order of additions depends on the problem only, never on the threads.
 //
-// Reached: see box_sum.cpp. Did not pay: small boxes pixel by pixel, in registers; the next row of
-// a whole image prefetched.
+// Reached: see box_sum.cpp. Did not pay: small boxes pixel by pixel, in registers. Slower: a whole
+// image row by row, or some channels of a row at a time.
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "cpu/box_rows.h"
@@ -76,49 +76,81 @@ void add_rows(const BoxSum<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// One window over the whole image: each row's pixels are added in registers, rows in cache.
+constexpr int64_t kMostChannels = 2048;  // in a block: its sums stay in the L1 cache
+
+// f(c, at, lanes) on registers of channels: `at` is where the sums of channels from c on are kept.
+// The last register steps back to be full, or is the only one and has fewer lanes.
+template <typename T, typename F>
+inline void for_each_register(int64_t channels, const F& f) {
+  constexpr int64_t L = kLanes<T>;
+  int64_t c = 0;
+  for (; c + L <= channels; c += L) f(c, c, std::integral_constant<int, L>{});
+  if (c == channels) return;
+  if (channels > L)
+    f(channels - L, c, std::integral_constant<int, L>{});
+  else
+    f(0, c, static_cast<int>(channels));
+}
+
+// Sums of the channels of pixels. Four streams of pixels, far apart, are added into one row of
+// sums: next to each other they would share pages, and one alone would wait at the end of each.
+template <typename T>
+void add_pixels(const T* image, int64_t pixels, int64_t pitch, int64_t channels, acc_t<T>* sums) {
+  using A = acc_t<T>;
+  constexpr int64_t kStreams = 4, kAhead = 1024 / sizeof(T);
+  const int64_t count = pixels / kStreams, step = count * pitch;
+  std::memset(sums, 0, (channels + kLanes<T>) * sizeof(A));
+  for (int64_t pixel = 0; pixel < count; ++pixel) {
+    const T* from = image + pixel * pitch;
+    for_each_register<T>(channels, [&](int64_t c, int64_t at, int lanes) {
+      Vec<T> v[kStreams];
+      for (int k = 0; k < kStreams; ++k) {
+        __builtin_prefetch(from + k * step + c + kAhead, 0, 2);
+        v[k] = load_partial(from + k * step + c, lanes);
+      }
+      store<A>(sums + at, load<A>(sums + at) + ((v[0] + v[1]) + (v[2] + v[3])));
+    });
+  }
+  for (int64_t pixel = kStreams * count; pixel < pixels; ++pixel) {
+    for_each_register<T>(channels, [&](int64_t c, int64_t at, int lanes) {
+      store<A>(sums + at, load<A>(sums + at) + load_partial(image + pixel * pitch + c, lanes));
+    });
+  }
+}
+
+// The same where channels are fewer than lanes: several pixels make one of many channels.
+template <typename T>
+void add_narrow_pixels(const T* image, int64_t pixels, int64_t channels, acc_t<T>* sums) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t wide = L * channels, whole = pixels / L * wide;
+  add_pixels(image, pixels / L, wide, wide, sums);
+  for (int64_t i = whole; i < pixels * channels; ++i) sums[i - whole] += to_acc(image[i]);
+  for (int64_t half = wide / 2; half >= channels; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) sums[i] += sums[half + i];
+  }
+}
+
+// One window over the whole image.
 template <typename T>
 void mean_images(const BoxSum<T>& p, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   constexpr int64_t L = kLanes<T>;
-  const int64_t C = p.channels, W = p.source_width, H = p.source_height;
+  const int64_t C = p.channels, pixels = p.source_width * p.source_height;
+  const int64_t block = C < kMostChannels ? C : kMostChannels;
   const Vec<T> divisor = broadcast<T>(p.row_scale[0] * p.column_scale[0]);
-  Scratch<A> sums(C + L);
+  Scratch<A> sums((C < L ? L * C : block) + L);
   for (int64_t n = begin; n < end; ++n) {
-    for (int64_t r = 0; r < H; ++r) {
-      const T* row = p.source + (n * H + r) * W * C;
-      const auto add = [&](int64_t c, auto registers, int lanes) {
-        // Few registers, several pixels: a chain of sums would wait for itself.
-        constexpr int kPixels = registers < 4 ? 4 : 1;
-        Vec<T> sum[registers] = {}, more[kPixels][registers] = {};
-        int64_t x = 0;
-        for (; kPixels > 1 && x + kPixels <= W; x += kPixels) {
-          for (int s = 0; s < kPixels; ++s) {
-            for (int k = 0; k < registers; ++k)
-              more[s][k] += load_partial(row + (x + s) * C + c + k * L, lanes);
-          }
-        }
-        for (; x < W; ++x) {
-          for (int k = 0; k < registers; ++k)
-            sum[k] += load_partial(row + x * C + c + k * L, lanes);
-        }
-        for (int s = 0; kPixels > 1 && s < kPixels; ++s) {
-          for (int k = 0; k < registers; ++k) sum[k] += more[s][k];
-        }
-        for (int k = 0; k < registers; ++k) {
-          A* kept = sums.get() + c + k * L;
-          if (r > 0) sum[k] += load<A>(kept);
-          store<A>(kept, sum[k]);
-          if (r + 1 == H) store_partial(p.target + n * C + c + k * L, sum[k] / divisor, lanes);
-        }
-      };
-      int64_t c = 0;
-      for (; c + 4 * L <= C; c += 4 * L)
-        add(c, std::integral_constant<int, 4>{}, std::integral_constant<int, L>{});
-      for (; c + 2 * L <= C; c += 2 * L)
-        add(c, std::integral_constant<int, 2>{}, std::integral_constant<int, L>{});
-      for (; c < C; c += L)
-        add(c, std::integral_constant<int, 1>{}, static_cast<int>(C - c < L ? C - c : L));
+    for (int64_t c = 0; c < C; c += block) {
+      const T* source = p.source + n * pixels * C + c;
+      const int64_t channels = C - c < block ? C - c : block;
+      if (C < L)
+        add_narrow_pixels(source, pixels, C, sums.get());
+      else
+        add_pixels(source, pixels, C, channels, sums.get());
+      for_each_register<T>(channels, [&](int64_t first, int64_t at, int lanes) {
+        const Vec<T> sum = load<A>(sums.get() + at);
+        store_partial(p.target + n * C + c + first, sum / divisor, lanes);
+      });
     }
   }
 }

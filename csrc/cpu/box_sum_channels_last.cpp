@@ -99,7 +99,7 @@ void add_pixels(const T* image, int64_t pixels, int64_t pitch, int64_t channels,
   using A = acc_t<T>;
   constexpr int64_t kStreams = 4, kAhead = 1024 / sizeof(T);
   const int64_t count = pixels / kStreams, step = count * pitch;
-  std::memset(sums, 0, (channels + kLanes<T>) * sizeof(A));
+  std::memset(sums, 0, (channels + kLanes<T>)*sizeof(A));
   for (int64_t pixel = 0; pixel < count; ++pixel) {
     const T* from = image + pixel * pitch;
     for_each_register<T>(channels, [&](int64_t c, int64_t at, int lanes) {

@@ -1,12 +1,13 @@
 // Largest values of windows, backward: gradients to where the winners stood, summed in fp32.
 //
-// In contiguous planes windows scatter into zeros, in order; those of few taps that are 1 apart
-// have their own kernel (max_backward_planes.cpp), and so have windows that are few beside the
-// positions, in either format (max_backward_sparse.cpp). In channels_last, where lanes are
-// channels, each register of grad_input gathers from the windows that cover it and is written once;
-// few channels scatter. Where those windows are many, separably: a row's winner in the columns of a
-// window is the same for every window row that takes in the row, so the gradients of windows that
-// differ by rows only are added first, and then gathered along the row.
+// In contiguous planes windows scatter into zeros, in order; those of few taps that are 1 or 2
+// apart have their own kernels (max_backward_planes.cpp, max_backward_pairs.cpp), and so have
+// windows that are few beside the positions, in either format (max_backward_sparse.cpp). In
+// channels_last, where lanes are channels, each register of grad_input gathers from the windows
+// that cover it and is written once; few channels scatter. Where those windows are many, separably:
+// a row's winner in the columns of a window is the same for every window row that takes in the row,
+// so the gradients of windows that differ by rows only are added first, and then gathered along the
+// row.
 //
 // In the order of max_forward.cpp, on Zen 3: 1.5 / 1.9, 1.2 / 4.3, 1.4 / 1.8 and 1.0 / 1.7; on
 // Granite Rapids: 2.0 / 2.5, 1.7 / 1.3, 2.1 / 2.0 and 1.3 / 1.7. Small maps contiguous, by the same
@@ -288,6 +289,11 @@ void backward(const MaxWindows& p, const T* grad_output, const O* offsets, T* gr
     if (few || inputs >= many * outputs) return scatter(p.batch, p.channels);
     gather(p, above, left, grad_output, offsets, grad_input);
   } else {
+    // Where a row's end leaves too many lanes empty, a scatter is faster.
+    constexpr int64_t L = kLanes<T>;
+    const int64_t lanes = (p.width.length + 2 * L - 1) / (2 * L) * L;
+    if (gathers_in_pairs(p) && 4 * p.width.outputs >= 3 * lanes)
+      return max_backward_pairs(p, grad_output, offsets, grad_input);
     if (!gathers_in_planes(p) || inputs >= 8 * outputs) return scatter(p.planes(), 1);
     max_backward_planes(p, grad_output, offsets, grad_input);
   }

@@ -49,4 +49,9 @@ bool gathers_in_planes(const MaxWindows&);
 void max_backward_planes(const MaxWindows&, const void* grad_output, const void* offsets,
                          void* grad_input);
 
+// Contiguous planes whose windows are 2 apart and have 2 or 3 taps; see max_backward_pairs.cpp.
+bool gathers_in_pairs(const MaxWindows&);
+void max_backward_pairs(const MaxWindows&, const void* grad_output, const void* offsets,
+                        void* grad_input);
+
 }  // namespace torchops::cpu::TORCHOPS_ISA

@@ -12,7 +12,7 @@
 // gathered along the row.
 //
 // Registers reach beyond the end of a row wherever memory allows: rows are written in order.
-// Slower: windows 2 apart, with even and odd places apart; 5 x 5 taps.
+// Slower: windows 2 apart, with even and odd places apart (see max_backward_pairs.cpp); 5 x 5 taps.
 #include "core/parallel.h"
 #include "cpu/max_backward.h"
 #include "cpu/phase_rows.h"

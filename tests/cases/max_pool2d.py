@@ -20,6 +20,8 @@ SAMPLES_2D = [
     sample((1, 4, 11, 10), 3, stride=2, ceil_mode=True),
     sample((1, 2, 24, 24), 17, stride=1),
     sample((3, 9, 7), 3, stride=2, padding=1, dilation=2),
+    sample((1, 51, 7, 75), 2),
+    sample((3, 3, 28, 56), 3, stride=2, padding=1),
     sample((0, 3, 8, 8), 2),
     sample((2, 200, 1, 1), 1),
     sample((2, 3, 7, 8), 3, stride=2, padding=1, return_indices=True),

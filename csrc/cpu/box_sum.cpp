@@ -9,7 +9,7 @@
 // (torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
 //   avg_pool2d:mb8_ic64ih112kh3sh2ph1   6.8 / 7.8   11.0 / 8.6
 //   avg_pool2d:mb8_ic256ih56kh2sh2      8.4 / 7.7   12.4 / 8.7
-// On Zen 4, forward, of 25 to 27:
+// On Zen 4, forward, of 25 to 28:
 //   adaptive_avg_pool2d:mb8_ic480ih14oh1   26.1 / 24.7
 #include "core/parallel.h"
 #include "core/scratch.h"

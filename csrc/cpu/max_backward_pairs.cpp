@@ -8,8 +8,8 @@
 //
 // Times of native over ours on Zen 4, contiguous, fp32, beside a scatter's; of a copy's bandwidth
 // the first reaches 73 to 98 % (torchops bench PROBLEM --layout contiguous --threads 1 --quick):
-//   max_pool2d:mb8_ic64ih112kh3sh2ph1      1.9 to 2.0    1.4 to 1.6
-//   max_pool2d:mb8_ic192ih56kh3sh2_ceil    1.4 to 1.8    1.0 to 1.1
+//   max_pool2d:mb8_ic64ih112kh3sh2ph1      1.9 to 2.1    1.4 to 1.6
+//   max_pool2d:mb8_ic192ih56kh3sh2_ceil    1.4 to 1.8    0.95 to 1.1
 //   max_pool2d:mb8_ic256ih56kh2            1.7           1.3
 // Slower: neighbours as the same registers moved by a lane.
 #include "core/parallel.h"

@@ -16,7 +16,7 @@
 #include "cpu/conv2d_patches.h"
 
 #include "cpu/conv2d_weights.h"
-#include "cpu/product.h"
+#include "cpu/product_plan.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {

@@ -1,5 +1,5 @@
 // 1x1 convolution on the CPU and its gradients: plain matrix products over the channels of pixels,
-// see product.h. Stride 1; others skip pixels and go the way of larger windows. bf16 where the CPU
+// see product.cpp. Stride 1; others skip pixels and go the way of larger windows. bf16 where the CPU
 // multiplies it: conv2d_bf16.cpp.
 //
 // The weight is one operand as it lies, O x C. The images are matrices of channels x pixels,
@@ -27,16 +27,12 @@
 // rows.
 #include <type_traits>
 
-#include "core/parallel.h"
-#include "core/scratch.h"
 #include "cpu/conv2d_bf16.h"
-#include "cpu/product.h"
+#include "cpu/product_plan.h"
 #include "ops/conv2d.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
-
-constexpr int64_t kUnits = 16;  // as in conv2d_grad_weight.cpp
 
 bool skips_pixels(const Conv2dShape& s) {
   return s.window_height.stride != 1 || s.window_width.stride != 1;
@@ -73,78 +69,6 @@ void multiply_images(const Conv2dShape& s, const Matrix<const T>& weight, const 
   } else {
     multiply_matrices<T>({weight, in, out, bias, nullptr, epilogue, false});
   }
-}
-
-// C as the sum of its shares, where it lies with its columns in rows of memory.
-template <typename T>
-void add_shares_turned(const Matrix<T>& c, int64_t shares, const acc_t<T>* sums) {
-  const int64_t rows = c.rows.size, width = c.columns.size;
-  const int64_t work = shares * rows * kLanes<T>;
-  parallel_for(product_blocks(width, kLanes<T>), 65'536 / work + 1,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t j = begin * kLanes<T>; j < product_least(end * kLanes<T>, width);
-                      j += kLanes<T>) {
-                   const int columns = static_cast<int>(product_least(kLanes<T>, width - j));
-                   for_each_vec<T>(rows, [&](int64_t row, int lanes) {
-                     Vec<T> block[kLanes<T>] = {};
-                     for (int r = 0; r < lanes; ++r) {
-                       const acc_t<T>* from = sums + (row + r) * width + j;
-                       block[r] = load_partial(from, columns);
-                       for (int64_t share = 1; share < shares; ++share)
-                         block[r] += load_partial(from + share * rows * width, columns);
-                     }
-                     transpose<T>(block);
-                     for (int k = 0; k < columns; ++k)
-                       store_partial(c.data + (j + k) * c.columns.stride + row, block[k], lanes);
-                   });
-                 }
-               });
-}
-
-// C summed over shares of the depth, and these in order: for the threads of a large CPU, where C
-// has few blocks. The split must not depend on their number.
-template <typename T>
-void multiply_by_shares(const Product<T>& p) {
-  using Acc = acc_t<T>;
-  const ProductPlan<T> plan(p);
-  const Parts& rows = plan.rows;
-  const RunParts& columns = plan.columns;
-  // How wide blocks are may depend on the number of threads, shares must not.
-  const int64_t blocks = plan.blocks();
-  const int64_t units = rows.count * product_blocks(columns.parts.size, plan.kColumns);
-  const int64_t shares = units ? product_least(product_blocks(kUnits, units), plan.depth.count) : 0;
-  if (shares <= 1) return multiply_matrices(p);
-  const int64_t width = p.c.columns.size, size = rows.size * width;
-  const Scratch<Acc> sums(shares * size);
-  const int64_t flops = 2 * rows.part * columns.part * p.b.rows.size / shares;
-  parallel_for(shares * blocks, kProductGrain / flops + 1, [&](int64_t begin, int64_t end) {
-    ProductUnit<T> unit(plan);
-    while (begin < end) {
-      const int64_t share = begin / blocks, last = product_least(end, (share + 1) * blocks);
-      Acc* c = sums.get() + share * size;
-      plan.for_each_group(
-          begin - share * blocks, last - share * blocks, [&](const ProductGroup& g) {
-            unit.run(
-                g, plan.depth.count * share / shares, plan.depth.count * (share + 1) / shares,
-                false,
-                [&](int64_t i, int64_t j) -> Place<Acc> {
-                  return {c + rows.begin(i) * width + columns.begin(j), width, true};
-                },
-                [](int64_t, int64_t, int64_t, int64_t) {});
-          });
-      begin = last;
-    }
-  });
-  if (p.c.columns.stride != 1) return add_shares_turned(p.c, shares, sums.get());
-  parallel_for(size, 65'536 / shares, [&](int64_t begin, int64_t end) {
-    for_each_vec<T>(end - begin, [&](int64_t i, int lanes) {
-      const Acc* from = sums.get() + begin + i;
-      Vec<T> sum = load_partial(from, lanes);
-      for (int64_t share = 1; share < shares; ++share)
-        sum += load_partial(from + share * size, lanes);
-      store_partial(p.c.data + begin + i, sum, lanes);
-    });
-  });
 }
 
 // Whether grad_weight is a product of input and grad_output rather than the other way round, which

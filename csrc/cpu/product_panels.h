@@ -1,4 +1,4 @@
-// The copies of a product of matrices: blocks of A and B as panels. See product.h.
+// The copies of a product of matrices: blocks of A and B as panels. See product.cpp.
 #pragma once
 
 #include "core/scratch.h"

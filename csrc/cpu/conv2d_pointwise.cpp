@@ -1,6 +1,6 @@
 // 1x1 convolution on the CPU and its gradients: plain matrix products over the channels of pixels,
-// see product.cpp. Stride 1; others skip pixels and go the way of larger windows. bf16 where the CPU
-// multiplies it: conv2d_bf16.cpp.
+// see product.cpp. Stride 1; others skip pixels and go the way of larger windows. bf16 where the
+// CPU multiplies it: conv2d_bf16.cpp.
 //
 // The weight is one operand as it lies, O x C. The images are matrices of channels x pixels,
 // contiguous, or of pixels x channels, channels_last; the output is written in place.

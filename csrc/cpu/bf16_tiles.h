@@ -3,7 +3,8 @@
 // Both multiply pairs: two bf16 that are neighbours along the depth and fill 32 bits. A block of A
 // has rows of 16 pairs, one of B has 16 rows of pairs x 16 columns; a chunk of the depth is 16
 // pairs long and padded with zeros, or shorter. So one set of panels serves both; which of the two
-// runs is decided at run time (core/isa.h), as long as the CPU allows it.
+// runs is decided at run time (core/isa.h), as long as the CPU allows it. For vectors, chunks may
+// be of any lengths, and rows of A lie anywhere: add_products is the loop.
 //
 // Products are rounded to nearest even in fp32, and subnormal inputs and results count as zero:
 // native does the same. The order of summation depends on nothing but the depth.
@@ -31,18 +32,21 @@ struct TileOperand {
 struct TileProduct {
   TileOperand a, b;
   int64_t chunks;
-  float* c;  // C(row, column) = c[row * c_stride + column], in whole tiles
+  const int64_t* pairs;  // of each chunk, for vectors; tiles know one number for all
+  float* c;              // C(row, column) = c[row * c_stride + column], in whole tiles
   int64_t c_stride;
   bool accumulate;  // add to c, or overwrite it
 };
+
+// Whether tiles run, else vectors.
+inline bool multiplies_tiles() { return active_isa() == Isa::amx; }
 
 // Lives as long as a thread may use tiles: these are part of what a switch of threads saves.
 // `pairs` is the length of a chunk, where that is less than a tile.
 class TileState {
  public:
-  explicit TileState(int64_t pairs = kTile)
-      : on_(active_isa() == Isa::amx), pairs_(static_cast<int>(pairs)) {
-    if (on_) configure(pairs_);
+  explicit TileState(int64_t pairs = kTile) : on_(multiplies_tiles()) {
+    if (on_) configure(static_cast<int>(pairs));
   }
   ~TileState() {
     if (on_) release();
@@ -51,7 +55,6 @@ class TileState {
   TileState& operator=(const TileState&) = delete;
 
   bool on() const { return on_; }
-  int pairs() const { return pairs_; }
 
  private:
   [[gnu::target("amx-tile")]] static void configure(int pairs) {
@@ -70,7 +73,6 @@ class TileState {
   [[gnu::target("amx-tile")]] static void release() { _tile_release(); }
 
   const bool on_;
-  const int pairs_;
 };
 
 // The operand that is not used again soon: its tiles pass L1 by, so that the other's stay there.
@@ -135,67 +137,115 @@ template <int kRows, int kColumns, Stream kStream>
 
 inline __m512bh as_pairs(__m512i v) { return bit_cast<__m512bh>(v); }
 
-// Eight rows at a time: twice as many sums as vdpbf16ps takes cycles.
+// Rows that vectors sum at a time: with two registers of columns, twice as many sums as vdpbf16ps
+// takes cycles.
+constexpr int kHeight = 8;
+
 template <int kColumns>
-[[gnu::noinline]] void multiply_by_vectors(const TileProduct& t, int rows, int pairs) {
-  constexpr int kHeight = 8;
-  const int64_t a_stride = t.a.stride, b_stride = t.b.stride;
-  for (int row = 0; row < rows; row += kHeight) {
-    const int64_t down = row / kTile * t.a.next + row % kTile * a_stride;
-    float* c = t.c + row * t.c_stride;
-    __m512 sum[kHeight][kColumns];
+using VectorSums = __m512[kHeight][kColumns];
+
+// Not `= {}`, for which GCC writes zeros to memory.
+template <int kColumns>
+[[gnu::always_inline]] inline void clear_sums(VectorSums<kColumns>& sums) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kHeight; ++r) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kColumns; ++v)
-        sum[r][v] =
-            t.accumulate ? _mm512_loadu_ps(c + r * t.c_stride + v * kTile) : _mm512_setzero_ps();
-    }
-    for (int64_t j = 0; j < t.chunks; ++j) {
-      const bf16* a = t.a.data + t.a.offsets[j] + down;
-      const bf16* b = t.b.data + t.b.offsets[j];
-      const bf16* middle = a + 4 * a_stride;
-      for (int k = 0; k < pairs; ++k, a += 2, middle += 2, b += b_stride) {
-        __m512i columns[kColumns];
-#pragma GCC unroll 2
-        for (int v = 0; v < kColumns; ++v) columns[v] = _mm512_loadu_si512(b + v * t.b.next);
+  for (int r = 0; r < kHeight; ++r) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kColumns; ++v) sums[r][v] = _mm512_setzero_ps();
+  }
+}
+
+// Rows of A that lie anywhere x columns of B. Chunk j of a row starts at row + offsets[j].
+struct VectorProduct {
+  const bf16* const* rows;
+  const int64_t* offsets;
+  TileOperand b;
+  int64_t chunks;
+  const int64_t* pairs;  // of each chunk
+};
+
+// Nothing but the rows' addresses changes from row to row, so that they stay in registers.
+template <int kColumns>
+[[gnu::always_inline]] inline void add_products(const VectorProduct& t,
+                                                VectorSums<kColumns>& sums) {
+  const bf16* row[kHeight];
 #pragma GCC unroll 8
-        for (int r = 0; r < kHeight; ++r) {
-          int32_t pair;
-          std::memcpy(&pair, (r < 4 ? a : middle) + r % 4 * a_stride, sizeof(pair));
-#pragma GCC unroll 2
-          for (int v = 0; v < kColumns; ++v)
-            sum[r][v] = _mm512_dpbf16_ps(sum[r][v], as_pairs(_mm512_set1_epi32(pair)),
-                                         as_pairs(columns[v]));
-        }
+  for (int r = 0; r < kHeight; ++r) row[r] = t.rows[r];
+  const int64_t stride = t.b.stride, next = t.b.next;
+  for (int64_t j = 0; j < t.chunks; ++j) {
+    const bf16* b = t.b.data + t.b.offsets[j];
+    const int64_t first = t.offsets[j], last = first + 2 * t.pairs[j];
+    for (int64_t k = first; k < last; k += 2, b += stride) {
+      __m512i columns[kColumns];
+#pragma GCC unroll 3
+      for (int v = 0; v < kColumns; ++v) columns[v] = _mm512_loadu_si512(b + v * next);
+#pragma GCC unroll 8
+      for (int r = 0; r < kHeight; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, row[r] + k, sizeof(pair));
+#pragma GCC unroll 3
+        for (int v = 0; v < kColumns; ++v)
+          sums[r][v] =
+              _mm512_dpbf16_ps(sums[r][v], as_pairs(_mm512_set1_epi32(pair)), as_pairs(columns[v]));
       }
     }
+  }
+}
+
+// The rows' sums, written to c or added to it; the next rows' are fetched.
+template <int kColumns>
+[[gnu::noinline]] void multiply_height(const VectorProduct& t, float* c, int64_t c_stride,
+                                       bool accumulate) {
+  VectorSums<kColumns> sums;
+  clear_sums(sums);
+  if (accumulate) {
 #pragma GCC unroll 8
     for (int r = 0; r < kHeight; ++r) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kColumns; ++v)
-        _mm512_storeu_ps(c + r * t.c_stride + v * kTile, sum[r][v]);
+      for (int v = 0; v < kColumns; ++v) {
+        sums[r][v] = _mm512_loadu_ps(c + r * c_stride + v * kTile);
+        __builtin_prefetch(c + (kHeight + r) * c_stride + v * kTile);
+      }
     }
   }
-}
-
-template <Stream kStream>
-inline void multiply_by_tiles(const TileProduct& t, int rows, int columns) {
-  if (rows == 2) {
-    (columns == 2 ? multiply_by_tiles<2, 2, kStream> : multiply_by_tiles<2, 1, kStream>)(t);
-  } else {
-    (columns == 2 ? multiply_by_tiles<1, 2, kStream> : multiply_by_tiles<1, 1, kStream>)(t);
+  add_products<kColumns>(t, sums);
+#pragma GCC unroll 8
+  for (int r = 0; r < kHeight; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kColumns; ++v) _mm512_storeu_ps(c + r * c_stride + v * kTile, sums[r][v]);
   }
 }
 
-// A block of `rows` x `columns` tiles, one or two each.
+template <int kColumns>
+inline void multiply_by_vectors(const TileProduct& t, int rows) {
+  for (int row = 0; row < rows; row += kHeight) {
+    const bf16* a[kHeight];
+    for (int r = 0; r < kHeight; ++r)
+      a[r] = t.a.data + row / kTile * t.a.next + (row % kTile + r) * t.a.stride;
+    multiply_height<kColumns>({a, t.a.offsets, t.b, t.chunks, t.pairs}, t.c + row * t.c_stride,
+                              t.c_stride, t.accumulate);
+  }
+}
+
 template <Stream kStream>
-inline void multiply_tiles(const TileState& state, const TileProduct& t, int rows, int columns) {
-  if (!state.on()) {
-    (columns == 2 ? multiply_by_vectors<2> : multiply_by_vectors<1>)(t, rows * kTile,
-                                                                     state.pairs());
+inline void multiply_by_tiles(const TileProduct& t, bool two_rows, bool two_columns) {
+  if (two_rows) {
+    (two_columns ? multiply_by_tiles<2, 2, kStream> : multiply_by_tiles<2, 1, kStream>)(t);
   } else {
-    multiply_by_tiles<kStream>(t, rows, columns);
+    (two_columns ? multiply_by_tiles<1, 2, kStream> : multiply_by_tiles<1, 1, kStream>)(t);
+  }
+}
+
+// A block of `rows` x `columns`, of which those beyond a block are another's; whole tiles, or rows
+// of a height, are summed.
+template <Stream kStream>
+inline void multiply_tiles(const TileState& state, const TileProduct& t, int64_t rows,
+                           int64_t columns) {
+  const bool two_columns = columns > kTile;
+  if (state.on()) {
+    multiply_by_tiles<kStream>(t, rows > kTile, two_columns);
+  } else {
+    const int64_t block = rows < kBlock ? rows : kBlock;
+    (two_columns ? multiply_by_vectors<2> : multiply_by_vectors<1>)(t, static_cast<int>(block));
   }
 }
 
@@ -237,6 +287,26 @@ inline void turn_pairs(const bf16* from, int64_t from_stride, bf16* to, int64_t 
   transpose<float>(block);
 #pragma GCC unroll 16
   for (int r = 0; r < kTile; ++r) std::memcpy(to + r * to_stride, &block[r], 64);
+}
+
+// Rows for columns: `rows` elements of each of `count` positions, in whole chunks of both.
+// load(position, row) gives 32 of them, the ones that do not exist as zeros.
+template <typename F>
+inline void turn_positions(const F& load, int64_t count, int64_t rows, bf16* to, int64_t stride) {
+  alignas(64) bf16 pairs[2][kTile * kChunk];
+  for (int64_t position = 0; position < count; position += kChunk) {
+    for (int64_t r = 0; r < rows; r += kBlock) {
+      for (int64_t i = 0; i < kTile; ++i) {
+        __m512i both[2];
+        interleave(load(position + 2 * i, r), load(position + 2 * i + 1, r), both);
+        _mm512_store_si512(pairs[0] + i * kChunk, both[0]);
+        _mm512_store_si512(pairs[1] + i * kChunk, both[1]);
+      }
+      bf16* panel = to + r * stride + position;
+      turn_pairs(pairs[0], kChunk, panel, stride);
+      if (rows - r > kTile) turn_pairs(pairs[1], kChunk, panel + kTile * stride, stride);
+    }
+  }
 }
 
 // fp32 to bf16, rounded to nearest even, 32 at a time.

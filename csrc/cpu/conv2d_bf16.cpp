@@ -15,6 +15,10 @@
 // run over the whole depth in registers. The gradient of the input is the same product, one per
 // phase of the stride.
 //
+// By vectors (conv2d_bf16_vectors.h), rows of the product are pixels for either format, unless a
+// contiguous plane fills registers by itself. They may lie anywhere: neither the positions between
+// two rows nor the taps outside the image are summed, and chunks are as long as the channels are.
+//
 // Reached on Granite Rapids with AMX, native's time over ours, forward and backward with both
 // gradients, geometric means and worst of ResNet-50's shapes at batch 8 (torchops bench --suite
 // resnet50 --dtype bf16 --layout contiguous,channels_last --threads 1 --quick; channels_last is of
@@ -30,32 +34,40 @@
 //   conv2d:mb8_g32ic256ih28oc256kh3ph1        - / 1.13      - / 1.04
 // (contiguous, such narrow ones are conv2d_grouped.cpp's).
 // Forward, 0.2 to 1.3 TFLOP/s of bf16 gemm's 1.2: the rest is memory, and for few channels the
-// rounding of the sums. The first layer, of three channels, is the worst. vdpbf16ps has not been
-// timed where it is the best there is, on Zen 4.
+// rounding of the sums. The first layer, of three channels, is the worst.
+// Reached on Zen 4 with vdpbf16ps, as above, channels_last, all networks (torchops bench dense
+// pointwise --suite all --dtype bf16 --layout channels_last --threads 1 --quick):
+//   windows                      1.05, worst 0.88   1.11, worst 0.85
+//   1x1                          1.23, worst 0.91   1.21, worst 0.92
+// Large windows run at 0.95 of vdpbf16ps's rate, one a cycle, for the products that are inside.
+// Before rows lay anywhere and were rounded in registers: 0.85 and 0.96, 1.16 and 1.11; worst 0.55.
 // Tried without gain: fetching the next patch's source during this one's products, blocks of the
 // depth whose sums go through memory, rows of 1 KB stored at once, stores past the cache, no
-// fetching of what is to be written, or in the order of memory.
+// fetching of what is to be written, or in the order of memory. By vectors: more sums at a time (8
+// x 48, 6 x 64 and 8 x 32 run at the same rate, 12 x 32 slower), weights fetched ahead, and halves
+// of registers written, which never straddle cache lines.
 #include "cpu/conv2d_bf16.h"
 
 #if defined(__AVX512BF16__)
 #include "cpu/conv2d_bf16_nchw.h"
 #include "cpu/conv2d_bf16_nhwc.h"
+#include "cpu/conv2d_bf16_vectors.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-// Whether a contiguous source is turned over on its way into the panels.
-bool turns(const PairPlan& plan) { return plan.depth.lines > 1 && !plan.depth.merged; }
-
 void multiply(const PairProblem& p, bool channels_last, bool swapped) {
   if (p.c.positions() == 0 || p.c.columns == 0) return;
   const PairPlan plan(p, channels_last);
-  const bool turned = !channels_last && turns(plan);
-  const PairWeights weights(p.c, plan.depth, swapped, channels_last || turned);
+  const PairWeights weights(p.c, plan.depth, swapped, channels_last || plan.depth.turned);
   weights.pack(p.weight, p.taps, p.taps_wide);
-  (channels_last ? multiply_channels_last
-   : turned      ? multiply_turned
-                 : multiply_contiguous)(plan, weights);
+  if (!multiplies_tiles() && (channels_last || plan.depth.turned)) {
+    multiply_rows(plan, weights);
+  } else {
+    (channels_last       ? multiply_channels_last
+     : plan.depth.turned ? multiply_turned
+                         : multiply_contiguous)(plan, weights);
+  }
 }
 
 }  // namespace

@@ -24,8 +24,9 @@ class GradWeightPanels {
         line_(c_.groups > 1 ? c_.width.source_length * c_.channels : 0),
         stage_(plan.input.pixels ? 2 * (plan.padded_width + kChunk) : kTile * stage_stride()),
         pixels_(q_.length),
-        row_offsets_(plan.set * q_.length / kChunk),
-        column_offsets_(c_.height.taps * plan.set * q_.length / kChunk) {
+        pairs_(c_.height.taps * chunks_most()),
+        row_offsets_(c_.height.taps * chunks_most()),
+        column_offsets_(c_.height.taps * chunks_most()) {
     rows_.zero();
     columns_.zero();
   }
@@ -47,13 +48,19 @@ class GradWeightPanels {
       } else {
         fill_columns_from_planes(patch, block, b);
       }
+      if (!multiplies_tiles()) {
+        place_patch(patch, i);
+        continue;
+      }
       if (!q_.whole(patch)) copy_last_chunks(patch, block.columns, b);
       place_chunks(patch, i);
     }
   }
   int64_t chunks() const { return chunks_; }
-  TileOperand rows(int64_t row) const {
-    return {rows_.get() + row * row_stride_, row_offsets_.get(), row_stride_, kTile * row_stride_};
+  const int64_t* pairs(int64_t tap) const { return pairs_.get() + tap * chunks_most(); }
+  TileOperand rows(int64_t row, int64_t tap) const {
+    return {rows_.get() + row * row_stride_, row_offsets_.get() + tap * chunks_most(), row_stride_,
+            kTile * row_stride_};
   }
   TileOperand columns(int64_t column, int64_t tap) const {
     return {columns_.get() + column / kTile * column_stride_,
@@ -64,15 +71,30 @@ class GradWeightPanels {
   int64_t chunks_most() const { return plan_.set * q_.length / kChunk; }
   int64_t stage_stride() const { return q_.phases * q_.plane + 3 * kChunk; }
 
+  // For vectors: all of the rows that lie inside under a tap are one chunk.
+  void place_patch(const Patch& patch, int64_t index) {
+    const Axis& height = c_.height;
+    for (int64_t tap = 0; tap < height.taps; ++tap) {
+      const int64_t y = height.offset + patch.row * height.step + tap * height.tap_offset;
+      const Inside rows = inside(y, height.step, patch.rows, height.source_length);
+      const int64_t at = tap * chunks_most() + chunks_, first = rows.first * q_.pitch;
+      pairs_.get()[at] = (rows.last - rows.first) * q_.pitch / 2;
+      row_offsets_.get()[at] = index * q_.length + first;
+      column_offsets_.get()[at] = (index * q_.pairs + (q_.shift(tap) + first) / 2) * kChunk;
+    }
+    ++chunks_;
+  }
   void place_chunks(const Patch& patch, int64_t index) {
     const int64_t count = blocks(patch.rows * q_.pitch, kChunk), a = index * q_.length;
     const int64_t b = index * q_.pairs * kChunk;
     for (int64_t j = 0; j < count; ++j) {
       const bool last = j + 1 == count && !q_.whole(patch);
-      row_offsets_.get()[chunks_ + j] = a + j * kChunk;
-      for (int64_t tap = 0; tap < c_.height.taps; ++tap)
-        column_offsets_.get()[tap * chunks_most() + chunks_ + j] =
+      for (int64_t tap = 0; tap < c_.height.taps; ++tap) {
+        const int64_t at = tap * chunks_most() + chunks_ + j;
+        row_offsets_.get()[at] = a + j * kChunk;
+        column_offsets_.get()[at] =
             b + (last ? q_.last_pair(tap) : q_.shift(tap) / 2 + j * kTile) * kChunk;
+      }
     }
     chunks_ += count;
   }
@@ -99,27 +121,12 @@ class GradWeightPanels {
     // The next group's, or the next chunk's positions: nothing is under way while pairs are
     // turned.
     const int64_t ahead = c_.groups > 1 ? larger(c_.columns, kChunk) : kChunk * c_.columns;
-    const auto load_row = [&](int64_t position, int64_t r, __mmask32 mask) {
-      if (pixels[position]) __builtin_prefetch(pixels[position] + r + ahead);
-      return pixels[position] ? load_masked(pixels[position] + r, mask) : _mm512_setzero_si512();
+    const auto load_row = [&](int64_t position, int64_t r) {
+      if (!pixels[position]) return _mm512_setzero_si512();
+      __builtin_prefetch(pixels[position] + r + ahead);
+      return load_masked(pixels[position] + r, lanes_between(0, rows - r));
     };
-    alignas(64) bf16 pairs[2][kTile * kChunk];
-    for (int64_t position = 0; position < count; position += kChunk) {
-      for (int64_t r = 0; r < rows; r += kBlock) {
-        const __mmask32 mask = lanes_between(0, rows - r);
-        for (int64_t i = 0; i < kTile; ++i) {
-          __m512i both[2];
-          interleave(load_row(position + 2 * i, r, mask), load_row(position + 2 * i + 1, r, mask),
-                     both);
-          _mm512_store_si512(pairs[0] + i * kChunk, both[0]);
-          _mm512_store_si512(pairs[1] + i * kChunk, both[1]);
-        }
-        bf16* panel = to + r * row_stride_ + position;
-        turn_pairs(pairs[0], kChunk, panel, row_stride_);
-        if (rows - r > kTile)
-          turn_pairs(pairs[1], kChunk, panel + kTile * row_stride_, row_stride_);
-      }
-    }
+    turn_positions(load_row, count, rows, to, row_stride_);
   }
 
   // grad_output's channels from `row` on at each position: null between rows.
@@ -280,7 +287,7 @@ class GradWeightPanels {
   const int64_t row_stride_, column_stride_;
   const Scratch<bf16> rows_, columns_, line_, stage_;
   const Scratch<const bf16*> pixels_;
-  const Scratch<int64_t> row_offsets_, column_offsets_;
+  const Scratch<int64_t> pairs_, row_offsets_, column_offsets_;
   int64_t chunks_ = 0;
 };
 

@@ -10,8 +10,9 @@ namespace {
 
 constexpr int64_t kUnits = 16;  // as in conv2d_grad_weight.cpp
 constexpr int64_t kPositions = 512;
-constexpr int64_t kShareSets = 4;        // at least: a share is as large as the weight
-constexpr int64_t kSliceChannels = 512;  // of the groups of a unit, at most, but for one group
+constexpr int64_t kGrainFlops = 16'000'000;  // about 30 us
+constexpr int64_t kShareSets = 4;            // at least: a share is as large as the weight
+constexpr int64_t kSliceChannels = 512;      // of the groups of a unit, at most, but for one group
 
 // How positions lie in the panels. `pitch` is even: a pair never spans rows.
 struct PairPositions {
@@ -21,13 +22,13 @@ struct PairPositions {
   int64_t length;         // positions of a patch, in whole chunks
   int64_t pairs;          // of a patch's input, with a last chunk of its own per tap
 
-  explicit PairPositions(const Correlation& c) : c(c) {
-    parts = blocks(c.width.count, kPositions);
+  explicit PairPositions(const Correlation& c, int64_t most = kPositions) : c(c) {
+    parts = blocks(c.width.count, most);
     part = smaller(c.width.count, round_up(blocks(c.width.count, parts), kChunk));
     parts = blocks(c.width.count, part);
     pitch = round_up(part, 2);
     const int64_t taps = c.height.taps;
-    rows = parts > 1 ? 1 : smaller(kPositions / pitch, c.height.count);
+    rows = parts > 1 ? 1 : smaller(most / pitch, c.height.count);
     rows = blocks(c.height.count, blocks(c.height.count, rows));
     row_blocks = blocks(c.height.count, rows);
     patches = c.batch * row_blocks * parts;

@@ -79,10 +79,11 @@ inline void multiply_contiguous(const PairPlan& plan, const PairWeights& weights
                   {weights.operand(block.group, block.channel, plan.weight_offsets.get()),
                    {source + j * 2, plan.source_offsets.get(), planes.stride, kChunk},
                    plan.depth.chunks(),
+                   plan.pairs.get(),
                    sums.get() + j,
                    stride,
                    false},
-                  block.width > kTile ? 2 : 1, length - j > kTile ? 2 : 1);
+                  block.width, length - j);
             }
             store_planes(plan, patch, 0, length, block.column, block.width, sums.get(), stride);
           });

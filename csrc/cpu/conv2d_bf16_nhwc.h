@@ -42,10 +42,11 @@ inline void multiply_pixels(const TileState& state, const PairPlan& plan, const 
                             {{source, plan.source_offsets.get(), stride, kTile * stride},
                              weights.operand(block.group, block.channel, plan.weight_offsets.get()),
                              plan.depth.chunks(),
+                             plan.pairs.get(),
                              sums,
                              kBlock,
                              false},
-                            height > kTile ? 2 : 1, block.width > kTile ? 2 : 1);
+                            height, block.width);
 }
 
 // Where a patch's pixels lie in the output: null between its rows.

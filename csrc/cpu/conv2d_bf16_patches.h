@@ -7,6 +7,7 @@
 // position are one run of depth, else each would be padded to a chunk by itself. Pixels that lie
 // side by side are such runs already: rows of A then overlap, and a chunk is as long as divides the
 // run, so that it holds nothing of the next pixel (which may be infinite, and zero times that NaN).
+// For vectors, the last chunk of a run is shorter instead.
 #pragma once
 
 #include "core/scratch.h"
@@ -44,6 +45,7 @@ inline int64_t seen_phases(const Axis& a) {
 // The depth: `lines` runs, one per tap or per row of taps, each of some chunks.
 struct PairDepth {
   bool merged;    // planes: a row of taps is a run
+  bool turned;    // planes: turned over on their way into the panels
   bool overlaps;  // pixels: a row of taps is a run of them, which its neighbours overlap
   int64_t channels, run, lines;
   int64_t chunk, run_chunks, padded;  // elements of a chunk; chunks of a run, and their elements
@@ -53,12 +55,22 @@ struct PairDepth {
     const bool neighbours = taps > 1 && c.width.tap_offset == 1;
     const auto saves = [&](int64_t chunks) { return neighbours && 4 * apart > 5 * chunks; };
     const int64_t even = round_up(c.channels, 2);
-    overlaps = channels_last && saves(cut_evenly(taps * even));
+    const auto cut = [](int64_t run) {
+      return multiplies_tiles() ? cut_evenly(run) : larger(blocks(run, kChunk), 1);
+    };
+    overlaps = channels_last && saves(cut(taps * even));
     // Planes of many channels are turned over with one tap each.
     merged = !channels_last && c.channels < kTile && saves(blocks(taps * c.channels, kChunk));
     channels = overlaps ? even : c.channels;
     run = (merged || overlaps ? taps : 1) * channels;
     lines = c.height.taps * (merged || overlaps ? 1 : taps);
+    turned = !channels_last && !merged && (lines > 1 || leaves_lanes(c));
+    if (channels_last && !multiplies_tiles()) {
+      chunk = kChunk;
+      run_chunks = cut(run);
+      padded = round_up(run, 2);
+      return;
+    }
     const int64_t whole_chunks = cut_evenly(run);
     // Without padding, pixels are read where they lie, or copied as they are.
     const bool exact = channels_last && run % 2 == 0 && 5 * blocks(run, kChunk) >= 4 * whole_chunks;
@@ -67,10 +79,17 @@ struct PairDepth {
     padded = run_chunks * chunk;
   }
   int64_t chunks() const { return lines * run_chunks; }
+  // Of the j-th chunk.
+  int64_t pairs(int64_t j) const { return blocks(smaller(chunk, run - j % run_chunks * chunk), 2); }
   // Of a weight, whose chunks are padded.
   int64_t size() const { return chunks() * kChunk; }
 
  private:
+  // Whether vectors of positions would be empty by more than an eighth, with a plane as a row.
+  static bool leaves_lanes(const Correlation& c) {
+    const int64_t positions = c.height.count * c.width.count;
+    return !multiplies_tiles() && 8 * positions < 7 * round_up(positions, kTile);
+  }
   // How many equal chunks of whole pairs make a run.
   static int64_t cut_evenly(int64_t run) {
     int64_t count = larger(blocks(run, kChunk), 1);

@@ -17,6 +17,9 @@ struct PixelRows {
   const PairDepth& depth;
   int64_t slice;
   int64_t stride, next_group, size;  // of positions, groups, and a patch
+  // Where elements of pixels of an odd number of channels come from, and which are not padding.
+  alignas(64) uint16_t odd_lanes[kChunk];
+  uint32_t odd_held = 0;
 
   PixelRows(const Correlation& c, const PairDepth& depth, int64_t slice, const Patches& patches)
       : c(c), depth(depth), slice(slice) {
@@ -24,13 +27,19 @@ struct PixelRows {
     next_group = depth.overlaps ? spread(round_up(patches.pixels() * stride + depth.run, kChunk))
                                 : depth.padded;
     size = depth.overlaps ? slice * next_group : patches.pixels() * stride;
+    for (int64_t i = 0; depth.overlaps && i < kChunk; ++i) {
+      const int64_t pixel = i / depth.channels, channel = i % depth.channels;
+      const bool exists = pixel < kChunk / depth.channels && channel < c.channels;
+      odd_lanes[i] = static_cast<uint16_t>(exists ? pixel * c.channels + channel : 0);
+      odd_held |= uint32_t{exists} << i;
+    }
   }
 
   // Whether the patch is read where it lies: pixels in a row of their own, whole chunks of
   // channels, in different cache sets, and as many as whole blocks read.
   bool in_place(const Patch& patch) const {
     return flat() && depth.padded == c.channels && c.source_channels() <= 1024 &&
-           patch.column + round_up(patch.columns, kBlock) <= c.width.count;
+           (!multiplies_tiles() || patch.column + round_up(patch.columns, kBlock) <= c.width.count);
   }
   // `source` begins with the slice's first channel.
   void fill(const Patches& patches, const Patch& patch, const bf16* source, bf16* to) const {
@@ -127,22 +136,21 @@ struct PixelRows {
   // An odd number of channels gets a zero: as many pixels at a time as fill a register.
   void copy_odd(bf16* to, const bf16* from, int64_t pixels) const {
     const int64_t together = kChunk / depth.channels;
-    alignas(64) uint16_t lanes[kChunk];
-    uint32_t held = 0;
-    for (int64_t i = 0; i < kChunk; ++i) {
-      const int64_t pixel = i / depth.channels, channel = i % depth.channels;
-      const bool exists = pixel < together && channel < c.channels;
-      lanes[i] = static_cast<uint16_t>(exists ? pixel * c.channels + channel : 0);
-      held |= uint32_t{exists} << i;
-    }
-    const __m512i order = _mm512_load_si512(lanes);
+    const __m512i order = _mm512_load_si512(odd_lanes);
+    const __mmask32 read = lanes_between(0, together * c.channels);
+    const __mmask32 written = lanes_between(0, together * depth.channels);
+    const int64_t from_step = together * c.channels, to_step = together * depth.channels;
     for (; pixels >= together && together > 0; pixels -= together) {
-      const __m512i values = load_masked(from, lanes_between(0, together * c.channels));
+      const __m512i values =
+          _mm512_maskz_permutexvar_epi16(odd_held, order, load_masked(from, read));
       __builtin_prefetch(from + kAhead);
-      _mm512_mask_storeu_epi16(to, lanes_between(0, together * depth.channels),
-                               _mm512_maskz_permutexvar_epi16(held, order, values));
-      to += together * depth.channels;
-      from += together * c.channels;
+      if (to_step == kChunk) {
+        _mm512_storeu_si512(to, values);
+      } else {
+        _mm512_mask_storeu_epi16(to, written, values);
+      }
+      to += to_step;
+      from += from_step;
     }
     copy_groups(to, from, pixels);
   }

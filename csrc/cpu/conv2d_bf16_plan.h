@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/parallel.h"
+#include "core/thread_count.h"
 #include "cpu/conv2d_bf16_weights.h"
 #include "cpu/conv2d_epilogue.h"
 
@@ -46,7 +47,7 @@ struct PairPlan {
   Patches patches;
   int64_t set, sets;  // of patches
   int64_t channel_blocks, block_channels;
-  Scratch<int64_t> source_offsets, weight_offsets;  // of chunks
+  Scratch<int64_t> source_offsets, weight_offsets, pairs;  // of chunks
 
   PairPlan(const PairProblem& p, bool channels_last)
       : p(p),
@@ -56,16 +57,20 @@ struct PairPlan {
         slice(slice_groups(c.groups, element)),
         slices(c.groups / slice),
         light(depth.size() * slice * c.columns <= 2 * kPanelElements),
-        positions(light ? clamp(round_up(blocks(c.positions() * slices, kUnits), kBlock),
+        positions(light ? clamp(round_up(blocks(c.positions() * slices, shares()), kBlock),
                                 kLeastPositions, kPositions)
                         : kPositions),
         patches(
             c, depth,
             clamp(kPanelElements / (slice * element + 1) / kBlock * kBlock, 2 * kBlock, positions)),
         source_offsets(depth.chunks()),
-        weight_offsets(depth.chunks()) {
+        weight_offsets(depth.chunks()),
+        pairs(depth.chunks()) {
+    // Vectors sum whole images of a set without loss (conv2d_bf16_set_rows.h).
+    const bool anywhere = !multiplies_tiles() && (channels_last || depth.turned);
+    const int64_t elements = (anywhere ? 2 : 1) * kPanelElements;
     const int64_t most = clamp(positions / (patches.rows * patches.pitch), 1,
-                               kPanelElements / (slice * element * patches.plane + 1) + 1);
+                               elements / (slice * element * patches.plane + 1) + 1);
     set = blocks(patches.count, blocks(patches.count, most));
     sets = blocks(patches.count, set);
     const int64_t channels =
@@ -82,6 +87,7 @@ struct PairPlan {
       const int64_t line = j / run;
       source_offsets.get()[j] = patches.shift(line / taps, line % taps) * pixel + j % run * chunk;
       weight_offsets.get()[j] = j * weight_chunk;
+      pairs.get()[j] = depth.pairs(j);
     }
   }
   int64_t units() const { return sets * slices * channel_blocks; }
@@ -94,21 +100,30 @@ struct PairPlan {
   // for all blocks of channels, and work(patch, index, columns).
   template <typename F, typename G>
   void for_each_unit(int64_t begin, int64_t end, const F& pack, const G& work) const {
+    for_each_set(
+        begin, end,
+        [&](int64_t first, int64_t count, int64_t group) {
+          for (int64_t i = 0; i < count; ++i) pack(patches.at(first + i), i, group);
+        },
+        [&](int64_t first, int64_t count, const PairColumns& columns) {
+          for (int64_t i = 0; i < count; ++i) {
+            const Patch patch = patches.at(first + i);
+            work(patch, i, columns);
+            if (p.epilogue) finish(patch, columns);
+          }
+        });
+  }
+  // Calls pack(first patch, patches, first group) and work(first patch, patches, columns).
+  template <typename F, typename G>
+  void for_each_set(int64_t begin, int64_t end, const F& pack, const G& work) const {
     int64_t packed = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t source = unit / channel_blocks, group = source % slices * slice;
       const int64_t first = source / slices * set, count = smaller(set, patches.count - first);
-      if (source != packed) {
-        for (int64_t i = 0; i < count; ++i) pack(patches.at(first + i), i, group);
-        packed = source;
-      }
+      if (source != packed) pack(first, count, group);
+      packed = source;
       const int64_t channel = unit % channel_blocks * block_channels;
-      const PairColumns columns{group, channel, smaller(block_channels, c.columns - channel)};
-      for (int64_t i = 0; i < count; ++i) {
-        const Patch patch = patches.at(first + i);
-        work(patch, i, columns);
-        if (p.epilogue) finish(patch, columns);
-      }
+      work(first, count, PairColumns{group, channel, smaller(block_channels, c.columns - channel)});
     }
   }
 
@@ -124,12 +139,6 @@ struct PairPlan {
       f(PairBlock{index, group, k, group * c.columns + k, smaller(kBlock, c.columns - k)});
   }
 
- private:
-  static int64_t slice_groups(int64_t groups, int64_t padded) {
-    int64_t slice = clamp(kSliceChannels / larger(padded, 1), 1, groups);
-    while (groups % slice) --slice;
-    return slice;
-  }
   void finish(const Patch& patch, const PairColumns& columns) const {
     // Whole groups lie side by side.
     const bool whole = columns.channels == c.columns;
@@ -139,6 +148,19 @@ struct PairPlan {
         p.epilogue->finish(pixel, pixel + length, first, (whole ? slice : 1) * columns.channels);
       });
     }
+  }
+
+ private:
+  // Sets that threads need at least.
+  static int64_t shares() {
+    const int64_t threads = thread_count();
+    if (multiplies_tiles()) return kUnits;
+    return threads == 1 ? 1 : smaller(kUnits, 2 * threads);
+  }
+  static int64_t slice_groups(int64_t groups, int64_t padded) {
+    int64_t slice = clamp(kSliceChannels / larger(padded, 1), 1, groups);
+    while (groups % slice) --slice;
+    return slice;
   }
 };
 

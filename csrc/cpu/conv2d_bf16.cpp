@@ -35,12 +35,15 @@
 // (contiguous, such narrow ones are conv2d_grouped.cpp's).
 // Forward, 0.2 to 1.3 TFLOP/s of bf16 gemm's 1.2: the rest is memory, and for few channels the
 // rounding of the sums. The first layer, of three channels, is the worst.
-// Reached on Zen 4 with vdpbf16ps, as above, channels_last, all networks (torchops bench dense
-// pointwise --suite all --dtype bf16 --layout channels_last --threads 1 --quick):
-//   windows                      1.05, worst 0.88   1.11, worst 0.85
-//   1x1                          1.23, worst 0.91   1.21, worst 0.92
+// Reached on Zen 4 with vdpbf16ps, as above but of all networks (torchops bench dense pointwise
+// --suite all --dtype bf16 --layout contiguous,channels_last --threads 1 --quick):
+//   windows, channels_last       1.05, worst 0.88   1.11, worst 0.85
+//   1x1, channels_last           1.23, worst 0.91   1.21, worst 0.92
+//   windows, contiguous          1.01, worst 0.84   1.03, worst 0.67
+//   1x1, contiguous              1.32, worst 0.96   1.22, worst 0.93
 // Large windows run at 0.95 of vdpbf16ps's rate, one a cycle, for the products that are inside.
-// Before rows lay anywhere and were rounded in registers: 0.85 and 0.96, 1.16 and 1.11; worst 0.55.
+// Before rows lay anywhere and were rounded in registers, channels_last: 0.85 and 0.96, 1.16 and
+// 1.11; worst 0.55.
 // Tried without gain: fetching the next patch's source during this one's products, blocks of the
 // depth whose sums go through memory, rows of 1 KB stored at once, stores past the cache, no
 // fetching of what is to be written, or in the order of memory. By vectors: more sums at a time (8

@@ -12,7 +12,9 @@
 // own; one group fetches the next positions: otherwise the copies wait for memory. Shares are
 // summed in order, so that the result does not depend on threads.
 //
-// By vectors, rows outside the image are left out.
+// By vectors, rows outside the image are left out, and where a row of taps is narrow, it is what is
+// turned over (conv2d_bf16_grad_weight_windows.h): the 7x7 stem's backward went from 0.63 to 0.95
+// times native's speed on Zen 4, contiguous from 0.69 to 1.07.
 //
 // Reached: the backward of conv2d_bf16.cpp's table, of which this is half.
 // Tried without gain: 1024 positions at a time; on Zen 4 also with half as many columns.
@@ -20,6 +22,7 @@
 
 #if defined(__AVX512BF16__)
 #include "cpu/conv2d_bf16_grad_weight.h"
+#include "cpu/conv2d_bf16_grad_weight_windows.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -104,6 +107,10 @@ bool conv2d_bf16_grad_weight(const Conv2dGradWeightParams& p) {
     const int64_t taps = s.window_height.size * s.window_width.size;
     std::memset(p.grad_weight, 0,
                 s.out_channels * (s.in_channels / s.groups) * taps * sizeof(bf16));
+    return true;
+  }
+  if (turns_windows(s)) {
+    grad_weight_of_windows(p);
     return true;
   }
   const GradWeightPlan plan(p);

@@ -1,6 +1,7 @@
 """README's performance section is what the result files say, and nothing else of it changes."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,19 @@ def test_section(tool, files):
     # Two pools: 5.00 and 1.00 forward, 1.00 and 2.00 backward.
     cells = [cell.strip() for cell in pooling.strip("|").split("|")]
     assert cells == ["pooling", "float32 contiguous, 1 thread", "2.24x", "1.41x", "1.00x", "0 of 4"]
+
+
+def test_the_newest_stands_first_and_others_are_folded(tool, files, tmp_path):
+    readme, old = files
+    report = results.load(old)
+    new = tmp_path / "a_newer.json"
+    year = str(int(report.created[:4]) + 1)
+    results.save(replace(report, created=year + report.created[4:]), new)
+    assert tool.main([str(old), str(new), "--readme", str(readme)]) == 0
+    shown, folded = readme.read_text().split("<details>")
+    assert "[a_newer.json]" in shown and "[zen4.json]" not in shown
+    assert "[zen4.json]" in folded and "| pooling" in folded
+    assert folded.count("</details>") == 1
 
 
 def test_writing_twice_changes_nothing(tool, files):

@@ -1,5 +1,7 @@
 """Writes README's performance section from result files: no figure in it is typed.
 
+The newest stands there, the others behind a line to click.
+
     python tools/readme_performance.py                # from every file in bench/results
     python tools/readme_performance.py --check        # exit code 1 where README is out of date
 
@@ -12,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 from torchops.bench import units
@@ -24,8 +27,30 @@ END = "<!-- performance: end -->"
 
 
 def section(files: Sequence[Path]) -> str:
-    """The Markdown of all result files."""
-    return "\n".join(_of_file(file, load(file)) for file in files)
+    """The Markdown of all result files, the newest first."""
+    reports = sorted(((load(file), file) for file in files), key=_age)
+    (newest, file), *others = reports
+    return "\n".join([_of_file(file, newest), *map(_folded, others)])
+
+
+def _age(item: tuple[Report, Path]) -> tuple[float, Path]:
+    report, file = item
+    return -datetime.fromisoformat(report.created).timestamp(), file
+
+
+def _folded(item: tuple[Report, Path]) -> str:
+    report, file = item
+    dtypes = ", ".join(sorted({row.dtype for row in report.rows}))
+    where = report.environment
+    return "\n".join(
+        [
+            f"<details><summary>{where.gpu or where.cpu}, {where.isa}, {dtypes}</summary>",
+            "",
+            _of_file(file, report),
+            "</details>",
+            "",
+        ]
+    )
 
 
 def _of_file(file: Path, report: Report) -> str:

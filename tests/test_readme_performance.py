@@ -43,16 +43,19 @@ def test_section(tool, files):
     assert cells == ["pooling", "float32 contiguous, 1 thread", "2.24x", "1.41x", "1.00x", "0 of 4"]
 
 
-def test_the_newest_stands_first_and_others_are_folded(tool, files, tmp_path):
+def test_other_machines_than_the_newest_are_folded(tool, files, tmp_path):
     readme, old = files
     report = results.load(old)
-    new = tmp_path / "a_newer.json"
-    year = str(int(report.created[:4]) + 1)
-    results.save(replace(report, created=year + report.created[4:]), new)
-    assert tool.main([str(old), str(new), "--readme", str(readme)]) == 0
+    newer = replace(report, created=str(int(report.created[:4]) + 1) + report.created[4:])
+    machine = replace(report.environment, cpu="Another")
+    for name, environment in [("same", report.environment), ("other", machine)]:
+        results.save(replace(report, environment=environment), tmp_path / f"{name}.json")
+    results.save(newer, tmp_path / "a_newer.json")
+    paths = [str(tmp_path / f"{name}.json") for name in ("other", "same", "a_newer")]
+    assert tool.main([*paths, "--readme", str(readme)]) == 0
     shown, folded = readme.read_text().split("<details>")
-    assert "[a_newer.json]" in shown and "[zen4.json]" not in shown
-    assert "[zen4.json]" in folded and "| pooling" in folded
+    assert 0 < shown.index("[a_newer.json]") < shown.index("[same.json]")
+    assert "[other.json]" in folded and "| pooling" in folded and "Another" not in shown
     assert folded.count("</details>") == 1
 
 

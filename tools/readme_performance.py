@@ -1,6 +1,6 @@
 """Writes README's performance section from result files: no figure in it is typed.
 
-The newest stands there, the others behind a line to click.
+Those of the newest one's machine stand there, the others behind a line to click.
 
     python tools/readme_performance.py                # from every file in bench/results
     python tools/readme_performance.py --check        # exit code 1 where README is out of date
@@ -27,10 +27,16 @@ END = "<!-- performance: end -->"
 
 
 def section(files: Sequence[Path]) -> str:
-    """The Markdown of all result files, the newest first."""
+    """The Markdown of all result files: the newest first, those of other machines folded."""
     reports = sorted(((load(file), file) for file in files), key=_age)
-    (newest, file), *others = reports
-    return "\n".join([_of_file(file, newest), *map(_folded, others)])
+    newest = _machine(reports[0][0])
+    shown = [_of_file(file, report) for report, file in reports if _machine(report) == newest]
+    return "\n".join([*shown, *(_folded(r, f) for r, f in reports if _machine(r) != newest)])
+
+
+def _machine(report: Report) -> tuple[str, str, str]:
+    where = report.environment
+    return where.gpu, where.cpu, where.isa
 
 
 def _age(item: tuple[Report, Path]) -> tuple[float, Path]:
@@ -38,8 +44,7 @@ def _age(item: tuple[Report, Path]) -> tuple[float, Path]:
     return -datetime.fromisoformat(report.created).timestamp(), file
 
 
-def _folded(item: tuple[Report, Path]) -> str:
-    report, file = item
+def _folded(report: Report, file: Path) -> str:
     dtypes = ", ".join(sorted({row.dtype for row in report.rows}))
     where = report.environment
     return "\n".join(

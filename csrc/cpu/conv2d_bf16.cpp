@@ -36,9 +36,10 @@
 // Forward, 0.2 to 1.3 TFLOP/s of bf16 gemm's 1.2: the rest is memory, and for few channels the
 // rounding of the sums. The first layer, of three channels, is the worst.
 // Reached on Zen 4 with vdpbf16ps, as above but of all networks (torchops bench dense pointwise
-// --suite all --dtype bf16 --layout contiguous,channels_last --threads 1 --quick):
-//   windows, channels_last       1.05, worst 0.88   1.11, worst 0.85
-//   1x1, channels_last           1.23, worst 0.91   1.21, worst 0.92
+// --suite all --dtype bf16 --layout contiguous,channels_last --threads 1 --quick; channels_last is
+// of bench/results/zen4-1t-bf16.json):
+//   windows, channels_last       1.06, worst 0.91   1.09, worst 0.84
+//   1x1, channels_last           1.24, worst 0.93   1.21, worst 0.96
 //   windows, contiguous          1.01, worst 0.84   1.03, worst 0.67
 //   1x1, contiguous              1.32, worst 0.96   1.22, worst 0.93
 // Large windows run at 0.95 of vdpbf16ps's rate, one a cycle, for the products that are inside.

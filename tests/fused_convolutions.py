@@ -58,6 +58,7 @@ CALLS = [
     call((2, 300, 7, 7), (200, 300, 1, 1), "relu", residual=True),
     call((2, 9, 7, 7), (20, 9, 1, 1), stride=2),
     call((2, 20, 19, 17), (133, 20, 3, 3), "relu", residual=True, padding=1),
+    call((3, 40, 14, 13), (72, 40, 3, 3), "relu", residual=True, stride=2, padding=1),
     call((2, 5, 17, 19), (7, 5, 3, 3), "leaky_relu", bias=True, stride=2, padding=1),
     call((2, 90, 14, 14), (140, 90, 3, 3), "relu", stride=2, padding=1),
     call((1, 3, 33, 40), (16, 3, 7, 7), "silu", stride=2, padding=3),

@@ -36,6 +36,12 @@ SAMPLES_2D = [
     sample((1, 120, 3, 3), (120, 60, 3, 3), padding=2, groups=2),
     sample((2, 6, 9, 9), (12, 1, 3, 3), padding=1, groups=6),
     sample((2, 40, 19, 19), (40, 1, 5, 5), bias=False, stride=2, padding=2, groups=40),
+    # Contiguous planes of short rows.
+    sample((3, 40, 14, 13), (72, 40, 3, 3), stride=2, padding=1),
+    sample((2, 33, 7, 6), (20, 33, 5, 5), bias=False, padding=2),
+    sample((2, 37, 13, 14), (37, 1, 3, 3), padding=1, groups=37),
+    sample((2, 40, 14, 15), (40, 1, 3, 3), bias=False, stride=2, padding=1, groups=40),
+    sample((3, 20, 7, 7), (20, 1, 7, 7), padding=3, groups=20),
     sample((2, 4, 5, 5), (4, 4, 2, 2), stride=3, padding=2, dilation=2),
     sample((2, 5, 7, 6), (9, 5, 7, 6)),
     sample((2, 3, 3, 3), (4, 3, 5, 5), stride=2, padding=2),

@@ -35,9 +35,10 @@ QUICK = Effort(seconds=0.0, fewest=3, most=3, sample_seconds=0.0, warm_up_second
 LOSS_STEPS = 3
 # The first loss is a forward alone. Later ones follow from gradients, whose inputs of ReLU6 within
 # rounding of a corner let them pass, or not: in MobileNetV2 on one image a hundredth of the whole
-# gradient, in torch.nn as in torchops (each against float64, two seeds). bfloat16 keeps 8 bits.
+# gradient, in Wide ResNet-50-2 on four two hundredths, in torch.nn as in torchops (each against
+# float64). bfloat16 keeps 8 bits.
 FIRST_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
-LATER_TOLERANCE = {"float32": 5e-3, "bfloat16": 5e-2}
+LATER_TOLERANCE = {"float32": 2e-2, "bfloat16": 5e-2}
 
 
 class Run:

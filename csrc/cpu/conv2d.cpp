@@ -42,7 +42,6 @@
 #include "cpu/conv2d_lines.h"
 #include "cpu/conv2d_nhwc.h"
 #include "cpu/conv2d_patches.h"
-#include "cpu/conv2d_turn.h"
 #include "cpu/conv2d_weights.h"
 #include "cpu/conv2d_winograd.h"
 #include "cpu/gemm.h"
@@ -271,6 +270,28 @@ void correlate(const Problem<T>& p) {
   if (reads_rows<T>(p.c)) return correlate_rows(p);
   correlate_contiguous(p);
 }
+
+// The source of a product, contiguous where channels_last would leave most lanes of its vectors of
+// output channels empty.
+template <typename T>
+struct Source {
+  const T* data;
+  bool channels_last, pixels;
+  Scratch<T> planes;
+
+  Source(const Conv2dShape& s, const void* source, int64_t channels, int64_t pixels_per_image,
+         int64_t columns)
+      : data(static_cast<const T*>(source)),
+        channels_last(s.channels_last),
+        pixels(s.channels_last && s.groups == 1 && s.window_width.size > 1 &&
+               columns <= kTileRows / 2),
+        planes(pixels ? s.batch * channels * pixels_per_image : 0) {
+    if (!pixels) return;
+    channels_last = false;
+    turn_images(data, planes.get(), s.batch, pixels_per_image, channels);
+    data = planes.get();
+  }
+};
 
 // Whether rows of planes are so short that copying them for each tap takes longer than turning the
 // images over: it does for few columns of the product.

@@ -301,15 +301,6 @@ void correlate(const Correlation<scalar_t>& p, int64_t batch) {
   });
 }
 
-// Whether a row fills a register, or nearly so where there are few taps: the working form costs
-// two transpositions, but none of its lanes is idle.
-template <typename acc>
-bool fills_rows(int64_t in_width, const Axis& width) {
-  constexpr int64_t lanes = kLanes<acc>;
-  if (in_width >= lanes) return true;
-  return width.window.size <= 3 && 4 * smaller(width.input, width.output) >= 3 * lanes;
-}
-
 // NCHW with one output channel per group. `reversed`: the taps in descending order.
 template <typename scalar_t>
 void correlate_planes(const void* input, void* output, const void* weight, const void* bias,

@@ -229,6 +229,15 @@ class PlaneWorker {
   TileKernel<T> one_ = nullptr, two_ = nullptr;  // null where the window has no tiles
 };
 
+// Whether a row fills a register, or nearly so where there are few taps: the working form costs
+// two transpositions, but none of its lanes is idle.
+template <typename acc>
+bool fills_rows(int64_t in_width, const Axis& width) {
+  constexpr int64_t lanes = kLanes<acc>;
+  if (in_width >= lanes) return true;
+  return width.window.size <= 3 && 4 * smaller(width.input, width.output) >= 3 * lanes;
+}
+
 template <typename T>
 void correlate_nchw(const Nchw<T>& p) {
   const Axis& height = p.height;

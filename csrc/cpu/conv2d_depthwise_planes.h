@@ -46,8 +46,9 @@ struct PlaneRows {
     acc* to = at(y);
     const int64_t n = width.input, padding = width.window.padding;
     constexpr int64_t two = 2 * kLanes<T>;
-    if (step > 2) return split_phases(from, n, padding, step, to, pitch, acc{});
-    if (n < step * kLanes<T>) return load_short_row(from, width, to);
+    if (step > 2 || n < step * kLanes<T>) {
+      return split_phases(from, n, padding, step, to, pitch, acc{});
+    }
     if (step == 2) {
       acc* even = to + padding % 2 * pitch + padding / 2;
       acc* odd = to + (padding + 1) % 2 * pitch + (padding + 1) / 2;
@@ -64,19 +65,6 @@ struct PlaneRows {
       const int64_t start = smaller(x, n - kLanes<T>);
       store<acc>(to + padding + start, load(from + start));
     }
-  }
-
-  // Of less than a register for each phase; zeros behind its end are where zeros belong.
-  template <typename T>
-  void load_short_row(const T* from, const Axis& width, acc* to) const {
-    constexpr int size = kLanes<T>;
-    const int64_t n = width.input, padding = width.window.padding;
-    const Vec<T> a = n < size ? load_partial(from, int(n)) : load(from);
-    if (step == 1) return store<acc>(to + padding, a);
-    const Vec<T> b = n > size ? load_partial(from + size, int(n - size)) : Vec<T>{};
-    store<acc>(to + padding % 2 * pitch + padding / 2, even_lanes(a, b, kLaneNumbers<T>));
-    store<acc>(to + (padding + 1) % 2 * pitch + (padding + 1) / 2,
-               odd_lanes(a, b, kLaneNumbers<T>));
   }
 };
 

@@ -264,7 +264,8 @@ template <typename T, int kernel, int stride, bool whole>
 }
 
 // The rows under two windows; `whole` says that all their pixels exist. Without asking for each,
-// 7x7 of 96 x 56 x 56 took 2.5 ms instead of 3.1 (Zen 4, fp32).
+// torchops bench conv2d:mb8_g96ic96ih56oc96kh7ph3_bias --layout channels_last --threads 1 --quick
+// went from 3.1 ms to 2.6 on Zen 4.
 template <typename T, int kernel, int stride>
 [[gnu::always_inline]] inline void add_rows(const StripInput<T>& input, const WindowRows<T>& window,
                                             bool whole, const acc_t<T>* weights,

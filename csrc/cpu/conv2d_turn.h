@@ -1,15 +1,17 @@
-// Images brought from one memory format into the other, where a product reads that faster.
+// Images and weights brought from one memory format into the other, where a product reads that
+// faster.
 #pragma once
 
 #include "core/parallel.h"
-#include "core/scratch.h"
 #include "core/transpose.h"
-#include "cpu/conv2d_weights.h"
+#include "cpu/conv2d_gather.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-// Turns each image over, rows for columns: planes to pixels and back.
+constexpr int64_t kGrainCopies = 65'536;
+
+// Turns the matrix that each image is over, rows for columns: planes to pixels and back.
 template <typename T>
 void turn_images(const T* from, T* to, int64_t images, int64_t rows, int64_t columns) {
   const int64_t strips = blocks(rows, kLanes<T>);
@@ -28,28 +30,6 @@ void turn_images(const T* from, T* to, int64_t images, int64_t rows, int64_t col
                  }
                });
 }
-
-// The source of a product, contiguous where channels_last would leave most lanes of its vectors of
-// output channels empty.
-template <typename T>
-struct Source {
-  const T* data;
-  bool channels_last, pixels;
-  Scratch<T> planes;
-
-  Source(const Conv2dShape& s, const void* source, int64_t channels, int64_t pixels_per_image,
-         int64_t columns)
-      : data(static_cast<const T*>(source)),
-        channels_last(s.channels_last),
-        pixels(s.channels_last && s.groups == 1 && s.window_width.size > 1 &&
-               columns <= kTileRows / 2),
-        planes(pixels ? s.batch * channels * pixels_per_image : 0) {
-    if (!pixels) return;
-    channels_last = false;
-    turn_images(data, planes.get(), s.batch, pixels_per_image, channels);
-    data = planes.get();
-  }
-};
 
 }  // namespace
 }  // namespace torchops::cpu::TORCHOPS_ISA

@@ -9,13 +9,11 @@
 #include "core/thread_count.h"
 #include "core/transpose.h"
 #include "cpu/conv2d_epilogue.h"
-#include "cpu/conv2d_gather.h"
+#include "cpu/conv2d_turn.h"
 #include "cpu/gemm.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
-
-constexpr int64_t kGrainCopies = 65'536;
 
 // Where the weight of (group, output column, tap, channel) lies.
 template <typename T>
@@ -156,28 +154,9 @@ Weights<T> forward_weights(const Conv2dShape& s, const void* weight) {
   return {data, group, column, taps, width, 1};
 }
 
-// A contiguous weight in the channels_last format, [out channel][tap][in channel]: packing it for
-// the gradient of the input, whose columns are input channels, would gather it element by element.
-template <typename T>
-void weights_by_taps(const Conv2dShape& s, const T* from, T* to) {
-  const int64_t taps = s.window_height.size * s.window_width.size;
-  const int64_t channels = s.in_channels / s.groups;
-  parallel_for(s.out_channels, kGrainCopies / (taps * channels + 1) + 1,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t row = begin * channels; row < end * channels; row += channels) {
-                   for_each_vec<T>(channels, [&](int64_t channel, int lanes) {
-                     load_planes(from + (row + channel) * taps, taps, lanes, taps,
-                                 [&](int64_t tap, const Vec<T>* block, int size) {
-                                   for (int i = 0; i < size; ++i)
-                                     store_partial(to + row * taps + (tap + i) * channels + channel,
-                                                   block[i], lanes);
-                                 });
-                   });
-                 }
-               });
-}
-
-// The weight in that order, where it lies if it does so already.
+// The weight in the channels_last format, [out channel][tap][in channel], where it lies if it does
+// so already: packing a contiguous one for the gradient of the input, whose columns are input
+// channels, would gather it element by element.
 template <typename T>
 struct WeightByTaps {
   const int64_t taps;
@@ -189,7 +168,7 @@ struct WeightByTaps {
         copy(lies(s) ? 0 : s.out_channels * (s.in_channels / s.groups) * taps),
         data(static_cast<const T*>(weight)) {
     if (lies(s)) return;
-    weights_by_taps(s, data, copy.get());
+    turn_images(data, copy.get(), s.out_channels, s.in_channels / s.groups, taps);
     data = copy.get();
   }
 

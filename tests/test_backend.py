@@ -207,3 +207,18 @@ def test_what_torch_accepts_and_ours_refuses_runs_natively_in_auto_only():
         assert torch.equal(TF.conv2d(input, weight, bias, padding="same"), native)
     with torchops.backend("own"), pytest.raises(RuntimeError, match="bias has another dtype"):
         TF.conv2d(input, weight, bias, padding="same")
+
+
+def test_uneven_padding_is_warned_of_as_by_native():
+    """torch says once that padding="same" may copy the input, by its own means always."""
+    input, weight = torch.randn(1, 2, 5, 5), torch.randn(3, 2, 2, 3)
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with pytest.warns(UserWarning, match="padding='same'") as native:
+            torch.nn.functional.conv2d(input, weight, padding="same")
+    finally:
+        torch.set_warn_always(before)
+    with pytest.warns(UserWarning, match="padding='same'") as own:
+        TF.conv2d(input, weight, padding="same")
+    assert str(native[0].message).startswith(str(own[0].message))

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from raw_calls import OPERATORS, raw_calls
 from support import CASES
@@ -21,6 +22,32 @@ def raised(call):
 )
 def test_exception_is_natives(case, bad):
     assert raised(lambda: bad.call(case.own)) == raised(lambda: bad.call(case.native))
+
+
+def on_meta(function):
+    """`function` of the same call on meta tensors, which have sizes and no numbers."""
+
+    def call(*args, **kwargs):
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("case", "bad"),
+    [pytest.param(c, bad, id=f"{c.name}-{bad.name}") for c in CASES for bad in c.bad_inputs],
+)
+def test_exception_on_meta_tensors(case, bad):
+    """Fake kernels refuse what kernels refuse: torch.compile and a model on meta say it early.
+
+    With native's exception, where native's meta kernels refuse it, which check less than its CPU's.
+    """
+    own = raised(lambda: bad.call(on_meta(case.own)))
+    try:
+        bad.call(on_meta(case.native))
+    except Exception as native:
+        assert own == (type(native), str(native))
 
 
 # ---- torch.ops.torchops, called past every check of the Python layer -----------------------

@@ -26,7 +26,17 @@ def _like_output(input):
     )
 
 
+def _check_sizes(input, **per_channel):
+    torch._check(input.dim() >= 2, lambda: f"expected at least 2 dimensions, got {input.dim()}")
+    for name, tensor in per_channel.items():
+        torch._check(
+            tensor is None or tensor.shape == input.shape[1:2],
+            lambda name=name: f"{name} should contain {input.shape[1]} elements",
+        )
+
+
 def fake_batch_norm(input, weight, bias, residual, eps, activation):
+    _check_sizes(input, weight=weight, bias=bias)
     mean = input.new_empty(input.shape[1], dtype=torch.float64)
     return _like_output(input), mean, torch.empty_like(mean)
 
@@ -40,6 +50,7 @@ def fake_and_update(
 
 
 def fake_apply(input, mean, var, weight, bias, residual, eps, activation):
+    _check_sizes(input, running_mean=mean, running_var=var, weight=weight, bias=bias)
     return _like_output(input)
 
 

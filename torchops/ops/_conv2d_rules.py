@@ -41,6 +41,12 @@ def fake_conv2d(input, weight, bias, stride, padding, dilation, groups):
         lambda: f"conv2d: {groups} groups do not fit input {input.shape} and weight {weight.shape}",
     )
     torch._check(input.dtype == weight.dtype, lambda: "conv2d: input and weight differ in dtype")
+    torch._check(
+        bias is None or (bias.dtype == weight.dtype and bias.shape == weight.shape[:1]),
+        lambda: f"conv2d: expected a bias of {weight.dtype} with one element per output channel",
+    )
+    for length in (*weight.shape[2:], *stride, *dilation):
+        torch._check(length > 0, lambda: "conv2d: kernel, stride and dilation must be positive")
     size = output_size(input.shape, weight.shape, stride, padding, dilation)
     for length in size[2:]:
         torch._check(length > 0, lambda: "conv2d: the kernel is larger than the input")

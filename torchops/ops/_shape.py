@@ -92,24 +92,6 @@ def window_numbers(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -
     return kernel_size + stride + pair(padding) + pair(dilation)
 
 
-def pooled_shape(input_size: Any, pool: Any) -> tuple[Any, ...]:
-    """Sizes of a pool's output, `pool` being the list that its operators take."""
-    size = []
-    for axis in (0, 1):
-        kernel, stride, padding, dilation = pool[axis:8:2]
-        size.append(pooled_size(input_size[axis - 2], kernel, stride, padding, dilation, pool[8]))
-    return (*input_size[:-2], *size)
-
-
-def pooled_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool):
-    """Number of windows along an axis, also symbolic; csrc/core/window.h has the rule."""
-    span = size + 2 * padding - dilation * (kernel - 1) - 1 + (stride - 1 if ceil_mode else 0)
-    output = span // stride + 1
-    if ceil_mode:
-        output = torch.sym_min(output, (size + padding - 1) // stride + 1)
-    return output
-
-
 def convolved_size(input: int, kernel: int, stride: int, padding: int, dilation: int):
     """Number of windows that fit along an axis; works on symbolic sizes."""
     return (input + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1

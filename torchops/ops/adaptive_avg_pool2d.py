@@ -22,7 +22,6 @@ from torchops.ops._shape import (
     adaptive_size_1d,
     check_not_empty,
     is_channels_last,
-    suggest_memory_format,
 )
 
 
@@ -122,10 +121,9 @@ class AdaptiveAvgPool2dBackwardFunction(Function):
 
 
 def _fake_adaptive_avg_pool2d(input, output_size):
-    return torch.empty(
-        (*input.shape[:-2], *output_size), dtype=input.dtype, device=input.device,
-        memory_format=suggest_memory_format(input),
-    )  # fmt: skip
+    for size in input.shape[-2:]:
+        torch._check(size > 0, lambda: f"adaptive_avg_pool2d: nothing to pool in {input.shape}")
+    return torch.ops.aten._adaptive_avg_pool2d(input, output_size)
 
 
 def _fake_backward(grad_output, input_size, channels_last):

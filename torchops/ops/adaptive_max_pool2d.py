@@ -174,9 +174,10 @@ def _taps(length, outputs):
 
 
 def _fake_offsets(input, output_size):
+    _, indices = torch.ops.aten.adaptive_max_pool2d(input, output_size)  # sizes, and refusals
     height, width = (_taps(input.shape[axis], output_size[axis]) for axis in (-2, -1))
     return torch.empty(
-        (*input.shape[:-2], *output_size), device=input.device,
+        indices.shape, device=input.device,
         dtype=torch.uint8 if height * width <= 256 else torch.int32,
         memory_format=suggest_memory_format(input),
     )  # fmt: skip

@@ -24,10 +24,8 @@ from torchops.ops._autograd import (
 from torchops.ops._drop_in import drop_in, native_only
 from torchops.ops._shape import (
     is_channels_last,
-    pooled_shape,
     single,
     strides_are_channels_last,
-    suggest_memory_format,
     window_numbers,
 )
 
@@ -189,10 +187,9 @@ class AvgPool2dBackwardFunction(Function):
 
 
 def _fake_avg_pool2d(input, pool):
-    return torch.empty(
-        pooled_shape(input.shape, pool), dtype=input.dtype, device=input.device,
-        memory_format=suggest_memory_format(input),
-    )  # fmt: skip
+    *_, ceil_mode, count_include_pad, divisor = pool
+    window = (pool[:2], pool[2:4], pool[4:6])
+    return torch.ops.aten.avg_pool2d(input, *window, ceil_mode, count_include_pad, divisor or None)
 
 
 def _fake_backward(grad_output, input_size, pool, channels_last):

@@ -6,11 +6,13 @@ derivatives are the other two: three operators close all orders of differentiati
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from torchops.ops import _conv2d_rules as rules
 from torchops.ops._autograd import Function, depending, kernel, register, save
@@ -175,6 +177,13 @@ def _autocast(device: str, *tensors: Any) -> Any:
     )
 
 
+# Native's text.
+UNEVEN_PADDING = (
+    "Using padding='same' with even kernel lengths and odd dilation may require a zero-padded copy"
+    " of the input be created"
+)
+
+
 def _named_padding(
     input: Tensor, weight: Tensor, stride: tuple, padding: str, dilation: tuple
 ) -> tuple[Tensor, tuple[int, ...]]:
@@ -191,6 +200,8 @@ def _named_padding(
     window = weight.shape[2:] if weight.dim() == 4 else (1, weight.shape[2])
     total = [d * (k - 1) for d, k in zip(dilation, window, strict=True)]
     if any(t % 2 for t in total):
+        if not is_dynamo_compiling():
+            warnings.warn(UNEVEN_PADDING, stacklevel=2)
         input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
     return input, (total[0] // 2, total[1] // 2)
 

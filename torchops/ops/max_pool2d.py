@@ -19,7 +19,6 @@ from torchops.ops._autograd import (
 from torchops.ops._drop_in import drop_in, native_only
 from torchops.ops._max_rules import backward_only, register_max, with_indices
 from torchops.ops._shape import (
-    pooled_shape,
     single,
     suggest_memory_format,
     window_numbers,
@@ -196,8 +195,10 @@ def _derive(input, pool):
 
 
 def _fake_offsets(input, pool):
+    window = (pool[:2], pool[2:4], pool[4:6], pool[6:8], pool[8])
+    _, indices = torch.ops.aten.max_pool2d_with_indices(input, *window)  # sizes, and refusals
     return torch.empty(
-        pooled_shape(input.shape, pool), device=input.device,
+        indices.shape, device=input.device,
         dtype=torch.uint8 if pool[0] * pool[1] <= 256 else torch.int32,
         memory_format=suggest_memory_format(input),
     )  # fmt: skip

@@ -96,11 +96,11 @@ struct RowBlocks {
   explicit RowBlocks(const Correlation& c)
       : width(c.width.count),
         rows(c.batch * c.height.count),
-        padded(blocks(width, kLanes<T>) * kLanes<T>),
-        parts(blocks(width, kPositions)),
-        part(blocks(blocks(width, parts), kWidth) * kWidth),
+        padded(divide_up(width, kLanes<T>) * kLanes<T>),
+        parts(divide_up(width, kPositions)),
+        part(divide_up(divide_up(width, parts), kWidth) * kWidth),
         block_rows(parts > 1 ? 1 : kPositions / padded),
-        count(parts * blocks(rows, block_rows)) {}
+        count(parts * divide_up(rows, block_rows)) {}
   int64_t begin(int64_t block) const {
     return block / parts * block_rows * width + smaller(block % parts * part, width);
   }
@@ -191,9 +191,9 @@ void correlate_contiguous(const Problem<T>& p) {
   const DepthBlocks& depth = weights.depth;
   const int64_t channel_blocks = weights.channel_blocks;
   // Nearly equal blocks, in whole tiles.
-  const int64_t least_blocks = blocks(c.positions(), kPositions);
-  const int64_t block_positions = blocks(blocks(c.positions(), least_blocks), kWidth) * kWidth;
-  const int64_t position_blocks = blocks(c.positions(), block_positions);
+  const int64_t least_blocks = divide_up(c.positions(), kPositions);
+  const int64_t block_positions = divide_up(divide_up(c.positions(), least_blocks), kWidth) * kWidth;
+  const int64_t position_blocks = divide_up(c.positions(), block_positions);
   // Packing does not pay for few positions. (A tile of more rows has too few address registers.)
   const DepthWalk walk(p);
   const bool in_place =
@@ -303,46 +303,6 @@ bool turns_planes(const Conv2dShape& s, int64_t columns) {
          !(kHasWinograd<T> && winograd_pays(forward_correlation(s)));
 }
 
-template <typename T>
-void conv2d_of_planes(const Conv2dParams& p) {
-  const Conv2dShape& s = p.shape;
-  const Epilogue epilogue(p);
-  const int64_t in_plane = s.in_height * s.in_width, out_plane = s.out_height * s.out_width;
-  const Scratch<T> input(s.batch * s.in_channels * in_plane);
-  const Scratch<T> output(s.batch * s.out_channels * out_plane);
-  turn_images(static_cast<const T*>(p.input), input.get(), s.batch, s.in_channels, in_plane);
-  const WeightByTaps<T> weight(s, p.weight);
-  Conv2dParams turned = p;
-  turned.shape.channels_last = turned.shape.weight_channels_last = true;
-  turned.weight = weight.data;
-  turned.input = input.get();
-  turned.output = output.get();
-  turned.norm = nullptr;
-  conv2d(turned);
-  turn_images(output.get(), static_cast<T*>(p.output), s.batch, out_plane, s.out_channels);
-  if (!epilogue.get()) return;
-  parallel_for(s.batch, kGrainCopies / (out_plane * s.out_channels + 1) + 1,
-               [&](int64_t begin, int64_t end) {
-                 epilogue.finish(begin * out_plane, end * out_plane, 0, s.out_channels);
-               });
-}
-
-template <typename T>
-void conv2d_grad_input_of_planes(const Conv2dGradInputParams& p) {
-  const Conv2dShape& s = p.shape;
-  const int64_t in_plane = s.in_height * s.in_width, out_plane = s.out_height * s.out_width;
-  const Scratch<T> grad_output(s.batch * s.out_channels * out_plane);
-  const Scratch<T> grad_input(s.batch * s.in_channels * in_plane);
-  turn_images(static_cast<const T*>(p.grad_output), grad_output.get(), s.batch, s.out_channels,
-              out_plane);
-  Conv2dGradInputParams turned = p;
-  turned.shape.channels_last = true;
-  turned.grad_output = grad_output.get();
-  turned.grad_input = grad_input.get();
-  conv2d_grad_input(turned);
-  turn_images(grad_input.get(), static_cast<T*>(p.grad_input), s.batch, in_plane, s.in_channels);
-}
-
 }  // namespace
 
 void conv2d(const Conv2dParams& p) {
@@ -350,7 +310,14 @@ void conv2d(const Conv2dParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Conv2dShape& s = p.shape;
-    if (turns_planes<T>(s, s.out_channels)) return conv2d_of_planes<T>(p);
+    if (turns_planes<T>(s, s.out_channels)) {
+      const WeightByTaps<T> weight(s, p.weight);
+      return conv2d_of_planes<T>(p, [&](Conv2dParams turned) {
+        turned.weight = weight.data;
+        turned.shape.weight_channels_last = true;
+        conv2d(turned);
+      });
+    }
     const Source<T> source(s, p.input, s.in_channels, s.in_height * s.in_width, s.out_channels);
     const Epilogue epilogue(p);
     correlate<T>({forward_correlation(s), forward_weights<T>(s, p.weight), source.data,
@@ -363,7 +330,9 @@ void conv2d_grad_input(const Conv2dGradInputParams& p) {
   if (conv2d_bf16_grad_input(p) || conv2d_patches_grad_input(p)) return;
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (turns_planes<T>(p.shape, p.shape.in_channels)) return conv2d_grad_input_of_planes<T>(p);
+    if (turns_planes<T>(p.shape, p.shape.in_channels)) {
+      return conv2d_grad_input_of_planes<T>(p, conv2d_grad_input);
+    }
     Conv2dShape s = p.shape;
     const WeightByTaps<T> by_taps(s, p.weight);
     s.weight_channels_last = true;

@@ -85,7 +85,7 @@ class GradWeightPanels {
     ++chunks_;
   }
   void place_chunks(const Patch& patch, int64_t index) {
-    const int64_t count = blocks(patch.rows * q_.pitch, kChunk), a = index * q_.length;
+    const int64_t count = divide_up(patch.rows * q_.pitch, kChunk), a = index * q_.length;
     const int64_t b = index * q_.pairs * kChunk;
     for (int64_t j = 0; j < count; ++j) {
       const bool last = j + 1 == count && !q_.whole(patch);

@@ -23,14 +23,14 @@ struct PairPositions {
   int64_t pairs;          // of a patch's input, with a last chunk of its own per tap
 
   explicit PairPositions(const Correlation& c, int64_t most = kPositions) : c(c) {
-    parts = blocks(c.width.count, most);
-    part = smaller(c.width.count, round_up(blocks(c.width.count, parts), kChunk));
-    parts = blocks(c.width.count, part);
+    parts = divide_up(c.width.count, most);
+    part = smaller(c.width.count, round_up(divide_up(c.width.count, parts), kChunk));
+    parts = divide_up(c.width.count, part);
     pitch = round_up(part, 2);
     const int64_t taps = c.height.taps;
     rows = parts > 1 ? 1 : smaller(most / pitch, c.height.count);
-    rows = blocks(c.height.count, blocks(c.height.count, rows));
-    row_blocks = blocks(c.height.count, rows);
+    rows = divide_up(c.height.count, divide_up(c.height.count, rows));
+    row_blocks = divide_up(c.height.count, rows);
     patches = c.batch * row_blocks * parts;
     phases = seen_phases(c.height);
     plane = (rows + (taps > 1 ? (taps - 1) * c.height.tap_offset / phases : 0)) * pitch;
@@ -77,7 +77,7 @@ struct GradWeightInput {
         data(static_cast<const bf16*>(input)) {
     if (!pixels || s.channels_lie_last()) return;
     const int64_t channels = s.in_channels, plane = s.in_height * s.in_width;
-    const int64_t strips = blocks(plane, kBlock);
+    const int64_t strips = divide_up(plane, kBlock);
     parallel_for(s.batch * strips, 65'536 / (kBlock * channels) + 1,
                  [&](int64_t begin, int64_t end) {
                    for (int64_t item = begin; item < end; ++item) {
@@ -133,21 +133,22 @@ struct GradWeightPlan {
         c(without_rows(forward_correlation(params.shape), params.shape.channels_lie_last())),
         positions(c),
         slice(clamp(kSliceChannels / larger(c.channels, 1), 1, c.groups)),
-        slices(blocks(c.groups, slice)),
+        slices(divide_up(c.groups, slice)),
         width(c.width.taps * c.channels),
         padded_width(round_up(width, kTile)) {
     const int64_t fit = clamp(kPositions / positions.length, 1, kPositions);
-    set = blocks(positions.patches, blocks(positions.patches, fit));
-    sets = blocks(positions.patches, set);
+    set = divide_up(positions.patches, divide_up(positions.patches, fit));
+    sets = divide_up(positions.patches, set);
     const int64_t most_rows = c.height.taps > 1 ? 128 : 256;
     const int64_t most_columns = c.height.taps > 1 ? 384 : 512;
-    row_blocks = blocks(c.columns, most_rows);
-    block_rows = round_up(blocks(c.columns, row_blocks), kBlock);
-    row_blocks = blocks(c.columns, block_rows);
-    column_blocks = blocks(width, most_columns);
-    block_columns = round_up(blocks(width, column_blocks), kBlock);
-    column_blocks = blocks(width, block_columns);
-    shares = smaller(blocks(kUnits, slices * row_blocks * column_blocks), blocks(sets, kShareSets));
+    row_blocks = divide_up(c.columns, most_rows);
+    block_rows = round_up(divide_up(c.columns, row_blocks), kBlock);
+    row_blocks = divide_up(c.columns, block_rows);
+    column_blocks = divide_up(width, most_columns);
+    block_columns = round_up(divide_up(width, column_blocks), kBlock);
+    column_blocks = divide_up(width, block_columns);
+    shares = smaller(divide_up(kUnits, slices * row_blocks * column_blocks),
+                     divide_up(sets, kShareSets));
   }
   // One share's sums: [group][output channel][tap along the height][column], in whole tiles.
   int64_t row_size() const { return c.height.taps * padded_width; }

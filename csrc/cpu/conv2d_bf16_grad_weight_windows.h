@@ -48,16 +48,16 @@ struct WindowPlan {
         rows(round_up(elements, kHeight)),
         length(round_up(positions.phases * positions.plane, kChunk)) {
     const int64_t fit = clamp(most_positions / positions.length, 1, most_positions);
-    set = blocks(positions.patches, blocks(positions.patches, fit));
-    sets = blocks(positions.patches, set);
+    set = divide_up(positions.patches, divide_up(positions.patches, fit));
+    sets = divide_up(positions.patches, set);
     planes = !params.shape.channels_lie_last();
     row_stride = set * length + (planes ? kChunk : 0);  // what a line writes past its end
     if (row_stride % 256 == 0) row_stride += kChunk;
-    column_blocks = blocks(c.columns, kMostColumns);
-    block_columns = round_up(blocks(c.columns, column_blocks), kBlock);
-    column_blocks = blocks(c.columns, block_columns);
+    column_blocks = divide_up(c.columns, kMostColumns);
+    block_columns = round_up(divide_up(c.columns, column_blocks), kBlock);
+    column_blocks = divide_up(c.columns, block_columns);
     padded_columns = column_blocks * block_columns;
-    shares = smaller(blocks(kUnits, column_blocks), blocks(sets, kShareSets));
+    shares = smaller(divide_up(kUnits, column_blocks), divide_up(sets, kShareSets));
   }
   int64_t share_size() const { return rows * padded_columns; }
 };
@@ -276,7 +276,7 @@ inline void grad_weight_of_windows(const Conv2dGradWeightParams& p) {
       }
     }
   });
-  parallel_for(blocks(plan.c.columns, kTile), 65'536 / (plan.shares * plan.rows * kTile) + 1,
+  parallel_for(divide_up(plan.c.columns, kTile), 65'536 / (plan.shares * plan.rows * kTile) + 1,
                [&](int64_t begin, int64_t end) {
                  for (int64_t i = begin; i < end; ++i) write_channels(plan, i * kTile, sums.get());
                });

@@ -93,7 +93,7 @@ class PixelsAhead {
  public:
   PixelsAhead(const Correlation& c, const PairColumns& columns, bool in_place)
       : near_(c.channels <= columns.channels),
-        share_(blocks(kBlock, blocks(columns.channels, kBlock)) * c.channels) {
+        share_(divide_up(kBlock, divide_up(columns.channels, kBlock)) * c.channels) {
     if (!in_place || c.groups > 1 || !(near_ || c.channels <= kMostChannels)) share_ = 0;
   }
   [[gnu::always_inline]] void fetch(const bf16* next, int64_t channel) const {

@@ -18,8 +18,7 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t round_up(int64_t count, int64_t unit) { return blocks(count, unit) * unit; }
+inline int64_t round_up(int64_t count, int64_t unit) { return divide_up(count, unit) * unit; }
 
 // A 1x1 window of stride 1 sees no rows: all pixels are one, channels_last even those of all
 // images.
@@ -51,16 +50,16 @@ struct PairDepth {
   int64_t chunk, run_chunks, padded;  // elements of a chunk; chunks of a run, and their elements
 
   PairDepth(const Correlation& c, bool channels_last) {
-    const int64_t taps = c.width.taps, apart = taps * blocks(c.channels, kChunk);
+    const int64_t taps = c.width.taps, apart = taps * divide_up(c.channels, kChunk);
     const bool neighbours = taps > 1 && c.width.tap_offset == 1;
     const auto saves = [&](int64_t chunks) { return neighbours && 4 * apart > 5 * chunks; };
     const int64_t even = round_up(c.channels, 2);
     const auto cut = [](int64_t run) {
-      return multiplies_tiles() ? cut_evenly(run) : larger(blocks(run, kChunk), 1);
+      return multiplies_tiles() ? cut_evenly(run) : larger(divide_up(run, kChunk), 1);
     };
     overlaps = channels_last && saves(cut(taps * even));
     // Planes of many channels are turned over with one tap each.
-    merged = !channels_last && c.channels < kTile && saves(blocks(taps * c.channels, kChunk));
+    merged = !channels_last && c.channels < kTile && saves(divide_up(taps * c.channels, kChunk));
     channels = overlaps ? even : c.channels;
     run = (merged || overlaps ? taps : 1) * channels;
     lines = c.height.taps * (merged || overlaps ? 1 : taps);
@@ -73,14 +72,17 @@ struct PairDepth {
     }
     const int64_t whole_chunks = cut_evenly(run);
     // Without padding, pixels are read where they lie, or copied as they are.
-    const bool exact = channels_last && run % 2 == 0 && 5 * blocks(run, kChunk) >= 4 * whole_chunks;
-    run_chunks = overlaps || exact ? whole_chunks : blocks(run, kChunk);
+    const bool exact =
+        channels_last && run % 2 == 0 && 5 * divide_up(run, kChunk) >= 4 * whole_chunks;
+    run_chunks = overlaps || exact ? whole_chunks : divide_up(run, kChunk);
     chunk = overlaps || exact ? run / run_chunks : kChunk;
     padded = run_chunks * chunk;
   }
   int64_t chunks() const { return lines * run_chunks; }
   // Of the j-th chunk.
-  int64_t pairs(int64_t j) const { return blocks(smaller(chunk, run - j % run_chunks * chunk), 2); }
+  int64_t pairs(int64_t j) const {
+    return divide_up(smaller(chunk, run - j % run_chunks * chunk), 2);
+  }
   // Of a weight, whose chunks are padded.
   int64_t size() const { return chunks() * kChunk; }
 
@@ -92,7 +94,7 @@ struct PairDepth {
   }
   // How many equal chunks of whole pairs make a run.
   static int64_t cut_evenly(int64_t run) {
-    int64_t count = larger(blocks(run, kChunk), 1);
+    int64_t count = larger(divide_up(run, kChunk), 1);
     while (run % 2 == 0 && run % (2 * count)) ++count;
     return count;
   }
@@ -115,15 +117,15 @@ struct Patches {
     width_phases = width_taps > 1 ? seen_phases(c.width) : 1;
     height_reach = height_taps > 1 ? (height_taps - 1) * c.height.tap_offset / height_phases : 0;
     width_reach = width_taps > 1 ? (width_taps - 1) * c.width.tap_offset / width_phases : 0;
-    if (depth.overlaps) width_reach = blocks(c.width.taps, c.width.step) - 1;
-    parts = blocks(c.width.count, most);
-    part = smaller(c.width.count, round_up(blocks(c.width.count, parts), kBlock));
-    parts = blocks(c.width.count, part);
+    if (depth.overlaps) width_reach = divide_up(c.width.taps, c.width.step) - 1;
+    parts = divide_up(c.width.count, most);
+    part = smaller(c.width.count, round_up(divide_up(c.width.count, parts), kBlock));
+    parts = divide_up(c.width.count, part);
     pitch = part + width_reach;
     const int64_t fit = most / pitch;
     rows = parts > 1 || fit < 1 ? 1 : smaller(fit, c.height.count);
-    rows = blocks(c.height.count, blocks(c.height.count, rows));
-    row_blocks = blocks(c.height.count, rows);
+    rows = divide_up(c.height.count, divide_up(c.height.count, rows));
+    row_blocks = divide_up(c.height.count, rows);
     plane = (rows + height_reach) * pitch;
     count = c.batch * row_blocks * parts;
   }

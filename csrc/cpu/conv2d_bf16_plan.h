@@ -57,7 +57,7 @@ struct PairPlan {
         slice(slice_groups(c.groups, element)),
         slices(c.groups / slice),
         light(depth.size() * slice * c.columns <= 2 * kPanelElements),
-        positions(light ? clamp(round_up(blocks(c.positions() * slices, shares()), kBlock),
+        positions(light ? clamp(round_up(divide_up(c.positions() * slices, shares()), kBlock),
                                 kLeastPositions, kPositions)
                         : kPositions),
         patches(
@@ -71,14 +71,14 @@ struct PairPlan {
     const int64_t elements = (anywhere ? 2 : 1) * kPanelElements;
     const int64_t most = clamp(positions / (patches.rows * patches.pitch), 1,
                                elements / (slice * element * patches.plane + 1) + 1);
-    set = blocks(patches.count, blocks(patches.count, most));
-    sets = blocks(patches.count, set);
+    set = divide_up(patches.count, divide_up(patches.count, most));
+    sets = divide_up(patches.count, set);
     const int64_t channels =
         light ? kManyChannels
               : clamp(kPanelElements / (depth.size() + 1) / kBlock * kBlock, kBlock, kFewChannels);
-    channel_blocks = blocks(c.columns, channels);
-    block_channels = round_up(blocks(c.columns, channel_blocks), kBlock);
-    channel_blocks = blocks(c.columns, block_channels);
+    channel_blocks = divide_up(c.columns, channels);
+    block_channels = round_up(divide_up(c.columns, channel_blocks), kBlock);
+    channel_blocks = divide_up(c.columns, block_channels);
   }
   // Fills the offsets: `pixel` elements from pixel to pixel, `chunk` from chunk to chunk.
   void place_chunks(int64_t pixel, int64_t chunk, int64_t weight_chunk) const {

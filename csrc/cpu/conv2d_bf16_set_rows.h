@@ -130,7 +130,7 @@ class SetRows {
     for (const Stretch& height : heights) {
       const int64_t rows = plan_.c.batch * (height.end - height.begin);
       for (const Stretch& width : widths)
-        sum += blocks(rows * (width.end - width.begin), kHeight) *
+        sum += divide_up(rows * (width.end - width.begin), kHeight) *
                (height.taps.last - height.taps.first) * (width.taps.last - width.taps.first);
     }
     return sum;
@@ -199,7 +199,7 @@ class InsideRuns {
         const int64_t chunk = (h * taps + w) * depth.run_chunks;
         source_.get()[count_] = plan_.source_offsets.get()[chunk] + shift + part.first;
         weight_.get()[count_] = plan_.weight_offsets.get()[chunk] + part.first / 2 * kChunk;
-        pairs_.get()[count_] = blocks(part.last - part.first, 2);
+        pairs_.get()[count_] = divide_up(part.last - part.first, 2);
       }
     }
   }

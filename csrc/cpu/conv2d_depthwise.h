@@ -8,6 +8,7 @@
 #pragma once
 
 #include "core/dtype.h"
+#include "core/integer.h"
 #include "core/scratch.h"
 #include "core/transpose.h"
 #include "core/vec.h"
@@ -22,10 +23,6 @@ namespace {
 template <typename T>
 constexpr bool kHasWindowKernels =
     kVecBytes > 16 && (std::is_same_v<T, float> || std::is_same_v<T, bf16>);
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows of pixels in the working form, [member][vector][row][column][lane]. A row's place repeats
 // every `slots` rows, so that a window can slide down an image of any height.

@@ -7,6 +7,7 @@
 // channels; contiguous over channels, taps along the height, taps along the width.
 #pragma once
 
+#include "core/integer.h"
 #include "core/vec.h"
 #include "cpu/gemm.h"
 #include "ops/conv2d.h"
@@ -112,8 +113,6 @@ inline int64_t make_segments(const Correlation& c, int64_t begin, int64_t end, S
   return count;
 }
 
-inline int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : value > high ? high : value;
 }

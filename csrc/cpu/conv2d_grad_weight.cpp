@@ -45,13 +45,13 @@ struct Plan {
   explicit Plan(const Conv2dGradWeightParams& params)
       : p(params), c(forward_correlation(params.shape)), sum_columns(c.columns) {
     // Nearly equal blocks: a short one is not worth its copies.
-    row_blocks = blocks(c.depth(), kPanelLength<Panel::columns>);
-    block_rows = row_blocks ? blocks(c.depth(), row_blocks) : 1;
-    column_blocks = blocks(c.columns, kBlockColumns);
-    position_blocks = blocks(c.positions(), kPanelLength<Panel::rows>);
-    block_positions = position_blocks ? blocks(c.positions(), position_blocks) : 1;
+    row_blocks = divide_up(c.depth(), kPanelLength<Panel::columns>);
+    block_rows = row_blocks ? divide_up(c.depth(), row_blocks) : 1;
+    column_blocks = divide_up(c.columns, kBlockColumns);
+    position_blocks = divide_up(c.positions(), kPanelLength<Panel::rows>);
+    block_positions = position_blocks ? divide_up(c.positions(), position_blocks) : 1;
     const int64_t units = c.groups * row_blocks * column_blocks;
-    shares = units ? smaller(blocks(kUnits, units), position_blocks) : 0;
+    shares = units ? smaller(divide_up(kUnits, units), position_blocks) : 0;
   }
 
   // One share's sums: [group][row][column]
@@ -211,7 +211,7 @@ void sum_share(const Plan<T>& plan, Workspace<T>& work, int64_t unit, acc_t<T>* 
 template <typename T>
 void combine(const Plan<T>& plan, const acc_t<T>* sums) {
   const Correlation& c = plan.c;
-  const int64_t strips = blocks(c.columns, kStrip<T>);
+  const int64_t strips = divide_up(c.columns, kStrip<T>);
   const int64_t work = plan.shares * c.depth() * kStrip<T>;
   parallel_for(c.groups * strips, 65'536 / (work + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
@@ -228,7 +228,7 @@ template <typename T>
 void sum_image_rows(Plan<T> plan) {
   const ImageGradPlan<T> work(plan.c, plan.p.shape.channels_last);
   constexpr int64_t kLeastPositions = 1024;
-  plan.shares = smaller(smaller(blocks(kUnits, work.blocks_of_panels), work.slabs.count),
+  plan.shares = smaller(smaller(divide_up(kUnits, work.blocks_of_panels), work.slabs.count),
                         plan.c.positions() / kLeastPositions + 1);
   plan.sum_columns = work.stride();
   const Scratch<acc_t<T>> sums(plan.shares * plan.share_size());
@@ -254,13 +254,13 @@ bool sum_winograd(Plan<T> plan) {
   using Winograd = WinogradGradWeight<T>;
   const Correlation& c = plan.c;
   const bool channels_last = plan.p.shape.channels_last;
-  const int64_t row_blocks = blocks(c.channels, Winograd::kRows);
-  const int64_t column_blocks = blocks(c.columns, Winograd::kColumns);
-  const int64_t row_size = blocks(c.channels, row_blocks);
+  const int64_t row_blocks = divide_up(c.channels, Winograd::kRows);
+  const int64_t column_blocks = divide_up(c.columns, Winograd::kColumns);
+  const int64_t row_size = divide_up(c.channels, row_blocks);
   const int64_t column_size =
-      blocks(blocks(c.columns, column_blocks), kTileColumns<float>) * kTileColumns<float>;
+      divide_up(divide_up(c.columns, column_blocks), kTileColumns<float>) * kTileColumns<float>;
   const int64_t tiles = Tiles(c).count, units = row_blocks * column_blocks;
-  plan.shares = smaller(blocks(kUnits, units), blocks(tiles, Winograd::kShareTiles));
+  plan.shares = smaller(divide_up(kUnits, units), divide_up(tiles, Winograd::kShareTiles));
   const int64_t size = plan.shares * plan.share_size();
   const Scratch<float> sums(size + kLanes<T>);
   fill_zero(sums.get() + size, kLanes<T>);

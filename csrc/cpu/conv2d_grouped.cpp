@@ -4,7 +4,8 @@
 // (conv2d_grouped.h), multiplies weights, each broadcast, with vectors of positions, and stores
 // planes of results. A tile of up to 4 output channels x 3 vectors (6 with 32 registers) stays in
 // registers while all input channels and taps of the group pass. grad_input is the same with the
-// weights' channels swapped, one set of taps for each phase of the stride.
+// weights' channels swapped, one set of taps for each phase of the stride. Images of short rows are
+// turned over and go the way of channels_last.
 //
 // bf16 goes another way where the CPU multiplies it and groups are wide enough: conv2d_bf16.cpp.
 // channels_last goes other ways: groups that fill registers that of conv2d_grouped_nhwc.h, several
@@ -25,6 +26,7 @@
 #include "cpu/conv2d_bf16.h"
 #include "cpu/conv2d_grouped_narrow.h"
 #include "cpu/conv2d_grouped_nhwc.h"
+#include "cpu/conv2d_turn.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -43,7 +45,8 @@ template <typename acc>
 struct Tile {
   const acc* input;
   const int64_t* offsets;  // of `depth` channels and taps
-  const acc* weight;       // [depth][row]
+  const acc* weight;       // [row][depth]
+  int64_t weight_stride;   // from row to row
   int64_t depth;
   const acc* bias;  // null: adds to the output
   acc* output;
@@ -63,14 +66,14 @@ void correlate_tile(const Tile<acc>& t) {
     }
   }
   const acc* weight = t.weight;
-  for (int64_t k = 0; k < t.depth; ++k, weight += rows) {
+  for (int64_t k = 0; k < t.depth; ++k, ++weight) {
     const acc* input = t.input + t.offsets[k];
     Vec<acc> value[vecs];
 #pragma GCC unroll 8
     for (int v = 0; v < vecs; ++v) value[v] = load(input + v * lanes);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const Vec<acc> w = broadcast<acc>(weight[r]);
+      const Vec<acc> w = broadcast<acc>(weight[r * t.weight_stride]);
 #pragma GCC unroll 8
       for (int v = 0; v < vecs; ++v) sum[r][v] += w * value[v];
     }
@@ -91,7 +94,7 @@ void correlate_tile(const Tile<acc>& tile, int64_t rows, int64_t vecs,
 }
 
 // For every phase: where its channels and taps lie in the planes, and their weights as
-// [group][part of the rows][channel][tap][row of the part].
+// [group][row][channel][tap], which those of a contiguous weight are from the start.
 template <typename scalar_t>
 class Plan {
   using acc = acc_t<scalar_t>;
@@ -101,12 +104,14 @@ class Plan {
       : p_(p),
         taps_(p.phases() + 1),
         offsets_(p.input_width * p.count_taps(taps_.get())),
-        weight_(p.groups * p.output_width * p.input_width * taps_.get()[p.phases()]),
+        in_place_(lies_in_order()),
+        weight_(in_place_ ? 0
+                          : p.groups * p.output_width * p.input_width * taps_.get()[p.phases()]),
         bias_(p.groups * p.output_width) {
     bias_.zero();
     for (int64_t phase = 0; phase < p.phases(); ++phase) {
       find_offsets(phase, planes);
-      pack(phase);
+      if (!in_place_) pack(phase);
     }
     for (int64_t c = 0; p.bias && c < p.groups * p.output_width; ++c) {
       bias_.get()[c] = to_acc(p.bias[c]);
@@ -119,9 +124,11 @@ class Plan {
   const int64_t* offsets(int64_t phase) const {
     return offsets_.get() + p_.input_width * taps_.get()[phase];
   }
-  acc* weight(int64_t phase, int64_t group, int64_t row) const {
-    return weight_.get() + p_.groups * p_.output_width * p_.input_width * taps_.get()[phase] +
-           (group * p_.output_width + row) * depth(phase);
+  const acc* weight(int64_t phase, int64_t group, int64_t row) const {
+    if constexpr (std::is_same_v<scalar_t, acc>) {
+      if (in_place_) return p_.weight + group * p_.group_stride + row * p_.row_stride;
+    }
+    return packed(phase, group, row);
   }
   const acc* bias(int64_t group, int64_t row) const {
     return bias_.get() + group * p_.output_width + row;
@@ -143,22 +150,32 @@ class Plan {
     }
   }
 
+  // Whether the weight is what pack() would make of it.
+  bool lies_in_order() const {
+    const Taps taps = p_.taps(0);
+    return std::is_same_v<scalar_t, acc> && p_.phases() == 1 && p_.tap_stride == 1 &&
+           p_.channel_stride == taps.count() && taps.rows.tap_step == 1 &&
+           taps.columns.tap_step == 1;
+  }
+
+  acc* packed(int64_t phase, int64_t group, int64_t row) const {
+    return weight_.get() + p_.groups * p_.output_width * p_.input_width * taps_.get()[phase] +
+           (group * p_.output_width + row) * depth(phase);
+  }
+
   void pack(int64_t phase) {
     const Taps taps = p_.taps(phase);
-    const int64_t work = p_.output_width * depth(phase);
-    parallel_for(p_.groups, kGrainTaps / 4 / (work + 1) + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t group = begin; group < end; ++group) {
-        for_each_part(p_.output_width, kTileRows, [&](int64_t row, int64_t rows) {
-          acc* packed = weight(phase, group, row);
-          for (int64_t c = 0; c < p_.input_width; ++c) {
-            const scalar_t* channel =
-                p_.weight + group * p_.group_stride + row * p_.row_stride + c * p_.channel_stride;
-            for (int64_t tap = 0; tap < taps.count(); ++tap) {
-              const scalar_t* from = channel + p_.tap_offset(taps, tap);
-              for (int64_t r = 0; r < rows; ++r) *packed++ = to_acc(from[r * p_.row_stride]);
-            }
-          }
-        });
+    const int64_t count = taps.count(), rows = p_.groups * p_.output_width;
+    const Scratch<int64_t> from(count);
+    for (int64_t tap = 0; tap < count; ++tap) from.get()[tap] = p_.tap_offset(taps, tap);
+    parallel_for(rows, kGrainTaps / 4 / (depth(phase) + 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t group = i / p_.output_width, row = i % p_.output_width;
+        const scalar_t* weight = p_.weight + group * p_.group_stride + row * p_.row_stride;
+        acc* to = packed(phase, group, row);
+        for (int64_t c = 0; c < p_.input_width; ++c, to += count, weight += p_.channel_stride) {
+          for (int64_t tap = 0; tap < count; ++tap) to[tap] = to_acc(weight[from.get()[tap]]);
+        }
       }
     });
   }
@@ -166,6 +183,7 @@ class Plan {
   const Correlation<scalar_t>& p_;
   Scratch<int64_t> taps_;  // before each phase
   Scratch<int64_t> offsets_;
+  bool in_place_;
   Scratch<acc> weight_, bias_;
 };
 
@@ -184,7 +202,7 @@ void correlate_group(const Correlation<scalar_t>& p, const Plan<scalar_t>& plan,
         for_each_part(p.output_width, kTileRows, [&](int64_t row, int64_t rows) {
           step();
           correlate_tile<acc>(
-              {input + position, plan.offsets(phase) + k, plan.weight(phase, group, row) + k * rows,
+              {input + position, plan.offsets(phase) + k, plan.weight(phase, group, row) + k, depth,
                smaller(kDepth, depth - k), k ? nullptr : plan.bias(group, row),
                output + row * stride + phase * output_planes.size + position, stride},
               rows, vecs, kTiles);
@@ -288,11 +306,34 @@ void correlate(const Correlation<scalar_t>& p) {
   });
 }
 
+// Between the output channels, the input channels and the taps of a weight.
+struct WeightStrides {
+  int64_t output, input, tap;
+
+  explicit WeightStrides(const Conv2dShape& s)
+      : output(s.in_channels / s.groups * s.window_height.size * s.window_width.size),
+        input(s.weight_channels_last ? 1 : s.window_height.size * s.window_width.size),
+        tap(s.weight_channels_last ? s.in_channels / s.groups : 1) {}
+};
+
+// Whether rows are so short that what is computed for the gaps between them, and for taps above and
+// below the image, takes longer than turning the images over.
+template <typename T>
+bool turns_planes(const Conv2dShape& s, int64_t input_width, int64_t output_width) {
+  if constexpr (!kHasWindowKernels<T>) return false;
+  if (s.channels_last || s.window_width.size == 1) return false;
+  if (NarrowGroups<T>::suit(input_width, output_width)) return 2 * s.in_width <= kLanes<T>;
+  return s.in_width <= kLanes<T> && PixelBlocks<acc_t<T>>::suit(input_width, output_width);
+}
+
 template <typename scalar_t>
 void forward(const Conv2dParams& params) {
   const Conv2dShape& s = params.shape;
   const int64_t inputs = s.in_channels / s.groups, outputs = s.out_channels / s.groups;
-  const int64_t taps = s.window_height.size * s.window_width.size;
+  if (turns_planes<scalar_t>(s, inputs, outputs)) {
+    return conv2d_of_planes<scalar_t>(params, forward<scalar_t>);
+  }
+  const WeightStrides strides(s);
   const Epilogue epilogue(params);
   correlate(Correlation<scalar_t>{{Axis::forward(s.window_height, s.in_height, s.out_height),
                                    Axis::forward(s.window_width, s.in_width, s.out_width)},
@@ -305,9 +346,10 @@ void forward(const Conv2dParams& params) {
                                   {static_cast<scalar_t*>(params.output), s.channels_last, s.batch,
                                    s.out_channels, s.out_height, s.out_width},
                                   static_cast<const scalar_t*>(params.weight),
-                                  outputs * inputs * taps,
-                                  inputs * taps,
-                                  taps,
+                                  outputs * strides.output,
+                                  strides.output,
+                                  strides.input,
+                                  strides.tap,
                                   s.window_width.size,
                                   static_cast<const scalar_t*>(params.bias),
                                   epilogue.get()});
@@ -317,7 +359,10 @@ template <typename scalar_t>
 void grad_input(const Conv2dGradInputParams& params) {
   const Conv2dShape& s = params.shape;
   const int64_t inputs = s.in_channels / s.groups, outputs = s.out_channels / s.groups;
-  const int64_t taps = s.window_height.size * s.window_width.size;
+  if (turns_planes<scalar_t>(s, outputs, inputs)) {
+    return conv2d_grad_input_of_planes<scalar_t>(params, grad_input<scalar_t>);
+  }
+  const WeightStrides strides(s);
   correlate(
       Correlation<scalar_t>{{Axis::grad_input(s.window_height, s.in_height, s.out_height),
                              Axis::grad_input(s.window_width, s.in_width, s.out_width)},
@@ -330,9 +375,10 @@ void grad_input(const Conv2dGradInputParams& params) {
                             {static_cast<scalar_t*>(params.grad_input), s.channels_last, s.batch,
                              s.in_channels, s.in_height, s.in_width},
                             static_cast<const scalar_t*>(params.weight),
-                            outputs * inputs * taps,
-                            taps,
-                            inputs * taps,
+                            outputs * strides.output,
+                            strides.input,
+                            strides.output,
+                            strides.tap,
                             s.window_width.size,
                             nullptr});
 }

@@ -20,18 +20,23 @@ struct Correlation {
   Maps<const scalar_t> input;
   Maps<scalar_t> output;
   const scalar_t* weight;
-  int64_t group_stride, row_stride, channel_stride, tap_columns;  // of weight
-  const scalar_t* bias;                                           // or null
+  int64_t group_stride, row_stride, channel_stride, tap_stride;  // of weight
+  int64_t tap_columns;
+  const scalar_t* bias;  // or null
   const Epilogue* epilogue = nullptr;
 
   Taps taps(int64_t phase) const {
     const int64_t width = grid.output_width.step;
     return {grid.height.phase(phase / width), grid.width.phase(phase % width)};
   }
-  // From a channel's weights to a tap of a phase.
-  int64_t tap_offset(const Taps& taps, int64_t tap) const {
+  // Which tap of the window a tap of a phase is.
+  int64_t window_tap(const Taps& taps, int64_t tap) const {
     const int64_t row = taps.rows.tap + tap / taps.columns.taps * taps.rows.tap_step;
     return row * tap_columns + taps.columns.tap + tap % taps.columns.taps * taps.columns.tap_step;
+  }
+  // From a channel's weights to it.
+  int64_t tap_offset(const Taps& taps, int64_t tap) const {
+    return window_tap(taps, tap) * tap_stride;
   }
   int64_t phases() const { return grid.output_height.step * grid.output_width.step; }
   // Of all phases; `before` gets those before each, and these at its end.

@@ -6,12 +6,14 @@
 // while vectors of positions pass. Fixed blocks of such chunks, added in order.
 //
 // channels_last of groups that fill registers goes another way: conv2d_grouped_grad_weight_nhwc.h,
-// and bf16 where the CPU multiplies it: conv2d_bf16_grad_weight.cpp.
-// Figures are in conv2d_grouped.cpp. Tried without gain: narrow groups turned within registers as
-// in conv2d_grouped_narrow.h, a row of taps and four turns at a time (0.93 to 1.25 times as fast).
+// and so do images of short rows, turned over; and bf16 where the CPU multiplies it:
+// conv2d_bf16_grad_weight.cpp. Figures are in conv2d_grouped.cpp. Tried without gain: narrow groups
+// turned within registers as in conv2d_grouped_narrow.h, a row of taps and four turns at a time
+// (0.93 to 1.25 times as fast).
 #include "core/parallel.h"
 #include "cpu/conv2d_bf16.h"
 #include "cpu/conv2d_grouped_grad_weight_nhwc.h"
+#include "cpu/conv2d_turn.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -182,8 +184,34 @@ class Worker {
   Scratch<int64_t> offsets_;
 };
 
+// Adds the blocks in order and writes their sum in the weight's order.
 template <typename scalar_t>
-void grad_weight(const WeightGradient<scalar_t>& p, scalar_t* result) {
+void combine(const WeightGradient<scalar_t>& p, acc_t<scalar_t>* partial, int64_t blocks,
+             scalar_t* result) {
+  const int64_t depth = p.depth(), taps = p.taps();
+  parallel_for(p.groups * p.output_width, kGrainTaps / 4 / (blocks * depth + 1) + 1,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t row = begin; row < end; ++row) {
+                   acc_t<scalar_t>* sum = partial + row * depth;
+                   scalar_t* to = result + row * depth;
+                   for (int64_t block = 1; block < blocks; ++block) {
+                     const acc_t<scalar_t>* more = sum + block * p.weights();
+                     for (int64_t i = 0; i < depth; ++i) sum[i] += more[i];
+                   }
+                   if (!p.weight_channels_last) {
+                     for (int64_t i = 0; i < depth; ++i) to[i] = from_acc<scalar_t>(sum[i]);
+                     continue;
+                   }
+                   for (int64_t c = 0; c < p.input_width; ++c) {
+                     for (int64_t tap = 0; tap < taps; ++tap)
+                       to[tap * p.input_width + c] = from_acc<scalar_t>(*sum++);
+                   }
+                 }
+               });
+}
+
+template <typename scalar_t>
+void sum_groups(const WeightGradient<scalar_t>& p, scalar_t* result) {
   using acc = acc_t<scalar_t>;
   if constexpr (kHasWindowKernels<scalar_t>) {
     if (PixelSums<scalar_t>::suits(p)) return PixelSums<scalar_t>(p).run(result);
@@ -228,17 +256,25 @@ void grad_weight(const WeightGradient<scalar_t>& p, scalar_t* result) {
                    }
                  }
                });
-  for (int64_t i = 0; i < p.weights(); ++i) {
-    acc sum = partial.get()[i];
-    for (int64_t block = 1; block < blocks; ++block) sum += partial.get()[block * p.weights() + i];
-    result[i] = from_acc<scalar_t>(sum);
-  }
+  combine(p, partial.get(), blocks, result);
+}
+
+// Whether rows are so short that turning the images over takes less than what is computed for the
+// gaps between them, as in conv2d_grouped.cpp.
+template <typename T>
+bool turns_planes(const Conv2dShape& s) {
+  return kHasWindowKernels<T> && !s.channels_last && s.window_width.size > 1 &&
+         s.in_width <= kLanes<T> && s.out_channels / s.groups >= kLanes<T> &&
+         PixelBlocks<acc_t<T>>::suit(s.in_channels / s.groups, s.out_channels / s.groups);
 }
 
 template <typename scalar_t>
 void grad_weight(const Conv2dGradWeightParams& params) {
   const Conv2dShape& s = params.shape;
-  grad_weight(
+  if (turns_planes<scalar_t>(s)) {
+    return conv2d_grad_weight_of_planes<scalar_t>(params, grad_weight<scalar_t>);
+  }
+  sum_groups(
       WeightGradient<scalar_t>{{Axis::forward(s.window_height, s.in_height, s.out_height),
                                 Axis::forward(s.window_width, s.in_width, s.out_width)},
                                s.batch,
@@ -248,7 +284,8 @@ void grad_weight(const Conv2dGradWeightParams& params) {
                                {static_cast<const scalar_t*>(params.input), s.channels_last,
                                 s.batch, s.in_channels, s.in_height, s.in_width},
                                {static_cast<const scalar_t*>(params.grad_output), s.channels_last,
-                                s.batch, s.out_channels, s.out_height, s.out_width}},
+                                s.batch, s.out_channels, s.out_height, s.out_width},
+                               s.weight_channels_last},
       static_cast<scalar_t*>(params.grad_weight));
 }
 

@@ -3,8 +3,8 @@
 //
 // Plan: copies some rows of a few groups of input and grad_output into L2 as pixels, as in
 // conv2d_grouped_nhwc.h. Sums for a few of a group's input channels at one tap, each a register
-// or two of output channels, pass over the pixels of these rows. Fixed blocks of such chunks, added
-// in order.
+// or two of output channels, pass over the pixels of these rows that meet the image. Fixed blocks
+// of such chunks, added in order and turned into the weight's order.
 #pragma once
 
 #include "core/parallel.h"
@@ -18,6 +18,7 @@ struct WeightGradient {
   Grid grid;
   int64_t batch, groups, input_width, output_width;  // channels of a group
   Maps<const scalar_t> input, grad_output;
+  bool weight_channels_last;
 
   int64_t taps() const { return grid.height.window.size * grid.width.window.size; }
   int64_t depth() const { return input_width * taps(); }
@@ -146,13 +147,9 @@ class PixelSums {
     const int64_t rows = smaller(rows_, grid.rows - y);
     const int64_t top = y * grid.height.step + grid.height.first;
     for (int64_t r = 0; r < reach(rows); ++r) {
-      acc* row = input + r * columns_ * input_pixel_;
-      if (top + r < 0 || top + r >= p_.input.height) {
-        fill_zero_row(row, columns_ * input_pixel_);
-      } else {
-        copy_row(p_.input, n, top + r, first * p_.input_width, groups * p_.input_width,
-                 grid.width.first, columns_, row, input_pixel_);
-      }
+      if (top + r < 0 || top + r >= p_.input.height) continue;
+      copy_row(p_.input, n, top + r, first * p_.input_width, groups * p_.input_width,
+               grid.width.first, columns_, input + r * columns_ * input_pixel_, input_pixel_);
     }
     for (int64_t r = 0; r < rows; ++r) {
       copy_row(p_.grad_output, n, y + r, first * p_.output_width, groups * p_.output_width, 0,
@@ -169,13 +166,9 @@ class PixelSums {
                                 rows,
                                 grid.columns,
                                 sums + g * group_size_ + block_begin(block)};
-        sum_block(tile, vecs(block));
+        sum_block(tile, vecs(block), top);
       }
     }
-  }
-
-  static void fill_zero_row(acc* row, int64_t count) {
-    std::memset(static_cast<void*>(row), 0, size_t(count) * sizeof(acc));
   }
 
   static void copy_row(const Maps<const scalar_t>& maps, int64_t n, int64_t y, int64_t channel,
@@ -186,22 +179,30 @@ class PixelSums {
     });
   }
 
-  void sum_block(SumTile<acc> tile, int64_t vecs) const {
+  // `top`: the image's row that the tile's first row of inputs is.
+  void sum_block(SumTile<acc> tile, int64_t vecs, int64_t top) const {
     const Phase rows = p_.grid.height.phase(0), columns = p_.grid.width.phase(0);
-    const acc* input = tile.input;
+    const SumTile<acc> whole = tile;
     for (int64_t a = 0; a < rows.taps; ++a) {
+      // Only rows of outputs that meet the image with this row of taps.
+      const int64_t above = top + a * rows.dilation, step = p_.grid.height.step;
+      const int64_t begin = larger(0, divide_up(-above, step));
+      const int64_t end = smaller(whole.rows, divide_up(larger(0, p_.input.height - above), step));
+      tile.rows = end - begin;
+      tile.grad_output = whole.grad_output + begin * whole.grad_row;
       for (int64_t b = 0; b < columns.taps; ++b) {
-        tile.input = input + (a * rows.dilation * columns_ + b * columns.dilation) * input_pixel_;
-        if (vecs == 1) {
-          sum_tap<1>(tile);
-        } else if (vecs == 2) {
-          sum_tap<2>(tile);
-        } else {
-          sum_tap<3>(tile);
-        }
+        tile.input = whole.input + begin * whole.input_row +
+                     (a * rows.dilation * columns_ + b * columns.dilation) * input_pixel_;
+        if (tile.rows > 0) sum_tap(tile, vecs);
         tile.sums += p_.input_width * vecs * L;
       }
     }
+  }
+
+  void sum_tap(const SumTile<acc>& tile, int64_t vecs) const {
+    if (vecs == 1) return sum_tap<1>(tile);
+    if (vecs == 2) return sum_tap<2>(tile);
+    sum_tap<3>(tile);
   }
 
   template <int vecs>
@@ -215,17 +216,39 @@ class PixelSums {
 
   void write_group(const acc* sums, int64_t blocks, int64_t size, scalar_t* result) const {
     const int64_t taps = p_.taps();
-    for (int64_t o = 0; o < p_.output_width; ++o) {
+    for (int64_t o = 0; o < p_.output_width; o += L, result += L * p_.depth()) {
       const int64_t block = o / blocks_.width, step = vecs(block) * L;
-      for (int64_t c = 0; c < p_.input_width; ++c) {
+      const int lanes = static_cast<int>(smaller(L, p_.output_width - o));
+      const acc* from = sums + block_begin(block) + o % blocks_.width;
+      const auto write = [&](int64_t first, int64_t apart, int64_t count, scalar_t* to) {
+        write_lines(from + first * step, apart * step, blocks, size, lanes, count, to);
+      };
+      // Along what lies side by side in the result.
+      if (p_.weight_channels_last) {
         for (int64_t tap = 0; tap < taps; ++tap) {
-          const acc* from =
-              sums + block_begin(block) + (tap * p_.input_width + c) * step + o % blocks_.width;
-          acc sum = *from;
-          for (int64_t i = 1; i < blocks; ++i) sum += from[i * size];
-          *result++ = from_acc<scalar_t>(sum);
+          write(tap * p_.input_width, 1, p_.input_width, result + tap * p_.input_width);
+        }
+      } else {
+        for (int64_t c = 0; c < p_.input_width; ++c) {
+          write(c, p_.input_width, taps, result + c * taps);
         }
       }
+    }
+  }
+
+  // Lane l of registers `step` apart, each summed over the blocks, goes to line l of `to`.
+  void write_lines(const acc* from, int64_t step, int64_t blocks, int64_t size, int lanes,
+                   int64_t count, scalar_t* to) const {
+    for (int64_t i = 0; i < count; i += L) {
+      const int length = static_cast<int>(smaller(L, count - i));
+      Vec<scalar_t> square[L] = {};
+      for (int k = 0; k < length; ++k) {
+        for (int64_t block = 0; block < blocks; ++block) {
+          square[k] += load(from + (i + k) * step + block * size);
+        }
+      }
+      transpose<scalar_t>(square);
+      for (int l = 0; l < lanes; ++l) store_partial(to + l * p_.depth() + i, square[l], length);
     }
   }
 

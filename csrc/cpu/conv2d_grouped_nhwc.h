@@ -2,9 +2,10 @@
 // vectors run over the output channels of a group. Where several groups share a register:
 // conv2d_grouped_narrow.h.
 //
-// Plan: a unit of work copies some rows of a few groups, with zeros for the padding, into L2 as
-// pixels behind each other, and then sums up to 12 registers of neighbouring outputs (24 with 32
-// registers) over all channels and taps, each input broadcast; outputs are written in place.
+// Plan: a unit of work copies some rows of a few groups, with zeros to their left and right, into
+// L2 as pixels behind each other, and then sums up to 12 registers of neighbouring outputs (24 with
+// 32 registers) over all channels and the taps whose rows the image has, each input broadcast;
+// outputs are written in place.
 #pragma once
 
 #include "core/parallel.h"
@@ -112,11 +113,11 @@ class PixelPlan {
         count_(p.groups * blocks_.per_group),
         taps_(p.phases() + 1),
         offsets_(p.count_taps(taps_.get())),
+        slots_(p.count_taps(taps_.get())),
         weight_(count_ * blocks_.vecs * L * p.input_width * taps_.get()[p.phases()]),
         bias_(count_ * blocks_.vecs * L) {
-    weight_.zero();
     bias_.zero();
-    for (int64_t phase = 0; phase < p.phases(); ++phase) find_offsets(phase);
+    for (int64_t phase = 0; phase < p.phases(); ++phase) find_taps(phase);
     parallel_for(count_, kPixelGrain / 8 / (depth(p.phases()) * blocks_.vecs * L + 1) + 1,
                  [&](int64_t begin, int64_t end) {
                    for (int64_t block = begin; block < end; ++block) pack(block);
@@ -162,8 +163,11 @@ class PixelPlan {
     return weight_.get() + block * depth(p_.phases()) * blocks_.vecs * L;
   }
 
-  void find_offsets(int64_t phase) {
+  void find_taps(int64_t phase) {
     const Taps taps = p_.taps(phase);
+    for (int64_t tap = 0; tap < taps.count(); ++tap) {
+      slots_.get()[p_.window_tap(taps, tap)] = taps_.get()[phase] + tap;
+    }
     int64_t* offset = offsets_.get() + taps_.get()[phase];
     for (int64_t a = 0; a < taps.rows.taps; ++a) {
       for (int64_t b = 0; b < taps.columns.taps; ++b) {
@@ -187,19 +191,45 @@ class PixelPlan {
     for (int64_t o = 0; p_.bias && o < count; ++o) {
       bias[o] = to_acc(p_.bias[group * p_.output_width + first + o]);
     }
-    acc* packed = weight(block);
-    for (int64_t phase = 0; phase < p_.phases(); ++phase) {
-      const Taps taps = p_.taps(phase);
-      for (int64_t tap = 0; tap < taps.count(); ++tap) {
-        const scalar_t* from =
-            p_.weight + group * p_.group_stride + first * p_.row_stride + p_.tap_offset(taps, tap);
-        for (int64_t c = 0; c < p_.input_width; ++c, packed += vecs(block) * L) {
-          for (int64_t o = 0; o < count; ++o) {
-            packed[o] = to_acc(from[o * p_.row_stride + c * p_.channel_stride]);
+    const int64_t taps = taps_.get()[p_.phases()], step = vecs(block) * L;
+    const scalar_t* from = p_.weight + group * p_.group_stride + first * p_.row_stride;
+    for (int64_t o = 0; o < count; o += L, from += L * p_.row_stride) {
+      const int lanes = static_cast<int>(smaller(L, count - o));
+      const auto slot = [&](int64_t tap, int64_t c) {
+        return weight(block) + (slots_.get()[tap] * p_.input_width + c) * step + o;
+      };
+      // Along what lies side by side.
+      if (p_.row_stride == 1) {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          for (int64_t c = 0; c < p_.input_width; ++c) {
+            store<acc>(slot(tap, c),
+                       load_partial(from + tap * p_.tap_stride + c * p_.channel_stride, lanes));
           }
+        }
+      } else if (p_.channel_stride == 1) {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          pack_lines(from + tap * p_.tap_stride, lanes, p_.input_width,
+                     [&](int64_t c) { return slot(tap, c); });
+        }
+      } else {
+        for (int64_t c = 0; c < p_.input_width; ++c) {
+          pack_lines(from + c * p_.channel_stride, lanes, taps,
+                     [&](int64_t tap) { return slot(tap, c); });
         }
       }
     }
+  }
+
+  // The i-th weights of some output channels go to place(i).
+  template <typename Place>
+  void pack_lines(const scalar_t* from, int lanes, int64_t count, const Place& place) const {
+    load_planes(from, p_.row_stride, lanes, count,
+                [&](int64_t start, const Vec<scalar_t>* line, auto size) {
+#pragma GCC unroll 16
+                  for (int k = 0; k < kLanes<scalar_t>; ++k) {
+                    if (k < size) store<acc>(place(start + k), line[k]);
+                  }
+                });
   }
 
   void load_row(int64_t n, int64_t y, int64_t first, int64_t groups, acc* to) const {
@@ -210,15 +240,12 @@ class PixelPlan {
                    });
   }
 
+  bool inside(int64_t row) const { return row >= 0 && row < p_.input.height; }
+
   // Row r of a unit's inputs, from row `top` of the image on.
   void bring_row(int64_t n, int64_t top, int64_t r, int64_t first, int64_t groups,
                  acc* memory) const {
-    acc* row = memory + r * columns_ * pixel_;
-    if (top + r < 0 || top + r >= p_.input.height) {
-      std::memset(static_cast<void*>(row), 0, size_t(columns_ * pixel_) * sizeof(acc));
-    } else {
-      load_row(n, top + r, first, groups, row);
-    }
+    if (inside(top + r)) load_row(n, top + r, first, groups, memory + r * columns_ * pixel_);
   }
 
   void run_unit(int64_t n, int64_t y, int64_t rows, int64_t first, int64_t groups,
@@ -257,14 +284,28 @@ class PixelPlan {
     for (int64_t phase = 0; phase < p_.phases(); ++phase) {
       const int64_t row = y * height.step + phase / width.step, column = phase % width.step;
       if (row >= p_.output.height) continue;
-      correlate(
-          {input, p_.grid.width.step * pixel_, offsets_.get() + taps_.get()[phase],
-           p_.taps(phase).count(), p_.input_width, weight(block) + depth(phase) * vecs(block) * L,
-           bias_.get() + block * blocks_.vecs * L,
-           p_.output.pixel(n, row, channel) + column * p_.output.channels,
-           width.step * p_.output.channels, lanes},
-          vecs(block), divide_up(p_.output.width - column, width.step));
+      const Range met = rows_met(p_.taps(phase).rows, y);
+      const int64_t across = p_.taps(phase).columns.taps;
+      const int64_t tap = taps_.get()[phase] + met.first * across;
+      correlate({input, p_.grid.width.step * pixel_, offsets_.get() + tap, met.count * across,
+                 p_.input_width, weight(block) + tap * p_.input_width * vecs(block) * L,
+                 bias_.get() + block * blocks_.vecs * L,
+                 p_.output.pixel(n, row, channel) + column * p_.output.channels,
+                 width.step * p_.output.channels, lanes},
+                vecs(block), divide_up(p_.output.width - column, width.step));
     }
+  }
+
+  // The rows of taps that lie inside the image for row y of the outputs.
+  struct Range { int64_t first, count; };
+  Range rows_met(const Phase& rows, int64_t y) const {
+    const auto meets = [&](int64_t a) {
+      return inside(y * p_.grid.height.step + rows.start + a * rows.dilation);
+    };
+    int64_t first = 0, count = 0;
+    while (first < rows.taps && !meets(first)) ++first;
+    while (first + count < rows.taps && meets(first + count)) ++count;
+    return {first, count};
   }
 
   void correlate(const PixelTile<scalar_t>& tile, int64_t vecs, int64_t count) const {
@@ -277,6 +318,7 @@ class PixelPlan {
   const PixelBlocks<acc> blocks_;
   const int64_t unit_groups_, pixel_, columns_, count_;
   Scratch<int64_t> taps_, offsets_;  // taps before each phase, and where they lie
+  Scratch<int64_t> slots_;           // where in the packed weight each tap of the window goes
   Scratch<acc> weight_, bias_;
 };
 

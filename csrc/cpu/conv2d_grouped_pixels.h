@@ -54,7 +54,7 @@ struct PixelBlocks {
   // Whether registers are nearly full.
   static bool suit(int64_t input_width, int64_t output_width) {
     const PixelBlocks b(output_width);
-    return input_width > 0 && 8 * output_width >= 7 * b.per_group * b.vecs * L;
+    return input_width > 0 && 8 * output_width > 6 * b.per_group * b.vecs * L;
   }
 };
 

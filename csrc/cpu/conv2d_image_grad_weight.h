@@ -45,10 +45,10 @@ struct ImageGradPlan {
   ImageGradPlan(const Correlation& c, bool channels_last)
       : c(c),
         channels_last(channels_last),
-        panels(blocks(c.columns, kLanes<T>), has_low_tiles(c, channels_last)),
+        panels(divide_up(c.columns, kLanes<T>), has_low_tiles(c, channels_last)),
         block_panels(clamp(kSums * panels.count / (c.depth() * stride()), 1, panels.count)),
-        blocks_of_panels(blocks(panels.count, block_panels)),
-        row_step(blocks(kPositions, c.width.count)),
+        blocks_of_panels(divide_up(panels.count, block_panels)),
+        row_step(divide_up(kPositions, c.width.count)),
         slabs(c, ImageRows<T>::most_rows(c, channels_last)) {}
   int64_t stride() const { return panels.vecs * kLanes<T>; }
   int64_t column(int64_t panel) const { return panels.begin(panel) * kLanes<T>; }
@@ -58,7 +58,7 @@ struct ImageGradPlan {
   // Tiles of so few rows have sums enough for multiply-adds not to wait only if they are wide.
   static bool has_low_tiles(const Correlation& c, bool channels_last) {
     const int64_t run = c.width.taps * (channels_last ? c.channels : 1);
-    return blocks(run, blocks(run, kTileRows)) < 5;
+    return divide_up(run, divide_up(run, kTileRows)) < 5;
   }
 };
 

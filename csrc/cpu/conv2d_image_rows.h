@@ -19,8 +19,8 @@ namespace {
 struct RowSlabs {
   int64_t rows, per_image, count;
   RowSlabs(const Correlation& c, int64_t most)
-      : rows(blocks(c.height.count, blocks(c.height.count, most))),
-        per_image(blocks(c.height.count, rows)),
+      : rows(divide_up(c.height.count, divide_up(c.height.count, most))),
+        per_image(divide_up(c.height.count, rows)),
         count(c.batch * per_image) {}
 };
 
@@ -87,7 +87,7 @@ class ImageRows {
   }
   static int64_t line_stride(const Correlation& c, int64_t pixel) {
     const int64_t pixels = (c.width.count - 1) * c.width.step + c.width.taps;
-    return blocks(pixels * pixel, kLanes<T>) * kLanes<T> + 64 / sizeof(acc_t<T>);
+    return divide_up(pixels * pixel, kLanes<T>) * kLanes<T> + 64 / sizeof(acc_t<T>);
   }
 
   const Correlation& c_;

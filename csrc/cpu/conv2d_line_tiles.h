@@ -109,8 +109,8 @@ inline LineTileFunction<A> pick_line_tile(int64_t rows,
 template <typename A, bool kTurned, int kVecs>
 void multiply_line_tiles(LineTile<A> t, int64_t rows) {
   constexpr auto kRowCounts = std::make_integer_sequence<int, kLineRows<kVecs>>{};
-  for (int64_t tiles = blocks(rows, kLineRows<kVecs>); tiles > 0; --tiles) {
-    const int64_t height = blocks(rows, tiles);  // nearly equal ones
+  for (int64_t tiles = divide_up(rows, kLineRows<kVecs>); tiles > 0; --tiles) {
+    const int64_t height = divide_up(rows, tiles);  // nearly equal ones
     pick_line_tile<A, kTurned, kVecs>(height, kRowCounts)(t);
     t.a += height * (kTurned ? 1 : t.step);
     t.c += height * t.c_stride;

@@ -91,7 +91,7 @@ class Rows {
       : c_(c),
         phases_(c.width.taps > 1 ? c.width.step : 1),
         reach_(c.width.taps > 1 ? (c.width.taps - 1) * c.width.tap_offset / phases_ : 0),
-        phase_length_(blocks(smaller(positions, c.width.count) + reach_, kLanes<T>) * kLanes<T> +
+        phase_length_(divide_up(smaller(positions, c.width.count) + reach_, kLanes<T>) * kLanes<T> +
                       kLanes<T>),
         slot_size_(segments * phases_ * phase_length_),
         ahead_((c.height.taps * c.width.taps > 1 ? 1 : 8) * c.source_plane()),
@@ -107,7 +107,7 @@ class Rows {
     for (int64_t s = 0; s < count_; ++s) {
       Segment& segment = segments_.get()[s];
       segment.start = start;
-      start = blocks(start + segment.length, align) * align;
+      start = divide_up(start + segment.length, align) * align;
       for (int64_t phase = 0; phase < phases_; ++phase) {
         const int64_t first = segment.width + phase, length = segment.length + reach_;
         const Inside valid = inside(first, c_.width.step, length, c_.width.source_length);

@@ -56,8 +56,8 @@ void correlate_channels_last(const Problem<T>& p) {
   const ColumnPanels<T> weights(c);
   pack_columns(p, weights);
   const DepthBlocks depth(c.depth());
-  const int64_t row_blocks = blocks(c.positions(), kBlockRows);
-  const int64_t column_blocks = blocks(weights.count(), kBlockPanels);
+  const int64_t row_blocks = divide_up(c.positions(), kBlockRows);
+  const int64_t column_blocks = divide_up(weights.count(), kBlockPanels);
   const int64_t flops = 2 * kBlockRows * smaller(c.columns, kStride) * (c.depth() + 1);
   parallel_for(
       row_blocks * c.groups * column_blocks, kGrainFlops / flops + 1,
@@ -145,7 +145,7 @@ void correlate_image_rows(const Problem<T>& p) {
     const int64_t position = row * width + first;
     Segment segment;
     make_segments(c, position, position + count, &segment);
-    for (int64_t block = 0; block < blocks(weights.count(), kBlockPanels); ++block) {
+    for (int64_t block = 0; block < divide_up(weights.count(), kBlockPanels); ++block) {
       const PanelBlock b(weights, block, c.columns);
       Sums<A> sums{tile, kBlockColumns<A>, nullptr};
       if constexpr (std::is_same_v<T, A>) {

@@ -1,10 +1,12 @@
 // Images and weights brought from one memory format into the other, where a product reads that
-// faster.
+// faster, and convolutions of images that are turned over and back.
 #pragma once
 
+#include "core/integer.h"
 #include "core/parallel.h"
 #include "core/transpose.h"
-#include "cpu/conv2d_gather.h"
+#include "cpu/conv2d_epilogue.h"
+#include "ops/conv2d.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -14,7 +16,7 @@ constexpr int64_t kGrainCopies = 65'536;
 // Turns the matrix that each image is over, rows for columns: planes to pixels and back.
 template <typename T>
 void turn_images(const T* from, T* to, int64_t images, int64_t rows, int64_t columns) {
-  const int64_t strips = blocks(rows, kLanes<T>);
+  const int64_t strips = divide_up(rows, kLanes<T>);
   parallel_for(images * strips, kGrainCopies / (kLanes<T> * columns + 1) + 1,
                [&](int64_t begin, int64_t end) {
                  for (int64_t item = begin; item < end; ++item) {
@@ -29,6 +31,61 @@ void turn_images(const T* from, T* to, int64_t images, int64_t rows, int64_t col
                                });
                  }
                });
+}
+
+// `run` computes in channels_last what is asked for in planes.
+template <typename T, typename F>
+void conv2d_of_planes(const Conv2dParams& p, const F& run) {
+  const Conv2dShape& s = p.shape;
+  const Epilogue epilogue(p);
+  const int64_t in_plane = s.in_height * s.in_width, out_plane = s.out_height * s.out_width;
+  const Scratch<T> input(s.batch * s.in_channels * in_plane);
+  const Scratch<T> output(s.batch * s.out_channels * out_plane);
+  turn_images(static_cast<const T*>(p.input), input.get(), s.batch, s.in_channels, in_plane);
+  Conv2dParams turned = p;
+  turned.shape.channels_last = true;
+  turned.input = input.get();
+  turned.output = output.get();
+  turned.norm = nullptr;
+  run(turned);
+  turn_images(output.get(), static_cast<T*>(p.output), s.batch, out_plane, s.out_channels);
+  if (!epilogue.get()) return;
+  parallel_for(s.batch, kGrainCopies / (out_plane * s.out_channels + 1) + 1,
+               [&](int64_t begin, int64_t end) {
+                 epilogue.finish(begin * out_plane, end * out_plane, 0, s.out_channels);
+               });
+}
+
+template <typename T, typename F>
+void conv2d_grad_input_of_planes(const Conv2dGradInputParams& p, const F& run) {
+  const Conv2dShape& s = p.shape;
+  const int64_t in_plane = s.in_height * s.in_width, out_plane = s.out_height * s.out_width;
+  const Scratch<T> grad_output(s.batch * s.out_channels * out_plane);
+  const Scratch<T> grad_input(s.batch * s.in_channels * in_plane);
+  turn_images(static_cast<const T*>(p.grad_output), grad_output.get(), s.batch, s.out_channels,
+              out_plane);
+  Conv2dGradInputParams turned = p;
+  turned.shape.channels_last = true;
+  turned.grad_output = grad_output.get();
+  turned.grad_input = grad_input.get();
+  run(turned);
+  turn_images(grad_input.get(), static_cast<T*>(p.grad_input), s.batch, in_plane, s.in_channels);
+}
+
+template <typename T, typename F>
+void conv2d_grad_weight_of_planes(const Conv2dGradWeightParams& p, const F& run) {
+  const Conv2dShape& s = p.shape;
+  const int64_t in_plane = s.in_height * s.in_width, out_plane = s.out_height * s.out_width;
+  const Scratch<T> input(s.batch * s.in_channels * in_plane);
+  const Scratch<T> grad_output(s.batch * s.out_channels * out_plane);
+  turn_images(static_cast<const T*>(p.input), input.get(), s.batch, s.in_channels, in_plane);
+  turn_images(static_cast<const T*>(p.grad_output), grad_output.get(), s.batch, s.out_channels,
+              out_plane);
+  Conv2dGradWeightParams turned = p;
+  turned.shape.channels_last = true;
+  turned.input = input.get();
+  turned.grad_output = grad_output.get();
+  run(turned);
 }
 
 }  // namespace

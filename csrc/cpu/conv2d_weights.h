@@ -9,6 +9,7 @@
 #include "core/thread_count.h"
 #include "core/transpose.h"
 #include "cpu/conv2d_epilogue.h"
+#include "cpu/conv2d_gather.h"
 #include "cpu/conv2d_turn.h"
 #include "cpu/gemm.h"
 
@@ -27,8 +28,8 @@ struct DepthBlocks {
   int64_t depth, count, size;
   explicit DepthBlocks(int64_t depth, int64_t unit = 1, int64_t longest = kPanelLength<Panel::rows>)
       : depth(depth),
-        count(depth > longest ? blocks(depth, longest / unit * unit) : 1),
-        size(blocks(blocks(depth, unit), count) * unit) {}
+        count(depth > longest ? divide_up(depth, longest / unit * unit) : 1),
+        size(divide_up(divide_up(depth, unit), count) * unit) {}
   int64_t begin(int64_t block) const { return smaller(block * size, depth); }
   int64_t length(int64_t block) const { return begin(block + 1) - begin(block); }
 };
@@ -182,10 +183,10 @@ struct VecPanels {
   int64_t vecs, count;
   explicit VecPanels(int64_t vecs, bool wide = false)
       : vecs(vecs),
-        count(wide ? blocks(vecs, 4) : blocks(vecs - (kVecBytes == 64 && vecs > 1), 2)) {}
+        count(wide ? divide_up(vecs, 4) : divide_up(vecs - (kVecBytes == 64 && vecs > 1), 2)) {}
   int64_t begin(int64_t panel) const { return vecs * panel / count; }
   int64_t size(int64_t panel) const { return begin(panel + 1) - begin(panel); }
-  int64_t widest() const { return blocks(vecs, count); }
+  int64_t widest() const { return divide_up(vecs, count); }
 };
 
 // Columns are kept in panels, [panel][depth][column].
@@ -197,8 +198,8 @@ struct ColumnPanels {
 
   explicit ColumnPanels(const Correlation& c)
       : depth(c.depth()),
-        group_size(depth * blocks(c.columns, kLanes<T>) * kLanes<T>),
-        panels(blocks(c.columns, kLanes<T>)),
+        group_size(depth * divide_up(c.columns, kLanes<T>) * kLanes<T>),
+        panels(divide_up(c.columns, kLanes<T>)),
         data(c.groups * group_size) {}
   int64_t count() const { return panels.count; }
   int64_t column(int64_t panel) const { return panels.begin(panel) * kLanes<T>; }
@@ -211,7 +212,7 @@ struct ColumnPanels {
 template <typename T>
 void pack_columns(const Problem<T>& p, const ColumnPanels<T>& packed) {
   const int64_t panels = packed.count(), chunk = packed_chunk(p, packed.depth);
-  const int64_t chunks = blocks(packed.depth, chunk), work = kTileColumns<acc_t<T>> * chunk;
+  const int64_t chunks = divide_up(packed.depth, chunk), work = kTileColumns<acc_t<T>> * chunk;
   parallel_for(
       p.c.groups * chunks * panels, kGrainCopies / (work + 1) + 1, [&](int64_t begin, int64_t end) {
         for (int64_t item = begin; item < end; ++item) {
@@ -231,8 +232,8 @@ constexpr int64_t kBlockChannels = (256 + kTileRows - 1) / kTileRows * kTileRows
 // twice as many, where threads enough find a block.
 inline int64_t longest_channel_block(const Correlation& c) {
   constexpr int64_t kPositions = 256;
-  const int64_t channel_blocks = blocks(c.columns, 2 * kBlockChannels);
-  const int64_t units = blocks(c.positions(), kPositions) * c.groups * channel_blocks;
+  const int64_t channel_blocks = divide_up(c.columns, 2 * kBlockChannels);
+  const int64_t units = divide_up(c.positions(), kPositions) * c.groups * channel_blocks;
   return kVecBytes == 64 && units >= thread_count() ? 2 * kBlockChannels : kBlockChannels;
 }
 
@@ -248,8 +249,8 @@ struct Strips {
   Strips(const Correlation& c, int64_t unit)
       : depth(c.depth(), unit),
         channels(c.columns),
-        channel_blocks(blocks(channels, longest_channel_block(c))),
-        block_channels(blocks(blocks(channels, channel_blocks), kTileRows) * kTileRows),
+        channel_blocks(divide_up(channels, longest_channel_block(c))),
+        block_channels(divide_up(divide_up(channels, channel_blocks), kTileRows) * kTileRows),
         strips(channel_blocks * block_channels / kTileRows),
         data(c.groups * strips * depth.depth * kWidth) {}
   int64_t first(int64_t block) const { return smaller(block * block_channels, channels); }

@@ -65,7 +65,7 @@ inline void transform_taps(VecF32 a, VecF32 b, VecF32 c, VecF32* out) {
 template <typename T>
 void transform_weights(const Problem<T>& p, const WinogradWeights<T>& to) {
   constexpr int64_t kWidth = WinogradWeights<T>::kWidth, kTaps = 9;
-  const int64_t panels = blocks(smaller(to.columns, p.c.columns - to.first), kWidth);
+  const int64_t panels = divide_up(smaller(to.columns, p.c.columns - to.first), kWidth);
   parallel_for(panels * to.channels.count, 1, [&](int64_t begin, int64_t end) {
     const Scratch<float> taps(kTaps * to.channels.size * kWidth);
     for (int64_t item = begin; item < end; ++item) {
@@ -215,10 +215,10 @@ template <typename T>
 bool correlate_winograd(const Problem<T>& p) {
   constexpr int64_t kWidth = WinogradWeights<T>::kWidth;
   const int64_t tiles = Tiles(p.c).count;
-  const int64_t tile_blocks = blocks(tiles, kTiles), size = blocks(tiles, tile_blocks);
-  const int64_t column_blocks = blocks(p.c.columns, kWinogradColumns);
-  const int64_t width = blocks(blocks(p.c.columns, column_blocks), kWidth) * kWidth;
-  const int64_t at_once = smaller(column_blocks, blocks(thread_count(), tile_blocks));
+  const int64_t tile_blocks = divide_up(tiles, kTiles), size = divide_up(tiles, tile_blocks);
+  const int64_t column_blocks = divide_up(p.c.columns, kWinogradColumns);
+  const int64_t width = divide_up(divide_up(p.c.columns, column_blocks), kWidth) * kWidth;
+  const int64_t at_once = smaller(column_blocks, divide_up(thread_count(), tile_blocks));
   WinogradWeights<T> weights(p.c, at_once * width);
   bool finite = true;
   for (; weights.first < p.c.columns; weights.first += weights.columns) {

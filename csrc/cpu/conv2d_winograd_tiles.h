@@ -28,8 +28,8 @@ struct Tiles {
   int64_t rows, columns, count;
 
   explicit Tiles(const Correlation& c)
-      : rows(blocks(c.height.count, 2)),
-        columns(blocks(c.width.count, 2)),
+      : rows(divide_up(c.height.count, 2)),
+        columns(divide_up(c.width.count, 2)),
         count(c.batch * rows * columns) {}
 
   // Cuts [begin, end) into runs; returns how many.

@@ -96,11 +96,6 @@ void check_grad_output(const Tensor& grad_output, const Conv2dShape& s) {
                  to_string(sizes_of(grad_output)));
 }
 
-// A weight in the format of the other tensors is packed faster, and native keeps it so.
-MemoryFormat weight_format(const Conv2dShape& s, const Tensor& like) {
-  return format_of(s.channels_last && (s.groups == 1 || (like.is_cpu() && s.multiplies_pairs())));
-}
-
 bool is_pointwise(const Conv2dShape& s) {
   return s.groups == 1 && s.window_height.size == 1 && s.window_width.size == 1 &&
          s.window_height.padding == 0 && s.window_width.padding == 0;
@@ -112,6 +107,13 @@ bool is_grouped(const Conv2dShape& s) {
   constexpr int64_t kWidest = 128;  // channels of a group
   return s.groups > 1 && s.in_channels <= s.groups * kWidest &&
          s.out_channels <= s.groups * kWidest;
+}
+
+// A weight in the format of the other tensors is packed faster, and native keeps it so.
+MemoryFormat weight_format(const Conv2dShape& s, const Tensor& like) {
+  const bool grouped = is_grouped(s) && !is_depthwise(s);
+  return format_of(s.channels_last &&
+                   (s.groups == 1 || (like.is_cpu() && (grouped || s.multiplies_pairs()))));
 }
 
 // The shape of a forward convolution, everything checked.

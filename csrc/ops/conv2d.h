@@ -11,8 +11,8 @@
 namespace torchops {
 
 // input and output are dense in the one format that channels_last names; the weight, or its
-// gradient, in the one that weight_channels_last names: contiguous where there are groups, but for
-// multiplies_pairs(). out_channels and in_channels are multiples of groups.
+// gradient, in the one that weight_channels_last names. out_channels and in_channels are multiples
+// of groups.
 struct Conv2dShape {
   DType dtype;
   bool channels_last;

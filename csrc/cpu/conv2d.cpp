@@ -192,7 +192,8 @@ void correlate_contiguous(const Problem<T>& p) {
   const int64_t channel_blocks = weights.channel_blocks;
   // Nearly equal blocks, in whole tiles.
   const int64_t least_blocks = divide_up(c.positions(), kPositions);
-  const int64_t block_positions = divide_up(divide_up(c.positions(), least_blocks), kWidth) * kWidth;
+  const int64_t block_positions =
+      divide_up(divide_up(c.positions(), least_blocks), kWidth) * kWidth;
   const int64_t position_blocks = divide_up(c.positions(), block_positions);
   // Packing does not pay for few positions. (A tile of more rows has too few address registers.)
   const DepthWalk walk(p);
@@ -293,14 +294,20 @@ struct Source {
   }
 };
 
-// Whether rows of planes are so short that copying them for each tap takes longer than turning the
-// images over: it does for few columns of the product.
+// Whether turning the images over takes less than the product gains by it, which reads rows of the
+// image in channels_last where they lie and leaves out taps above and below it: about a tenth, and
+// half where rows of planes fill less than half a register.
 template <typename T>
 bool turns_planes(const Conv2dShape& s, int64_t columns) {
-  constexpr int64_t kFewColumns = 128;
-  return !s.channels_last && s.groups == 1 && s.window_width.size > 1 &&
-         2 * s.out_width <= kLanes<T> && columns >= kLanes<T> && columns <= kFewColumns &&
-         !(kHasWinograd<T> && winograd_pays(forward_correlation(s)));
+  constexpr int64_t kProducts = 192;  // per turned element
+  if (s.channels_last || s.groups > 1 || s.window_width.size == 1 || columns < kLanes<T> ||
+      (kHasWinograd<T> && winograd_pays(forward_correlation(s)))) {
+    return false;
+  }
+  const int64_t in_size = s.in_channels * s.in_height * s.in_width;
+  const int64_t out_size = s.out_channels * s.out_height * s.out_width;
+  const int64_t depth = s.in_channels * s.window_height.size * s.window_width.size;
+  return 2 * s.out_width <= kLanes<T> || out_size * depth >= kProducts * (in_size + out_size);
 }
 
 }  // namespace

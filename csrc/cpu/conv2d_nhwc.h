@@ -96,30 +96,42 @@ struct Sums {
   const A* bias;  // to add here, or null
 };
 
+// The rows of taps that lie inside the image for row y of the output; all of them where none does.
+inline Inside rows_of_taps(const Correlation& c, int64_t y) {
+  const Inside taps = inside(y * c.height.step + c.height.offset, c.height.tap_offset,
+                             c.height.taps, c.height.source_length);
+  return taps.first < taps.last ? taps : Inside{0, c.height.taps};
+}
+
 // Positions of a row from `first` on, times one block of columns. `row` is counted from the first
-// one placed.
+// one placed; `taps` are the rows of taps that meet the image there.
 template <typename T>
 void multiply_image_rows(const ImageRows<T>& lines, const ColumnPanels<T>& weights,
                          const DepthBlocks& depth, int64_t row, int64_t first, int64_t count,
-                         const PanelBlock& b, const Sums<acc_t<T>>& sums) {
+                         const Inside& taps, const PanelBlock& b, const Sums<acc_t<T>>& sums) {
   LineTile<acc_t<T>> t{};
   t.line_stride = lines.tap_stride();
   t.run = lines.run();
   t.step = lines.step();
   t.c_stride = sums.stride;
+  bool more = false;
   for (int64_t block = 0; block < depth.count; ++block) {
-    const int64_t k = depth.begin(block);
-    t.a = lines.at(row, 0, k / t.run) + first * t.step;
-    t.lines = depth.length(block) / t.run;
+    const int64_t begin = depth.begin(block), end = begin + depth.length(block);
+    const int64_t tap = larger(begin / t.run, taps.first);
+    t.lines = smaller(end / t.run, taps.last) - tap;
+    if (t.lines <= 0) continue;
+    const int64_t k = tap * t.run;
+    t.a = lines.at(row, 0, tap) + first * t.step;
     for (int64_t j = b.begin; j < b.end; ++j) {
       const int64_t column = weights.column(j) - b.column;
       t.b = weights.at(0, j, k);
       t.b_stride = weights.width(j);
       t.c = sums.data + column;
-      t.more = block > 0 ? t.c : sums.bias ? sums.bias + column : nullptr;
-      t.more_stride = block > 0 ? t.c_stride : 0;
+      t.more = more ? t.c : sums.bias ? sums.bias + column : nullptr;
+      t.more_stride = more ? t.c_stride : 0;
       multiply_lines<acc_t<T>, false>(t, count, weights.panels.size(j));
     }
+    more = true;
   }
 }
 
@@ -143,6 +155,7 @@ void correlate_image_rows(const Problem<T>& p) {
   const auto multiply_part = [&](const ImageRows<T>& lines, int64_t row, int64_t slab_row,
                                  int64_t first, int64_t count, A* tile) {
     const int64_t position = row * width + first;
+    const Inside taps = rows_of_taps(c, row % c.height.count);
     Segment segment;
     make_segments(c, position, position + count, &segment);
     for (int64_t block = 0; block < divide_up(weights.count(), kBlockPanels); ++block) {
@@ -154,7 +167,7 @@ void correlate_image_rows(const Problem<T>& p) {
                   p.bias ? p.bias + b.column : nullptr};
         }
       }
-      multiply_image_rows(lines, weights, depth, slab_row, first, count, b, sums);
+      multiply_image_rows(lines, weights, depth, slab_row, first, count, taps, b, sums);
       if (!direct) store_pixels(p, &segment, 1, b.column, b.columns, tile, kBlockColumns<A>);
       if (p.epilogue) p.epilogue->finish(position, position + count, b.column, b.columns);
     }

@@ -58,7 +58,6 @@ struct StripInput {
   StripInput(const T* const* rows, const StripInput& copied)
       : rows(rows), offset(0), stride(kLanes<T>), begin(copied.begin), end(copied.end) {}
 
-  bool at_border(int64_t width) const { return end - begin < width; }
   int64_t last() const { return offset + (end - 1) * stride; }
 };
 
@@ -208,16 +207,55 @@ inline void store_sum(T* output, Vec<T> sum, int lanes) {
   store_partial(output, sum, lanes);
 }
 
-// Multiplies a row of pixels into the sums that it reaches, and leaves out those that do not exist
-// unless `whole` says that all do.
-template <typename T, int kernel, int stride, bool upper, bool lower, bool whole>
+// What of a strip's columns is missing: none, the padding of half a window at its ends, or what is
+// found at run time. Known columns need no question each, a third of the time at 5x5 of small maps.
+enum class Border { kNone, kLeft, kRight, kBoth, kAny };
+
+template <int columns, int missing_left, int missing_right>
+struct Columns {
+  static constexpr int count = columns, left = missing_left, right = missing_right;
+
+  static constexpr int begin(Border border) {
+    return border == Border::kLeft || border == Border::kBoth ? left : 0;
+  }
+  static constexpr int end(Border border) {
+    return count - (border == Border::kRight || border == Border::kBoth ? right : 0);
+  }
+
+  // Calls f with the border that has columns [from, to), as a compile-time constant.
+  template <typename F>
+  static void dispatch(int64_t from, int64_t to, const F& f) {
+    const auto with = [&](auto border) {
+      if (from != begin(border()) || to != end(border())) return false;
+      f(border);
+      return true;
+    };
+    with(std::integral_constant<Border, Border::kNone>{}) ||
+        with(std::integral_constant<Border, Border::kLeft>{}) ||
+        with(std::integral_constant<Border, Border::kRight>{}) ||
+        with(std::integral_constant<Border, Border::kBoth>{}) ||
+        (f(std::integral_constant<Border, Border::kAny>{}), true);
+  }
+};
+
+// Those under `pixels` windows. An even image, as most with strides are, ends before the last of
+// the padding is needed.
+template <int pixels, int kernel, int stride>
+using WindowColumns =
+    Columns<(pixels - 1) * stride + kernel, kernel / 2, kernel / 2 - (stride == 2)>;
+
+// Multiplies a row of pixels into the sums that it reaches, and leaves out those that do not exist.
+template <typename T, int kernel, int stride, bool upper, bool lower, Border border>
 [[gnu::always_inline]] inline void add_row(const StripInput<T>& input, int row,
                                            const acc_t<T>* weights,
                                            Vec<T> (&sum)[2][kStripPixels]) {
-  const T* pixel = input.rows[row] + input.offset;
+  using Strip = WindowColumns<kStripPixels, kernel, stride>;
+  constexpr int begin = Strip::begin(border), end = Strip::end(border);
+  const T* pixel = input.rows[row] + input.offset + begin * input.stride;
   const acc_t<T>* weight = weights + row * kernel * kLanes<T>;
-  repeat<(kStripPixels - 1) * stride + kernel>([&](int x) __attribute__((always_inline)) {
-    if (whole || (x >= input.begin && x < input.end)) {
+  repeat<end - begin>([&](int column) __attribute__((always_inline)) {
+    const int x = begin + column;
+    if (border != Border::kAny || (x >= input.begin && x < input.end)) {
       const Vec<T> value = load(pixel);
       repeat<kernel>([&](int k) __attribute__((always_inline)) {
         const int i = (x - k) / stride;
@@ -231,67 +269,57 @@ template <typename T, int kernel, int stride, bool upper, bool lower, bool whole
 }
 
 // All rows under two windows of 3, without the third of the time that a loop over them costs.
-template <typename T, int kernel, int stride>
+template <typename T, int kernel, int stride, Border border>
 [[gnu::always_inline]] inline void add_whole(const StripInput<T>& input, const acc_t<T>* weights,
                                              Vec<T> (&sum)[2][kStripPixels]) {
   repeat<kernel + stride>([&](int row) __attribute__((always_inline)) {
     if (row < stride) {
-      add_row<T, kernel, stride, true, false, true>(input, row, weights, sum);
+      add_row<T, kernel, stride, true, false, border>(input, row, weights, sum);
     } else if (row < kernel) {
-      add_row<T, kernel, stride, true, true, true>(input, row, weights, sum);
+      add_row<T, kernel, stride, true, true, border>(input, row, weights, sum);
     } else {
-      add_row<T, kernel, stride, false, true, true>(input, row, weights, sum);
+      add_row<T, kernel, stride, false, true, border>(input, row, weights, sum);
     }
   });
 }
 
-// Those of them that exist; `whole` says that their pixels do.
-template <typename T, int kernel, int stride, bool whole>
-[[gnu::always_inline]] inline void add_existing(const StripInput<T>& input,
-                                                const WindowRows<T>& window,
-                                                const acc_t<T>* weights,
-                                                Vec<T> (&sum)[2][kStripPixels]) {
-  int row = window.begin;
-  for (; row < (window.end < stride ? window.end : stride); ++row) {
-    add_row<T, kernel, stride, true, false, whole>(input, row, weights, sum);
-  }
-  for (; row < (window.end < kernel ? window.end : kernel); ++row) {
-    add_row<T, kernel, stride, true, true, whole>(input, row, weights, sum);
-  }
-  for (; row < window.end; ++row) {
-    add_row<T, kernel, stride, false, true, whole>(input, row, weights, sum);
-  }
-}
-
-// The rows under two windows; `whole` says that all their pixels exist. Without asking for each,
+// The rows under two windows, or under a single one. Without asking for each of their pixels,
 // torchops bench conv2d:mb8_g96ic96ih56oc96kh7ph3_bias --layout channels_last --threads 1 --quick
 // went from 3.1 ms to 2.6 on Zen 4.
-template <typename T, int kernel, int stride>
-[[gnu::always_inline]] inline void add_rows(const StripInput<T>& input, const WindowRows<T>& window,
-                                            bool whole, const acc_t<T>* weights,
+template <typename T, int kernel, int stride, Border border>
+[[gnu::always_inline]] inline void add_rows(const StripInput<T>& input,
+                                            const WindowRows<T>& window, bool single,
+                                            const acc_t<T>* weights,
                                             Vec<T> (&sum)[2][kStripPixels]) {
-  if constexpr (kernel == 3) {
-    if (whole && window.begin == 0 && window.end == kernel + stride)
-      return add_whole<T, kernel, stride>(input, weights, sum);
-  } else if (whole) {
-    return add_existing<T, kernel, stride, true>(input, window, weights, sum);
+  if constexpr (kernel == 3 && border != Border::kAny) {
+    if (window.begin == 0 && window.end == kernel + stride)
+      return add_whole<T, kernel, stride, border>(input, weights, sum);
   }
-  add_existing<T, kernel, stride, false>(input, window, weights, sum);
+  const int second = single ? kernel : stride;  // the first row of the second window
+  int row = window.begin;
+  for (; row < (window.end < second ? window.end : second); ++row) {
+    add_row<T, kernel, stride, true, false, border>(input, row, weights, sum);
+  }
+  for (; row < (window.end < kernel ? window.end : kernel); ++row) {
+    add_row<T, kernel, stride, true, true, border>(input, row, weights, sum);
+  }
+  for (; row < window.end; ++row) {
+    add_row<T, kernel, stride, false, true, border>(input, row, weights, sum);
+  }
 }
 
 // Output pixels [o, o + kStripPixels) of one channel vector, of which `count` are stored. The sums
 // are in registers throughout: loops over them, such as GCC unrolls, keep them in memory.
-template <typename T, int kernel, int stride>
+template <typename T, int kernel, int stride, Border border>
 [[gnu::always_inline]] inline void correlate_strip(const RowPair<T>& p, const StripInput<T>& input,
-                                                   bool whole, int64_t channel, int64_t o,
-                                                   int64_t count) {
+                                                   int64_t channel, int64_t o, int64_t count) {
   constexpr int size = kLanes<T>;
   const int lanes = int(smaller(size, p.channels - channel));
   const Vec<T> bias = p.bias ? load(p.bias + channel) : Vec<T>{};
   const acc_t<T>* weights = p.weight + channel * kernel * kernel;
   Vec<T> sum[2][kStripPixels];
   repeat<kStripPixels>([&](int i) __attribute__((always_inline)) { sum[0][i] = sum[1][i] = bias; });
-  add_rows<T, kernel, stride>(input, p.window, whole, weights, sum);
+  add_rows<T, kernel, stride, border>(input, p.window, !p.outputs[1], weights, sum);
   const int64_t pixel = p.output_pixel;
   T* const upper = p.outputs[0] + o * pixel + channel;
   T* const lower = p.outputs[1] ? p.outputs[1] + o * pixel + channel : nullptr;
@@ -311,7 +339,8 @@ template <typename T, int kernel, int stride>
 
 template <typename T, int kernel, int stride>
 void correlate_rows(const RowPair<T>& p) {
-  constexpr int64_t reach = (kStripPixels - 1) * stride + kernel;
+  using Strip = WindowColumns<kStripPixels, kernel, stride>;
+  constexpr int reach = Strip::count;
   Patch<T, kernel + stride, reach> patch;
   const int64_t readable = p.window.readable(p.input);
   constexpr int bytes = kStripPixels * kLanes<T> * int(sizeof(T));
@@ -322,16 +351,17 @@ void correlate_rows(const RowPair<T>& p) {
     const int64_t start = o <= back ? o : back > 0 ? back : 0;
     const int64_t count = smaller(p.output_width, kStripPixels);
     StripInput<T> strip(p.input, p.window.rows, p.first + start * stride, reach);
-    const bool whole = !strip.at_border(reach);
-    for (int64_t channel = 0; channel < p.channels; channel += kLanes<T>) {
-      const bool copies = strip.last() > readable;
-      const StripInput<T> input =
-          copies ? patch.copy(p.input, strip, p.window.begin, p.window.end) : strip;
-      ahead.step<stride * bytes>();
-      ahead_output.step<bytes>();
-      correlate_strip<T, kernel, stride>(p, input, whole, channel, start, count);
-      strip.offset += kLanes<T>;
-    }
+    Strip::dispatch(strip.begin, strip.end, [&](auto border) {
+      for (int64_t channel = 0; channel < p.channels; channel += kLanes<T>) {
+        const bool copies = strip.last() > readable;
+        const StripInput<T> input =
+            copies ? patch.copy(p.input, strip, p.window.begin, p.window.end) : strip;
+        ahead.step<stride * bytes>();
+        ahead_output.step<bytes>();
+        correlate_strip<T, kernel, stride, border()>(p, input, channel, start, count);
+        strip.offset += kLanes<T>;
+      }
+    });
   }
 }
 

@@ -46,21 +46,24 @@ struct UpsampleStrip {
   // Columns left of the one under tap `odd` of x0.
   static constexpr int before = (kernel - 1 - odd) / 2;
   static constexpr int columns = before + (pixels - 1 + odd) / 2 + 1;
+  using Columns = ::torchops::cpu::TORCHOPS_ISA::Columns<columns, kernel / 4, (kernel + 1) / 4>;
 };
 
-template <typename T, int kernel, int odd>
+template <typename T, int kernel, int odd, Border border>
 [[gnu::always_inline]] inline void upsample_strip(const UpsampleRow<T>& p,
                                                   const StripInput<T>& input, int64_t channel,
                                                   int64_t x0) {
   using Strip = UpsampleStrip<kernel, odd>;
   constexpr int size = kLanes<T>;
+  constexpr int begin = Strip::Columns::begin(border), end = Strip::Columns::end(border);
   Vec<T> sum[Strip::pixels];
   repeat<Strip::pixels>([&](int j) __attribute__((always_inline)) { sum[j] = Vec<T>{}; });
   for (int i = 0; i < p.count; ++i) {
-    const T* pixel = input.rows[i] + input.offset;
+    const T* pixel = input.rows[i] + input.offset + begin * input.stride;
     const acc_t<T>* weight = p.weight + (channel * kernel + p.taps[i] * size) * kernel;
-    repeat<Strip::columns>([&](int c) __attribute__((always_inline)) {
-      if (c >= input.begin && c < input.end) {
+    repeat<end - begin>([&](int column) __attribute__((always_inline)) {
+      const int c = begin + column;
+      if (border != Border::kAny || (c >= input.begin && c < input.end)) {
         const Vec<T> value = load(pixel);
         repeat<kernel>([&](int k) __attribute__((always_inline)) {
           const int j = k - odd + 2 * (c - Strip::before);
@@ -95,14 +98,16 @@ void upsample_row(const UpsampleRow<T>& p) {
   for (int64_t x0 = 0; x0 < p.output_width; x0 += Strip::pixels) {
     const int64_t column = (x0 + p.padding - odd) / 2 - Strip::before;
     StripInput<T> strip(p.input, p.rows, column, Strip::columns);
-    for (int64_t channel = 0; channel < p.channels; channel += kLanes<T>) {
-      const bool copies = strip.last() > readable;
-      const StripInput<T> input = copies ? patch.copy(p.input, strip, 0, p.count) : strip;
-      ahead.step<bytes>();
-      ahead_output.step<2 * bytes>();
-      upsample_strip<T, kernel, odd>(p, input, channel, x0);
-      strip.offset += kLanes<T>;
-    }
+    Strip::Columns::dispatch(strip.begin, strip.end, [&](auto border) {
+      for (int64_t channel = 0; channel < p.channels; channel += kLanes<T>) {
+        const bool copies = strip.last() > readable;
+        const StripInput<T> input = copies ? patch.copy(p.input, strip, 0, p.count) : strip;
+        ahead.step<bytes>();
+        ahead_output.step<2 * bytes>();
+        upsample_strip<T, kernel, odd, border()>(p, input, channel, x0);
+        strip.offset += kLanes<T>;
+      }
+    });
   }
 }
 

@@ -29,7 +29,7 @@
 // by rows (1.3x slower than the working form; 1.1 to 3.5x on Zen 4); a plane's rows copied while
 // the one before it is multiplied.
 #include "core/parallel.h"
-#include "cpu/conv2d_depthwise_nchw.h"
+#include "cpu/conv2d_depthwise_masked.h"
 #include "cpu/conv2d_depthwise_nhwc.h"
 #include "cpu/conv2d_depthwise_taps.h"
 
@@ -301,6 +301,11 @@ void correlate(const Correlation<scalar_t>& p, int64_t batch) {
   });
 }
 
+template <typename scalar_t>
+bool fits_planes(int64_t in_width, const Axis& height, const Axis& width) {
+  return fits_masks<scalar_t>(height, width) || fills_rows<acc_t<scalar_t>>(in_width, width);
+}
+
 // NCHW with one output channel per group. `reversed`: the taps in descending order.
 template <typename scalar_t>
 void correlate_planes(const void* input, void* output, const void* weight, const void* bias,
@@ -315,9 +320,16 @@ void correlate_planes(const void* input, void* output, const void* weight, const
     weights.get()[i] = to_acc(from[reversed ? i / taps * taps + taps - 1 - i % taps : i]);
   }
   for (int64_t c = 0; bias && c < s.groups; ++c) biases.get()[c] = to_acc(from_bias[c]);
-  correlate_nchw(Nchw<scalar_t>{static_cast<const scalar_t*>(input), static_cast<scalar_t*>(output),
-                                height, width, s.batch * s.groups, s.groups, weights.get(),
-                                bias ? biases.get() : nullptr, epilogue});
+  const Nchw<scalar_t> problem{static_cast<const scalar_t*>(input),
+                               static_cast<scalar_t*>(output),
+                               height,
+                               width,
+                               s.batch * s.groups,
+                               s.groups,
+                               weights.get(),
+                               bias ? biases.get() : nullptr,
+                               epilogue};
+  fits_masks<scalar_t>(height, width) ? correlate_masked(problem) : correlate_nchw(problem);
 }
 
 template <typename scalar_t>
@@ -330,7 +342,7 @@ void forward(const Conv2dParams& params) {
              width = Axis::forward(s.window_width, s.in_width, s.out_width);
   const Epilogue epilogue(params);
   if constexpr (kHasWindowKernels<scalar_t>) {
-    if (!s.channels_last && members == 1 && fills_rows<acc>(s.in_width, width)) {
+    if (!s.channels_last && members == 1 && fits_planes<scalar_t>(s.in_width, height, width)) {
       return correlate_planes<scalar_t>(params.input, params.output, params.weight, params.bias,
                                         height, width, s, false, epilogue.get());
     }
@@ -367,7 +379,7 @@ void grad_input(const Conv2dGradInputParams& params) {
   const Axis height = axis(s.window_height, s.in_height, s.out_height),
              width = axis(s.window_width, s.in_width, s.out_width);
   if constexpr (kHasWindowKernels<scalar_t>) {
-    if (!s.channels_last && members == 1 && dense && fills_rows<acc>(s.in_width, width) &&
+    if (!s.channels_last && members == 1 && dense && fits_planes<scalar_t>(s.in_width, height, width) &&
         smaller(height.window.padding, width.window.padding) >= 0) {
       return correlate_planes<scalar_t>(params.grad_output, params.grad_input, params.weight,
                                         nullptr, height, width, s, true, nullptr);

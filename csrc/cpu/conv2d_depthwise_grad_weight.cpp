@@ -11,6 +11,7 @@
 // Did not pay: taps in registers and pixels from memory, a load per multiply-add, over the working
 // form (1.4 to 1.7x slower in NHWC).
 #include "core/parallel.h"
+#include "cpu/conv2d_depthwise_grad_weight_masked.h"
 #include "cpu/conv2d_depthwise_grad_weight_nchw.h"
 #include "cpu/conv2d_depthwise_rows.h"
 
@@ -351,11 +352,12 @@ void grad_weight(const Conv2dGradWeightParams& params) {
   auto* result = static_cast<scalar_t*>(params.grad_weight);
   const auto kernel = grad_row_kernel<scalar_t>(s.window_height, s.window_width, s.out_width);
   if constexpr (kHasWindowKernels<scalar_t>) {
-    if (!s.channels_last && members == 1 && s.out_width >= kLanes<scalar_t> &&
-        (s.window_width.size <= kMaxColumns || !kernel)) {
-      return grad_weight_nchw(NchwGradWeight<scalar_t>{p.input.data, p.grad_output.data, p.height,
-                                                       p.width, s.batch, s.groups},
-                              result);
+    const NchwGradWeight<scalar_t> planes{p.input.data, p.grad_output.data, p.height,
+                                          p.width,      s.batch,            s.groups};
+    if (!s.channels_last && members == 1) {
+      if (fits_grad_masks<scalar_t>(p.height, p.width)) return grad_weight_masked(planes, result);
+      if (s.out_width >= kLanes<scalar_t> && (s.window_width.size <= kMaxColumns || !kernel))
+        return grad_weight_nchw(planes, result);
     }
   }
   if (s.channels_last && members == 1 && kernel) {

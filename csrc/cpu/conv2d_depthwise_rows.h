@@ -224,8 +224,8 @@ struct Columns {
 
   // Calls f with the border that has columns [from, to), as a compile-time constant.
   template <typename F>
-  static void dispatch(int64_t from, int64_t to, const F& f) {
-    const auto with = [&](auto border) {
+  [[gnu::always_inline]] static void dispatch(int64_t from, int64_t to, const F& f) {
+    const auto with = [&](auto border) __attribute__((always_inline)) {
       if (from != begin(border()) || to != end(border())) return false;
       f(border);
       return true;

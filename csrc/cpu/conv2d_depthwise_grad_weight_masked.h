@@ -22,7 +22,8 @@ template <typename T>
 struct MaskedGradTile {
   int64_t input, grad_output;  // where the first ones lie in a plane
   int64_t begin, end, count;
-  const uint16_t *columns, *existing;
+  const uint32_t* columns;
+  const uint16_t* existing;
   uint16_t lanes, last;
 };
 
@@ -90,7 +91,7 @@ struct MaskedGradKernel {
     constexpr int begin = Rows::begin(border), end = Rows::end(border);
     __mmask16 columns[kernel];
     repeat<kernel>([&](int k) __attribute__((always_inline)) {
-      columns[k] = in_register(tile.columns[k] & tile.lanes);
+      columns[k] = in_register(__mmask16(tile.columns[k] & tile.lanes));
     });
     Vec<T> grad[vectors];
     repeat<vectors>([&](int v) __attribute__((always_inline)) {
@@ -178,7 +179,7 @@ class MaskedGradWorker {
         tile->columns = masks_.columns(block);
         tile->existing = masks_.existing(y);
         tile->lanes = uint16_t(lanes_inside(0, lanes, kSize) & ~lanes_inside(0, done, kSize));
-        tile->last = rows % step_ ? lanes_inside(0, width.output, kSize) : tile->lanes;
+        tile->last = rows % step_ ? uint16_t(lanes_inside(0, width.output, kSize)) : tile->lanes;
       }
     }
   }
@@ -193,7 +194,7 @@ class MaskedGradWorker {
 
 template <typename T>
 bool fits_grad_masks(const Axis& height, const Axis& width) {
-  return fits_masks<T>(height, width) && width.window.size <= 5;
+  return fits_masks<T>(height, width) && width.window.size <= 5 && width.window.stride == 1;
 }
 
 template <typename T>

@@ -36,13 +36,31 @@ template <typename T>
   }
 }
 
+// The pixels under taps k and, of stride 2, k + 1 of a vector of outputs, from the `stride` vectors
+// from p on.
+template <typename T, int stride>
+[[gnu::always_inline]] inline void load_taps(const T* p, uint32_t mask, Vec<T>* taps) {
+  if constexpr (stride == 1) {
+    taps[0] = load_lanes(p, uint16_t(mask));
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    const __m512i pairs = _mm512_maskz_loadu_epi16(mask, p);
+    taps[0] = bit_cast<Vec<T>>(_mm512_slli_epi32(pairs, 16));
+    taps[1] = bit_cast<Vec<T>>(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
+  } else {
+    const Vec<T> a = load_lanes(p, uint16_t(mask));
+    const Vec<T> b = mask >> 16 ? load_lanes(p + kLanes<T>, uint16_t(mask >> 16)) : Vec<T>{};
+    taps[0] = even_lanes(a, b, kLaneNumbers<T>);
+    taps[1] = odd_lanes(a, b, kLaneNumbers<T>);
+  }
+}
+
 // Vectors of output below each other, each of `step` rows.
 template <typename T>
 struct MaskedTile {
   const T* input;            // under the first tap of the first lane; need not exist
   int64_t row;               // elements from one row of input to the next
   int64_t begin, end;        // rows below `input` that exist, at least in part
-  const uint16_t* columns;   // [column of taps]: the lanes whose columns exist
+  const uint32_t* columns;   // [column of taps]: which of `stride` vectors' lanes exist
   const uint16_t* existing;  // [row below `input`]: the lanes whose rows exist, where step > 1
   const acc_t<T>* weight;    // [tap]
   acc_t<T> bias;
@@ -53,16 +71,21 @@ struct MaskedTile {
 };
 
 // Keeps a mask in its register; GCC 12 would load it at every use.
-[[gnu::always_inline]] inline __mmask16 in_register(__mmask16 mask) {
+template <typename M>
+[[gnu::always_inline]] inline M in_register(M mask) {
   asm("" : "+Yk"(mask));
   return mask;
 }
 
-template <typename T, int kernel, int step, int vectors>
+// The rows under a tile: those of the padding are missing at the image's ends, of the first and
+// last vector perhaps in part.
+template <int kernel, int stride, int step, int vectors>
+using MaskedRows = Columns<(vectors - 1) * step * stride + kernel, kernel / 2 - step + 1,
+                           kernel / 2 - (stride == 2)>;
+
+template <typename T, int kernel, int stride, int step, int vectors>
 struct MaskedTileKernel {
-  // The rows under a tile: those of the padding are missing at the image's ends, of the first and
-  // last vector perhaps in part.
-  using Rows = Columns<(vectors - 1) * step + kernel, kernel / 2 - step + 1, kernel / 2>;
+  using Rows = MaskedRows<kernel, stride, step, vectors>;
   // Few sums of many terms wait for themselves.
   static constexpr bool kHalves = step > 1 && kernel > 3;
 
@@ -78,7 +101,7 @@ struct MaskedTileKernel {
     repeat<kernel * kernel>([&](int tap) __attribute__((always_inline)) {
       weight[tap] = broadcast<T>(t.weight[tap]);
     });
-    __mmask16 columns[kernel];
+    __mmask32 columns[kernel];
     repeat<kernel>(
         [&](int k) __attribute__((always_inline)) { columns[k] = in_register(t.columns[k]); });
     constexpr int begin = Rows::begin(border), end = Rows::end(border);
@@ -87,13 +110,15 @@ struct MaskedTileKernel {
       const int r = begin + i;
       if (border != Border::kAny || (r >= t.begin && r < t.end)) {
         const bool whole = step == 1 || (border != Border::kAny && i > 0 && i + 1 < end - begin);
-        const __mmask16 existing = whole ? 0 : t.existing[r];
+        const __mmask32 existing = whole ? 0 : t.existing[r];
+        Vec<T> values[stride];
         repeat<kernel>([&](int k) __attribute__((always_inline)) {
-          const Vec<T> value = load_lanes(row + k, whole ? columns[k] : columns[k] & existing);
+          if (k % stride == 0)
+            load_taps<T, stride>(row + k, whole ? columns[k] : columns[k] & existing, values);
           repeat<vectors>([&](int v) __attribute__((always_inline)) {
-            const int tap = r - v * step;
+            const int tap = r - v * step * stride;
             if (tap < 0 || tap >= kernel) return;
-            (kHalves && k % 2 ? more : sum)[v] += value * weight[tap * kernel + k];
+            (kHalves && k % 2 ? more : sum)[v] += values[k % stride] * weight[tap * kernel + k];
           });
         });
       }
@@ -148,10 +173,10 @@ class StreamAhead {
 };
 
 // Lanes l < count with 0 <= start + l < size.
-inline uint16_t lanes_inside(int64_t start, int64_t count, int64_t size) {
+inline uint32_t lanes_inside(int64_t start, int64_t count, int64_t size) {
   const int64_t from = smaller(larger(0, -start), count);
   const int64_t to = larger(from, smaller(size - start, count));
-  return uint16_t((1 << to) - (1 << from));
+  return uint32_t((uint64_t{1} << to) - (uint64_t{1} << from));
 }
 
 // The largest window of rows that share a vector: 7x7 of 7 x 7 took 1.3 times as long as in the
@@ -161,7 +186,8 @@ constexpr int kMostShared = 5;
 // Rows of a vector: two in a register where they fit and input and output have the same width.
 template <typename T>
 int64_t rows_in_vector(const Axis& width) {
-  return 2 * width.output <= kLanes<T> && width.input == width.output ? 2 : 1;
+  const bool one_width = width.window.stride == 1 && width.input == width.output;
+  return one_width && 2 * width.output <= kLanes<T> ? 2 : 1;
 }
 
 // The blocks of columns that vectors hold, and which of their lanes find a pixel under a tap.
@@ -177,20 +203,20 @@ class Masks {
         width_(width),
         columns_(blocks * width.window.size),
         existing_(height.output + tile_rows + height.window.size) {
-    const int64_t lanes = smaller(width.output, kSize), second = step == 2 ? lanes : kSize;
+    const int64_t lanes = smaller(width.output, kSize), stride = width.window.stride;
     for (int64_t block = 0, i = 0; block < blocks; ++block) {
       const int64_t start = width.window.start(column(block));
       for (int64_t k = 0; k < width.window.size; ++k, ++i) {
-        const int mask = lanes_inside(start + k, lanes, width.input);
-        columns_.get()[i] = uint16_t(mask | mask << second);
+        const uint32_t mask = lanes_inside(start + k, lanes * stride, width.input);
+        columns_.get()[i] = step == 1 ? mask : mask | mask << lanes;
       }
     }
     if (step == 1) return;
-    const int row = lanes_inside(0, lanes, lanes);
+    const uint32_t row = lanes_inside(0, lanes, lanes);
     for (int64_t i = 0; i < height.output + tile_rows + height.window.size; ++i) {
       const int64_t y = height.window.start(i);
       const bool first = y >= 0 && y < height.input, next = y + 1 >= 0 && y + 1 < height.input;
-      existing_.get()[i] = uint16_t((first ? row : 0) | (next ? row << second : 0));
+      existing_.get()[i] = uint16_t((first ? row : 0) | (next ? row << lanes : 0));
     }
   }
 
@@ -198,8 +224,8 @@ class Masks {
   int64_t column(int64_t block) const {
     return larger(0, smaller(block * kSize, width_.output - kSize));
   }
-  // Of each column of taps, the lanes whose columns exist.
-  const uint16_t* columns(int64_t block) const {
+  // Of each column of taps, the lanes of `stride` vectors whose columns exist.
+  const uint32_t* columns(int64_t block) const {
     return columns_.get() + block * width_.window.size;
   }
   // Of each row under a tile at output row y, the lanes whose rows exist; where step is 2.
@@ -209,7 +235,8 @@ class Masks {
 
  private:
   const Axis& width_;
-  Scratch<uint16_t> columns_, existing_;
+  Scratch<uint32_t> columns_;
+  Scratch<uint16_t> existing_;
 };
 
 // Planes in units of some rows, which are in tiles, which are in blocks of columns.
@@ -226,10 +253,10 @@ class MaskedPlanes {
         tile_rows_(step_ == 1 ? kVectors : step_ * kSharedVectors),
         unit_rows_(unit_rows(p_.height.output, p_.width.output, tile_rows_)),
         masks_(p_.height, p_.width, tile_rows_) {
-    dispatch_window(p_.height.window, p_.width.window, [&](auto kernel, auto) {
-      kernel_ = MaskedTileKernel<T, kernel, 1, kVectors>::run;
-      if constexpr (kernel <= kMostShared) {
-        if (step_ == 2) kernel_ = MaskedTileKernel<T, kernel, 2, kSharedVectors>::run;
+    dispatch_window(p_.height.window, p_.width.window, [&](auto kernel, auto stride) {
+      kernel_ = MaskedTileKernel<T, kernel, stride, 1, kVectors>::run;
+      if constexpr (kernel <= kMostShared && stride == 1) {
+        if (step_ == 2) kernel_ = MaskedTileKernel<T, kernel, 1, 2, kSharedVectors>::run;
       }
     });
   }
@@ -279,17 +306,18 @@ class MaskedPlanes {
     tile.weight = p_.weight + channel * height.window.size * width.window.size;
     tile.bias = p_.bias ? p_.bias[channel] : acc_t<T>{};
     tile.output_step = step_ * width.output;
-    tile.lanes = lanes_inside(0, smaller(tile.output_step, kSize), kSize);
+    tile.lanes = uint16_t(lanes_inside(0, smaller(tile.output_step, kSize), kSize));
     for (int64_t y = begin; y < end; y += tile_rows_) {
       // The last tile steps back to be a whole one.
       const int64_t first = larger(begin, smaller(y, end - tile_rows_));
       const int64_t top = height.window.start(first), rows = smaller(tile_rows_, end - first);
       const bool half = step_ == 2 && rows % 2 == 1;
       tile.begin = larger(0, 1 - step_ - top);
-      tile.end = smaller(height.input - top, tile_rows_ - step_ + height.window.size);
+      tile.end = smaller(height.input - top,
+                         (tile_rows_ - step_) * height.window.stride + height.window.size);
       tile.existing = masks_.existing(first);
       tile.count = step_ == 2 ? (rows + 1) / 2 : rows;
-      tile.last = half ? lanes_inside(0, width.output, kSize) : tile.lanes;
+      tile.last = half ? uint16_t(lanes_inside(0, width.output, kSize)) : tile.lanes;
       for (int64_t block = 0; block < masks_.blocks; ++block) {
         const int64_t x = masks_.column(block);
         tile.input = input + top * width.input + width.window.start(x);
@@ -309,12 +337,13 @@ class MaskedPlanes {
   MaskedKernel<T> kernel_ = nullptr;
 };
 
-// Whether there is a kernel, and its registers are at least half full.
+// Whether there is a kernel, and its loads are at least half full.
 template <typename T>
 bool fits_masks(const Axis& height, const Axis& width) {
-  return rows_kernel<T>(height.window, width.window) && width.window.stride == 1 &&
-         (rows_in_vector<T>(width) == 1 || width.window.size <= kMostShared) &&
-         2 * rows_in_vector<T>(width) * width.output >= kLanes<T>;
+  const int64_t rows = rows_in_vector<T>(width);
+  return rows_kernel<T>(height.window, width.window) &&
+         (rows == 1 || width.window.size <= kMostShared) &&
+         2 * rows * width.window.stride * width.output >= kLanes<T>;
 }
 
 template <typename T>

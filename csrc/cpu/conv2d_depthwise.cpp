@@ -3,11 +3,13 @@
 //
 // Plan: NHWC runs straight from tensor to tensor, 3x3, 5x5 and 7x7 in float32 and bfloat16 by
 // kernels that know their window (conv2d_depthwise_nhwc.h), others tap by tap
-// (conv2d_depthwise_taps.h). NCHW runs plane by plane (conv2d_depthwise_nchw.h), but for rows that
-// leave much of a register idle and the gradient of strides. Those, larger windows, several output
-// channels per group, and NCHW in float16 and float64 go through the working form
-// (conv2d_depthwise.h), small planes as a whole and asked for in front of it: as many planes as a
-// register has lanes are more streams than the hardware foresees.
+// (conv2d_depthwise_taps.h). NCHW with the same windows does so on AVX-512
+// (conv2d_depthwise_masked.h); without it, and for other windows, it runs plane by plane
+// (conv2d_depthwise_nchw.h), but for rows that leave much of a register idle and the gradient of
+// strides. Those, larger windows, several output channels per group, and NCHW in float16 and
+// float64 go through the working form (conv2d_depthwise.h), small planes as a whole and asked for
+// in front of it: as many planes as a register has lanes are more streams than the hardware
+// foresees.
 //
 // Reached on Zen 3, one thread, float32 forward, NCHW / NHWC, of a copy in the same run (torchops
 // bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
@@ -16,11 +18,13 @@
 //   conv2d:mb8_g576ic576ih14oc576kh3ph1    49 / 60 %
 //   conv2d:mb8_g96ic96ih112oc96kh3sh2ph1   59 / 66 % and more
 // and of the rate of torch.mm: conv2d:mb8_g192ic192ih28oc192kh7ph3 57 / 67 %.
-// Small planes in NCHW, on Zen 4, native's time over ours before and after whole planes, fetching
-// and rows of 12 to 15 columns:
-//   conv2d:mb8_g480ic480ih14oc480kh3ph1    0.98   1.45
-//   conv2d:mb8_g480ic480ih14oc480kh7ph3    1.00   1.13
-//   conv2d:mb8_g480ic480ih7oc480kh7ph3     0.95   1.19
+// On Zen 4, forward and backward, float32 (bfloat16), native's time over ours, all of depthwise in
+// torchops bench depthwise --suite all --layout contiguous,channels_last --threads 1 --quick, before
+// and after masks in NCHW and, in NHWC, strips that know which columns are missing:
+//   conv2d:mb8_g480ic480ih14oc480kh3ph1 NCHW     1.29 1.23 (0.91 0.92)   3.03 2.99 (2.62 2.76)
+//   conv2d:mb8_g1152ic1152ih7oc1152kh3ph1 NCHW   1.04 1.06 (0.79 0.86)   1.96 2.07 (1.37 1.44)
+//   conv2d:mb8_g576ic576ih14oc576kh3sh2ph1 NCHW  1.14 (0.83)             2.93 (2.41), forward alone
+//   conv2d:mb8_g672ic672ih14oc672kh5ph2 NHWC     0.87 (0.89)             FIXME
 //
 // Did not pay: NHWC through the working form, by whole rows (about 3x slower) or by slices of
 // channels (slower still; both timed under load); its lines loaded before a strip instead of

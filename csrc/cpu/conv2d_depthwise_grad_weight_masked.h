@@ -1,5 +1,5 @@
-// Gradient of a depthwise convolution's weight in NCHW, of 3x3 and 5x5 windows of stride 1 with
-// AVX-512: vectors as in conv2d_depthwise_masked.h. All sums of a channel stay in registers while
+// Gradient of a depthwise convolution's weight in NCHW, of 3x3 and 5x5 windows with AVX-512:
+// vectors as in conv2d_depthwise_masked.h. All sums of a channel stay in registers while
 // its planes pass, all images of a block one after the other. Blocks are added in order.
 #pragma once
 
@@ -18,6 +18,8 @@ template <typename T>
                                                bit_cast<__m512>(sum), mask));
 }
 
+constexpr int kMostMaskedTaps = 5;  // in a row of the window: more sums than registers
+
 // Vectors of grad_output below each other, of any plane: what a MaskedTile knows.
 struct MaskedGradTile {
   int64_t input, grad_output;  // where the first ones lie in a plane
@@ -25,6 +27,7 @@ struct MaskedGradTile {
   const uint32_t* columns;
   const uint16_t* existing;
   uint16_t lanes, last;
+  uint16_t counted[kMostMaskedTaps];  // [column of taps]: the lanes whose pixels exist
 };
 
 // One channel of some images.
@@ -35,15 +38,16 @@ struct MaskedGradPlanes {
   int64_t row, grad_step;  // elements from row to row of input, from vector to vector
   const MaskedGradTile* tiles;
   int64_t tile_count;
-  int64_t ahead, tile_bytes;  // how far ahead is fetched, and how much for each tile
-  acc_t<T>* sums;             // [tap][lane]
+  // How far ahead each tensor is fetched, and how much of it for each tile.
+  struct Fetch { int64_t ahead, bytes; } fetch_input, fetch_grad;
+  acc_t<T>* sums;  // [tap][lane]
 };
 
 constexpr int64_t kTilesInSum = 32;
 
-template <typename T, int kernel, int step, int vectors>
+template <typename T, int kernel, int stride, int step, int vectors>
 struct MaskedGradKernel {
-  using Rows = Columns<(vectors - 1) * step + kernel, kernel / 2 - step + 1, kernel / 2>;
+  using Rows = MaskedRows<kernel, stride, step, vectors>;
 
   static void run(const MaskedGradPlanes<T>& p) {
     // Several short sums are more exact than a long one.
@@ -59,8 +63,8 @@ struct MaskedGradKernel {
       for (int64_t i = 0; i < p.tile_count; ++i) {
         const MaskedGradTile& tile = p.tiles[i];
         const T *const from = input + tile.input, *const grad_from = grad + tile.grad_output;
-        fetch(from, p);
-        fetch(grad_from, p);
+        fetch(from, p.fetch_input);
+        fetch(grad_from, p.fetch_grad);
         const auto add = [&](auto border) __attribute__((always_inline)) {
           add_tile<border()>(p, tile, from, grad_from, sum);
         };
@@ -77,9 +81,10 @@ struct MaskedGradKernel {
     });
   }
 
-  [[gnu::always_inline]] static void fetch(const T* from, const MaskedGradPlanes<T>& p) {
-    const char* at = reinterpret_cast<const char*>(from) + p.ahead;
-    for (int64_t i = 0; i < p.tile_bytes; i += kCacheLine) __builtin_prefetch(at + i);
+  [[gnu::always_inline]] static void fetch(const T* from,
+                                          const typename MaskedGradPlanes<T>::Fetch& fetch) {
+    const char* at = reinterpret_cast<const char*>(from) + fetch.ahead;
+    for (int64_t i = 0; i < fetch.bytes; i += kCacheLine) __builtin_prefetch(at + i);
   }
 
   template <Border border>
@@ -89,9 +94,9 @@ struct MaskedGradKernel {
                                               Vec<T> (&sum)[kernel * kernel]) {
     constexpr bool any = border == Border::kAny;
     constexpr int begin = Rows::begin(border), end = Rows::end(border);
-    __mmask16 columns[kernel];
+    __mmask16 counted[kernel];
     repeat<kernel>([&](int k) __attribute__((always_inline)) {
-      columns[k] = in_register(__mmask16(tile.columns[k] & tile.lanes));
+      counted[k] = in_register(__mmask16(tile.counted[k]));
     });
     Vec<T> grad[vectors];
     repeat<vectors>([&](int v) __attribute__((always_inline)) {
@@ -105,16 +110,17 @@ struct MaskedGradKernel {
       if (!any || (r >= tile.begin && r < tile.end)) {
         const bool whole = step == 1 || (!any && i > 0 && i + 1 < end - begin);
         const __mmask16 existing = whole ? 0xffff : tile.existing[r];
+        Vec<T> values[stride];
         repeat<kernel>([&](int k) __attribute__((always_inline)) {
-          const __mmask16 mask = whole ? columns[k] : columns[k] & existing;
-          const Vec<T> value = load_lanes(row + k, mask);
+          const __mmask16 mask = whole ? counted[k] : counted[k] & existing;
+          if (k % stride == 0)
+            load_taps<T, stride>(row + k, stride == 1 ? uint32_t{mask} : tile.columns[k], values);
           repeat<vectors>([&](int v) __attribute__((always_inline)) {
-            const int tap = r - v * step;
+            const int tap = r - v * step * stride;
             if (tap < 0 || tap >= kernel || (any && v >= tile.count)) return;
-            const bool half = step > 1 && (any || v + 1 == vectors);
-            const bool last = any ? v + 1 == tile.count : true;
-            add_product<T>(sum[tap * kernel + k], value, grad[v],
-                           half && last ? mask & tile.last : mask);
+            const bool last = any ? v + 1 == tile.count : v + 1 == vectors;
+            add_product<T>(sum[tap * kernel + k], values[k % stride], grad[v],
+                           step > 1 && last ? mask & tile.last : mask);
           });
         });
       }
@@ -147,20 +153,25 @@ class MaskedGradWorker {
   // Adds to the sums of channel c, images [begin, end): [tap][lane].
   void run(int64_t c, int64_t begin, int64_t end, acc_t<T>* sums) const {
     const int64_t in = p_.height.input * p_.width.input, out = p_.height.output * p_.width.output;
-    const int64_t first = begin * p_.channels + c, bytes = int64_t{sizeof(T)};
-    // Of small planes, those of the next channel; of others, what comes next.
-    const int64_t ahead = smaller(in * bytes, kLeadBytes);
+    const int64_t first = begin * p_.channels + c;
     run_(MaskedGradPlanes<T>{p_.input + first * in, p_.grad_output + first * out, end - begin,
                              p_.channels * in, p_.channels * out, p_.width.input,
-                             step_ * p_.width.output, tiles_.get(), tile_count_, ahead,
-                             out * bytes / tile_count_, sums});
+                             step_ * p_.width.output, tiles_.get(), tile_count_, fetch(in),
+                             fetch(out), sums});
   }
 
  private:
+  // Of small planes, those of the next channel; of others, what comes next.
+  typename MaskedGradPlanes<T>::Fetch fetch(int64_t plane) const {
+    const int64_t bytes = plane * int64_t{sizeof(T)};
+    return {smaller(bytes, kLeadBytes), bytes / tile_count_};
+  }
+
   template <int kernel, int vectors>
   MaskedGradFunction<T> find() const {
-    if (step_ == 2) return MaskedGradKernel<T, kernel, 2, kVectors5>::run;
-    return MaskedGradKernel<T, kernel, 1, vectors>::run;
+    if (p_.width.window.stride == 2) return MaskedGradKernel<T, kernel, 2, 1, vectors>::run;
+    if (step_ == 2) return MaskedGradKernel<T, kernel, 1, 2, kVectors5>::run;
+    return MaskedGradKernel<T, kernel, 1, 1, vectors>::run;
   }
 
   void find_tiles() {
@@ -174,14 +185,29 @@ class MaskedGradWorker {
         tile->input = top * width.input + width.window.start(x);
         tile->grad_output = y * width.output + x;
         tile->begin = larger(0, 1 - step_ - top);
-        tile->end = smaller(height.input - top, tile_rows_ - step_ + height.window.size);
+        tile->end = smaller(height.input - top,
+                            (tile_rows_ - step_) * height.window.stride + height.window.size);
         tile->count = divide_up(rows, step_);
         tile->columns = masks_.columns(block);
         tile->existing = masks_.existing(y);
         tile->lanes = uint16_t(lanes_inside(0, lanes, kSize) & ~lanes_inside(0, done, kSize));
         tile->last = rows % step_ ? uint16_t(lanes_inside(0, width.output, kSize)) : tile->lanes;
+        for (int64_t k = 0; k < width.window.size; ++k) {
+          tile->counted[k] = y > 0 ? (tile - masks_.blocks)->counted[k]
+                                   : counted(width.window.start(x) + k) & tile->lanes;
+        }
       }
     }
+  }
+
+  // The lanes whose columns exist, the first of them at `column`.
+  uint16_t counted(int64_t column) const {
+    const int64_t lanes = smaller(p_.width.output, kSize);
+    uint32_t mask = 0;
+    for (int64_t lane = 0; lane < lanes; ++lane, column += p_.width.window.stride) {
+      mask |= uint32_t(column >= 0 && column < p_.width.input) << lane;
+    }
+    return uint16_t(step_ == 1 ? mask : mask | mask << lanes);
   }
 
   const NchwGradWeight<T>& p_;
@@ -194,7 +220,7 @@ class MaskedGradWorker {
 
 template <typename T>
 bool fits_grad_masks(const Axis& height, const Axis& width) {
-  return fits_masks<T>(height, width) && width.window.size <= 5 && width.window.stride == 1;
+  return fits_masks<T>(height, width) && width.window.size <= kMostMaskedTaps;
 }
 
 template <typename T>

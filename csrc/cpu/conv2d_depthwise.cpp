@@ -18,20 +18,23 @@
 //   conv2d:mb8_g576ic576ih14oc576kh3ph1    49 / 60 %
 //   conv2d:mb8_g96ic96ih112oc96kh3sh2ph1   59 / 66 % and more
 // and of the rate of torch.mm: conv2d:mb8_g192ic192ih28oc192kh7ph3 57 / 67 %.
-// On Zen 4, forward and backward, float32 (bfloat16), native's time over ours, all of depthwise in
-// torchops bench depthwise --suite all --layout contiguous,channels_last --threads 1 --quick, before
-// and after masks in NCHW and, in NHWC, strips that know which columns are missing:
-//   conv2d:mb8_g480ic480ih14oc480kh3ph1 NCHW     1.29 1.23 (0.91 0.92)   3.03 2.99 (2.62 2.76)
-//   conv2d:mb8_g1152ic1152ih7oc1152kh3ph1 NCHW   1.04 1.06 (0.79 0.86)   1.96 2.07 (1.37 1.44)
-//   conv2d:mb8_g576ic576ih14oc576kh3sh2ph1 NCHW  1.14 (0.83)             2.93 (2.41), forward alone
-//   conv2d:mb8_g672ic672ih14oc672kh5ph2 NHWC     0.87 (0.89)             FIXME
+// On Zen 4, one thread, native's time over ours, forward and backward, in float32 and bfloat16
+// (torchops bench PROBLEM --dtype f32,bf16 --threads 1 --quick); in NCHW before and after masks, in
+// NHWC before and after strips that know which columns are missing:
+//   conv2d:mb8_g480ic480ih14oc480kh3ph1, NCHW    1.29 1.23  0.91 0.92   3.38 3.10  2.62 2.66
+//   conv2d:mb8_g1152ic1152ih7oc1152kh3ph1, NCHW  1.04 1.06  0.79 0.86   2.17 1.74  1.32 1.37
+//   conv2d:mb8_g144ic144ih56oc144kh3sh2ph1, NCHW 1.80 1.72  1.68 12.6   3.22 1.63  3.95 14.4
+//   conv2d:mb8_g672ic672ih14oc672kh5ph2, NHWC    0.87 6.30  0.89 16.2   1.18 6.51  1.20 18.5
+// The backward of strides in NCHW is mostly the working form's grad_input. Two threads take the
+// gradient of a result above 32 MB, as of 96 x 112 x 112, only 1.2 to 1.7 times faster: glibc maps
+// it afresh each time, and half of the time goes to its page faults.
 //
 // Did not pay: NHWC through the working form, by whole rows (about 3x slower) or by slices of
 // channels (slower still; both timed under load); its lines loaded before a strip instead of
 // prefetched (1.4x slower at stride 1), or prefetched between the rows of a strip (1.2x slower);
 // NCHW by the planes of conv2d_grouped.h (1.3 to 2x slower than the working form); planes of 7 x 7
-// by rows (1.3x slower than the working form; 1.1 to 3.5x on Zen 4); a plane's rows copied while
-// the one before it is multiplied.
+// by copied rows (1.3x slower than the working form; 1.1 to 3.5x on Zen 4); a plane's rows copied
+// while the one before it is multiplied.
 #include "core/parallel.h"
 #include "cpu/conv2d_depthwise_masked.h"
 #include "cpu/conv2d_depthwise_nhwc.h"
@@ -383,7 +386,8 @@ void grad_input(const Conv2dGradInputParams& params) {
   const Axis height = axis(s.window_height, s.in_height, s.out_height),
              width = axis(s.window_width, s.in_width, s.out_width);
   if constexpr (kHasWindowKernels<scalar_t>) {
-    if (!s.channels_last && members == 1 && dense && fits_planes<scalar_t>(s.in_width, height, width) &&
+    if (!s.channels_last && members == 1 && dense &&
+        fits_planes<scalar_t>(s.in_width, height, width) &&
         smaller(height.window.padding, width.window.padding) >= 0) {
       return correlate_planes<scalar_t>(params.grad_output, params.grad_input, params.weight,
                                         nullptr, height, width, s, true, nullptr);

@@ -2,13 +2,16 @@
 //
 // Plan: a strip of grad_output stays in registers while the window's rows pass, each adding a row
 // of taps to sums in the cache. NHWC with the windows of conv2d_depthwise_rows.h straight from the
-// tensors, most of NCHW in conv2d_depthwise_grad_weight_nchw.h, all else in the working form. Fixed
-// blocks of rows, added in order.
+// tensors; NCHW with 3x3 and 5x5 on AVX-512 in conv2d_depthwise_grad_weight_masked.h, most others
+// in conv2d_depthwise_grad_weight_nchw.h; all else in the working form. Fixed blocks of rows, added
+// in order.
 //
 // Reached by both gradients together, measured as in conv2d_depthwise.cpp: 52 / 52 %, 51 / 70 %,
 // 41 / 54 %, 61 / 66 %; 7x7 49 / 60 %.
 //
-// Did not pay: taps in registers and pixels from memory, a load per multiply-add, over the working
+// Did not pay: strips of NHWC that know which columns are missing, in themselves, though half as
+// long ones do for maps of 7 x 7 (prefetches and sums in memory take as long as the borders did);
+// taps in registers and pixels from memory, a load per multiply-add, over the working
 // form (1.4 to 1.7x slower in NHWC).
 #include "core/parallel.h"
 #include "cpu/conv2d_depthwise_grad_weight_masked.h"
@@ -352,8 +355,8 @@ void grad_weight(const Conv2dGradWeightParams& params) {
   auto* result = static_cast<scalar_t*>(params.grad_weight);
   const auto kernel = grad_row_kernel<scalar_t>(s.window_height, s.window_width, s.out_width);
   if constexpr (kHasWindowKernels<scalar_t>) {
-    const NchwGradWeight<scalar_t> planes{p.input.data, p.grad_output.data, p.height,
-                                          p.width,      s.batch,            s.groups};
+    const NchwGradWeight<scalar_t> planes{
+        p.input.data, p.grad_output.data, p.height, p.width, s.batch, s.groups};
     if (!s.channels_last && members == 1) {
       if (fits_grad_masks<scalar_t>(p.height, p.width)) return grad_weight_masked(planes, result);
       if (s.out_width >= kLanes<scalar_t> && (s.window_width.size <= kMaxColumns || !kernel))

@@ -14,8 +14,8 @@ namespace {
 // sum + a * b in the lanes of `mask`: what the others hold, be it infinite, does not count.
 template <typename T>
 [[gnu::always_inline]] inline void add_product(Vec<T>& sum, Vec<T> a, Vec<T> b, __mmask16 mask) {
-  sum = bit_cast<Vec<T>>(_mm512_mask3_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b),
-                                               bit_cast<__m512>(sum), mask));
+  sum = bit_cast<Vec<T>>(
+      _mm512_mask3_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(sum), mask));
 }
 
 constexpr int kMostMaskedTaps = 5;  // in a row of the window: more sums than registers
@@ -82,7 +82,7 @@ struct MaskedGradKernel {
   }
 
   [[gnu::always_inline]] static void fetch(const T* from,
-                                          const typename MaskedGradPlanes<T>::Fetch& fetch) {
+                                           const typename MaskedGradPlanes<T>::Fetch& fetch) {
     const char* at = reinterpret_cast<const char*>(from) + fetch.ahead;
     for (int64_t i = 0; i < fetch.bytes; i += kCacheLine) __builtin_prefetch(at + i);
   }
@@ -90,8 +90,7 @@ struct MaskedGradKernel {
   template <Border border>
   [[gnu::always_inline]] static void add_tile(const MaskedGradPlanes<T>& p,
                                               const MaskedGradTile& tile, const T* row,
-                                              const T* grad_row,
-                                              Vec<T> (&sum)[kernel * kernel]) {
+                                              const T* grad_row, Vec<T> (&sum)[kernel * kernel]) {
     constexpr bool any = border == Border::kAny;
     constexpr int begin = Rows::begin(border), end = Rows::end(border);
     __mmask16 counted[kernel];
@@ -100,7 +99,8 @@ struct MaskedGradKernel {
     });
     Vec<T> grad[vectors];
     repeat<vectors>([&](int v) __attribute__((always_inline)) {
-      const bool exists = !any || v < tile.count, last = any ? v + 1 >= tile.count : v + 1 == vectors;
+      const bool exists = !any || v < tile.count,
+                 last = any ? v + 1 >= tile.count : v + 1 == vectors;
       if (exists) grad[v] = load_lanes(grad_row, last ? tile.last : tile.lanes);
       grad_row += p.grad_step;
     });
@@ -232,21 +232,20 @@ void grad_weight_masked(const NchwGradWeight<T>& p, T* grad_weight) {
   const int64_t block_images = divide_up(p.batch, image_blocks), taps = p.taps();
   Scratch<acc> partial(image_blocks * p.channels * taps);
   const int64_t work = block_images * p.height.output * p.width.output * (taps + 8);
-  parallel_for(image_blocks * p.channels, kGrainTaps / (work + 1) + 1,
-               [&](int64_t begin, int64_t end) {
-                 const MaskedGradWorker<T> worker(p);
-                 Scratch<acc> sums(taps * lanes);
-                 for (int64_t unit = begin; unit < end; ++unit) {
-                   const int64_t first = unit / p.channels * block_images;
-                   sums.zero();
-                   worker.run(unit % p.channels, first, smaller(first + block_images, p.batch),
-                              sums.get());
-                   for (int64_t tap = 0; tap < taps; ++tap) {
-                     partial.get()[unit * taps + tap] =
-                         _mm512_reduce_add_ps(bit_cast<__m512>(load(sums.get() + tap * lanes)));
-                   }
-                 }
-               });
+  parallel_for(
+      image_blocks * p.channels, kGrainTaps / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+        const MaskedGradWorker<T> worker(p);
+        Scratch<acc> sums(taps * lanes);
+        for (int64_t unit = begin; unit < end; ++unit) {
+          const int64_t first = unit / p.channels * block_images;
+          sums.zero();
+          worker.run(unit % p.channels, first, smaller(first + block_images, p.batch), sums.get());
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            partial.get()[unit * taps + tap] =
+                _mm512_reduce_add_ps(bit_cast<__m512>(load(sums.get() + tap * lanes)));
+          }
+        }
+      });
   for (int64_t i = 0; i < p.channels * taps; ++i) {
     acc sum = partial.get()[i];
     for (int64_t block = 1; block < image_blocks; ++block) {

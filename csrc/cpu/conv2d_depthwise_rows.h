@@ -287,9 +287,8 @@ template <typename T, int kernel, int stride, Border border>
 // torchops bench conv2d:mb8_g96ic96ih56oc96kh7ph3_bias --layout channels_last --threads 1 --quick
 // went from 3.1 ms to 2.6 on Zen 4.
 template <typename T, int kernel, int stride, Border border>
-[[gnu::always_inline]] inline void add_rows(const StripInput<T>& input,
-                                            const WindowRows<T>& window, bool single,
-                                            const acc_t<T>* weights,
+[[gnu::always_inline]] inline void add_rows(const StripInput<T>& input, const WindowRows<T>& window,
+                                            bool single, const acc_t<T>* weights,
                                             Vec<T> (&sum)[2][kStripPixels]) {
   if constexpr (kernel == 3 && border != Border::kAny) {
     if (window.begin == 0 && window.end == kernel + stride)

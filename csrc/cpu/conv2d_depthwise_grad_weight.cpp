@@ -9,10 +9,9 @@
 // Reached by both gradients together, measured as in conv2d_depthwise.cpp: 52 / 52 %, 51 / 70 %,
 // 41 / 54 %, 61 / 66 %; 7x7 49 / 60 %.
 //
-// Did not pay: strips of NHWC that know which columns are missing, in themselves, though half as
-// long ones do for maps of 7 x 7 (prefetches and sums in memory take as long as the borders did);
-// taps in registers and pixels from memory, a load per multiply-add, over the working
-// form (1.4 to 1.7x slower in NHWC).
+// Gained nothing measurable on Zen 4: strips of NHWC that know which columns are missing
+// (prefetches and sums in memory take longer than the borders). Did not pay: taps in registers and
+// pixels from memory, a load per multiply-add, over the working form (1.4 to 1.7x slower in NHWC).
 #include "core/parallel.h"
 #include "cpu/conv2d_depthwise_grad_weight_masked.h"
 #include "cpu/conv2d_depthwise_grad_weight_nchw.h"

@@ -27,12 +27,14 @@ inline bool takes_all(const BoxSum<T>& p) {
          covers(p.columns, p.target_width, p.source_width);
 }
 
-// sink(i, sum over r of source[r * step + i] * weights[r], lanes) for i in [0, n).
+// sink(i, sum over r of source[r * step + i] * weights[r], lanes) for i in [0, n). Meanwhile memory
+// fetches `fetched` further rows.
 template <bool kWeighted, int kCount, typename T, typename Sink>
 inline void add_up(const T* source, int64_t step, int64_t count, const acc_t<T>* weights, int64_t n,
-                   const Sink& sink) {
+                   const Sink& sink, int64_t fetched) {
   if constexpr (kCount > 0) count = kCount;
   const auto sum = [&](int64_t i, int lanes) {
+    for (int64_t r = 0; r < fetched; ++r) __builtin_prefetch(source + (count + r) * step + i, 0, 2);
     Vec<T> total = {};
     for (int64_t r = 0; r < count; ++r) {
       const Vec<T> v = load_partial(source + r * step + i, lanes);
@@ -50,12 +52,12 @@ inline void add_up(const T* source, int64_t step, int64_t count, const acc_t<T>*
 
 template <bool kWeighted, typename T, typename Sink>
 inline void add_up(const T* source, int64_t step, int64_t count, const acc_t<T>* weights, int64_t n,
-                   const Sink& sink) {
+                   const Sink& sink, int64_t fetched = 0) {
   switch (count) {
-    case 1: return add_up<kWeighted, 1>(source, step, count, weights, n, sink);
-    case 2: return add_up<kWeighted, 2>(source, step, count, weights, n, sink);
-    case 3: return add_up<kWeighted, 3>(source, step, count, weights, n, sink);
-    default: return add_up<kWeighted, 0>(source, step, count, weights, n, sink);
+    case 1: return add_up<kWeighted, 1>(source, step, count, weights, n, sink, fetched);
+    case 2: return add_up<kWeighted, 2>(source, step, count, weights, n, sink, fetched);
+    case 3: return add_up<kWeighted, 3>(source, step, count, weights, n, sink, fetched);
+    default: return add_up<kWeighted, 0>(source, step, count, weights, n, sink, fetched);
   }
 }
 

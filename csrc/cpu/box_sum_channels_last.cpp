@@ -37,6 +37,8 @@ void add_rows(const BoxSum<T>& p, int64_t begin, int64_t end) {
     }
     const T* source = p.source + (n * p.source_height + rows.begin) * source_row;
     const A* row_weights = kBackward ? p.row_scale + rows.begin : nullptr;
+    // Rows that the next boxes begin with: those of the next image stand behind the last.
+    const int64_t fetched = t + 1 < p.target_height ? p.rows[t + 1].end - rows.end : rows.size();
     for (int64_t c = 0; c < C; c += block) {
       const int64_t channels = C - c < block ? C - c : block;
       for (int64_t first = 0, last; first < p.target_width; first = last) {
@@ -50,11 +52,11 @@ void add_rows(const BoxSum<T>& p, int64_t begin, int64_t end) {
         };
         if (channels == C) {
           add_up<kBackward>(source + x0 * C, source_row, rows.size(), row_weights, (x1 - x0) * C,
-                            keep(sums.get()));
+                            keep(sums.get()), fetched);
         } else {
           for (int64_t x = x0; x < x1; ++x) {
             add_up<kBackward>(source + x * C + c, source_row, rows.size(), row_weights, channels,
-                              keep(sums.get() + (x - x0) * channels));
+                              keep(sums.get() + (x - x0) * channels), fetched);
           }
         }
         for (int64_t u = first; u < last; ++u) {

@@ -12,7 +12,14 @@
 // In the order of max_forward.cpp, on Zen 3: 1.5 / 1.9, 1.2 / 4.3, 1.4 / 1.8 and 1.0 / 1.7; on
 // Granite Rapids: 2.0 / 2.5, 1.7 / 1.3, 2.1 / 2.0 and 1.3 / 1.7. Small maps contiguous, by the same
 // command, on Zen 3: max_pool2d:mb8_ic480ih14kh3sh2 0.85, where a call costs more than native's.
-// Slower: memset in front of a scatter, which leaves the lines outside the cache.
+// Slower: memset in front of a scatter, which leaves the lines outside the cache; all windows of
+// the planes that become zero together in one loop.
+//
+// On Zen 4 what a scatter will make zero, and the row of windows that a gather will read next, are
+// fetched meanwhile; channels_last, beside without:
+//   max_pool2d:mb8_ic192ih28kh3sh1ph1_ceil   2.7   2.05
+//   max_pool2d:mb8_ic480ih14kh3sh1ph1_ceil   2.4   1.85
+//   max_pool2d:mb8_ic256ih28kh5sh1ph2        2.7   1.6
 #include "cpu/max_backward.h"
 #include "core/parallel.h"
 #include "core/thread_count.h"
@@ -33,19 +40,21 @@ struct Source {
   int64_t tap;
 };
 
-template <typename B, typename O, typename T>
+// Meanwhile memory fetches a pixel of `next`: in bursts, fetches would hold up the loads.
+template <typename B, typename O, typename T, typename N>
 void gather_pixel(const Source<B, O>* sources, int64_t count, int64_t channels, T* grad_input,
-                  bool stream) {
+                  bool stream, const Source<T, N>& next) {
   for_each_group<B>(channels, [&](int64_t c, auto registers, int lanes) {
     constexpr int64_t L = kLanes<B>;
     Vec<B> sum[registers] = {};
+    for (int u = 0; u < registers; ++u) __builtin_prefetch(next.grad + c + u * L, 0, 2);
+    __builtin_prefetch(next.offset + c, 0, 2);
     for (int64_t k = 0; k < count; ++k) {
       const Source<B, O> from = sources[k];
-      const Mask<B> tap = same_in_all<B>(from.tap);
+      const auto tap = Taps<B, O>::all(from.tap);
       for (int u = 0; u < registers; ++u) {
-        const Mask<B> won = load_offsets<B>(from.offset + c + u * L, lanes) == tap;
-        const Vec<B> g = load_partial(from.grad + c + u * L, lanes);
-        sum[u] += bit_cast<Vec<B>>(bit_cast<Mask<B>>(g) & won);
+        const Choice<B> won = Taps<B, O>::load(from.offset + c + u * L, lanes) == tap;
+        sum[u] = add_where<B>(won, sum[u], load_partial(from.grad + c + u * L, lanes));
       }
     }
     store_channels<registers>(grad_input + c, sum, lanes, stream);
@@ -53,30 +62,29 @@ void gather_pixel(const Source<B, O>* sources, int64_t count, int64_t channels, 
 }
 
 // The gradients that windows pass to one row, added where they differ by rows only, and the column
-// tap that they pass it to, -1 if none: `count` windows rows, each with its first tap.
+// tap that they pass it to, any if they pass none: `count` rows of windows, each with its first
+// tap.
 template <typename B, typename O>
 void add_rows(const Source<B, O>* rows, int64_t count, int64_t taps, int64_t channels,
-              acc_t<B>* sums, lane_t<B>* columns) {
-  typedef std::make_unsigned_t<lane_t<B>> Unsigned __attribute__((vector_size(kVecBytes)));
+              acc_t<B>* sums, typename Taps<B, O>::Kept* columns) {
   for_each_group<B>(channels, [&](int64_t c, auto registers, int lanes) {
     constexpr int64_t L = kLanes<B>;
     Vec<B> sum[registers] = {};
-    Mask<B> column[registers];
-    for (int u = 0; u < registers; ++u) column[u] = same_in_all<B>(-1);
+    Taps<B, O> column[registers];
+    for (int u = 0; u < registers; ++u) column[u] = Taps<B, O>::all(0);
     for (int64_t k = 0; k < count; ++k) {
       const Source<B, O> from = rows[k];
-      const Mask<B> first = same_in_all<B>(from.tap);
+      const auto first = Taps<B, O>::all(from.tap);
       for (int u = 0; u < registers; ++u) {
-        const Mask<B> tap = load_offsets<B>(from.offset + c + u * L, lanes) - first;
-        const Mask<B> won = bit_cast<Unsigned>(tap) < bit_cast<Unsigned>(same_in_all<B>(taps));
-        const Vec<B> g = load_partial(from.grad + c + u * L, lanes);
-        sum[u] += bit_cast<Vec<B>>(bit_cast<Mask<B>>(g) & won);
-        column[u] = won ? tap : column[u];
+        const auto tap = Taps<B, O>::load(from.offset + c + u * L, lanes) - first;
+        const Choice<B> won = tap.up_to(Taps<B, O>::all(taps - 1));
+        sum[u] = add_where<B>(won, sum[u], load_partial(from.grad + c + u * L, lanes));
+        column[u] = tap.where(won, column[u]);
       }
     }
     for (int u = 0; u < registers; ++u) {
       store<acc_t<B>>(sums + c + u * L, sum[u]);
-      std::memcpy(columns + c + u * L, &column[u], sizeof(column[u]));
+      column[u].keep(columns + c + u * L);
     }
   });
 }
@@ -86,14 +94,15 @@ void gather_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, const Cove
                  const Covering& left, const T* grad_output, const O* offsets, T* grad_input,
                  int64_t begin, int64_t end) {
   using A = acc_t<T>;
+  using Kept = typename Taps<T, O>::Kept;
   const int64_t C = p.channels, H = p.height.length, W = p.width.length, OW = p.width.outputs;
   const bool separable = above.most() * left.most() > kMostGathered;
   const bool stream = streams_channels(grad_input, p.batch * p.in_plane(), C, blocks.size);
   const int64_t pitch = blocks.size + kLanes<T>;
   Scratch<Source<T, O>> rows(above.most() + 1), sources(above.most() * left.most() + 1);
-  Scratch<Source<A, lane_t<T>>> summed(left.most() + 1);
+  Scratch<Source<A, Kept>> summed(left.most() + 1);
   Scratch<A> sums(separable ? OW * pitch : 0);
-  Scratch<lane_t<T>> columns(separable ? OW * pitch : 0);
+  Scratch<Kept> columns(separable ? OW * pitch : 0);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t ih = unit % H;
     const ChannelBlock block = blocks[unit / H];
@@ -114,14 +123,21 @@ void gather_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, const Cove
                columns.get() + ow * pitch);
     }
     T* to = grad_input + block.element(H, W, C, ih);
+    // The next row of windows.
+    const int64_t row_below = count > 0 ? first[count - 1].output + 1 : p.height.outputs;
+    const bool exists = row_below < p.height.outputs;
+    const int64_t next = (exists ? block : blocks[unit / H + 1])
+                             .element(p.height.outputs, OW, C, exists ? row_below : 0);
     for (int64_t iw = 0; iw < W; ++iw, to += C) {
+      const int64_t later = next + (iw < OW ? iw : 0) * C;
+      const Source<T, O> ahead{grad_output + later, offsets + later, 0};
       const auto *w = left.begin(iw), *end_w = left.end(iw);
       int64_t k = 0;
       if (separable) {
         for (; w < end_w; ++w)
           summed.get()[k++] = {sums.get() + w->output * pitch, columns.get() + w->output * pitch,
                                w->tap};
-        gather_pixel(summed.get(), k, block.channels, to, stream);
+        gather_pixel(summed.get(), k, block.channels, to, stream, ahead);
         continue;
       }
       // In the order of a scatter.
@@ -129,7 +145,7 @@ void gather_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, const Cove
         for (const auto* tap = w; tap < end_w; ++tap)
           sources.get()[k++] = source(h, tap->output, tap->tap);
       }
-      gather_pixel(sources.get(), k, block.channels, to, stream);
+      gather_pixel(sources.get(), k, block.channels, to, stream, ahead);
     }
   }
   if (stream) finish_streams();
@@ -146,7 +162,8 @@ void gather_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, const Cove
   for (; bytes > 0; --bytes) *to++ = 0;
 }
 
-constexpr int64_t kAtOnce = 4096;  // elements that become zero before any is added to
+constexpr int64_t kAtOnce = 2048;  // elements that become zero before any is added to
+constexpr int64_t kLine = kCacheLine / sizeof(float);
 
 // Images of `channels` side by side: planes, if 1.
 template <typename T, typename O>
@@ -159,6 +176,7 @@ class Scatter {
         row_size_(p.width.length * channels),
         size_(p.in_plane() * channels),
         taps_(p.height.taps * p.width.taps),
+        fetched_(p.in_plane() <= kLine * p.out_plane() ? p.in_plane() / p.out_plane() : 0),
         steps_(taps_ > 256 ? taps_ : 256),
         windows_(is_small() ? p.out_plane() : 0) {
     for (int64_t tap = 0; tap < taps_ || tap < 256; ++tap) {
@@ -185,9 +203,16 @@ class Scatter {
       if (static_cast<uint64_t>(i) < static_cast<uint64_t>(size_))
         to[i] = from_acc<To>(to_acc(to[i]) + to_acc(g));
     };
+    // Meanwhile memory fetches what will become zero next, where a line has a window.
+    const auto fetch = [ahead = to + kAtOnce, step = fetched_](int64_t o) {
+      __builtin_prefetch(ahead + o * step, 1);
+    };
     if (is_zero) {
       const int64_t count = height_.outputs * outputs;
-      for (int64_t o = 0; o < count; ++o) add(windows_.get()[o], offset[o], grad[o]);
+      for (int64_t o = 0; o < count; ++o) {
+        fetch(o);
+        add(windows_.get()[o], offset[o], grad[o]);
+      }
       return;
     }
     int64_t zeroed = 0;
@@ -200,7 +225,10 @@ class Scatter {
       const int64_t row = height_.position(oh, 0) * row_size_;
       const int64_t* start = width_.start;
       if (channels_ == 1) {
-        for (int64_t ow = 0; ow < outputs; ++ow) add(row + start[ow], offset[ow], grad[ow]);
+        for (int64_t ow = 0; ow < outputs; ++ow) {
+          fetch(oh * outputs + ow);
+          add(row + start[ow], offset[ow], grad[ow]);
+        }
         offset += outputs, grad += outputs;
       } else {
         for (int64_t ow = 0; ow < outputs; ++ow, offset += channels_, grad += channels_) {
@@ -215,6 +243,7 @@ class Scatter {
  private:
   const MaxAxis &height_, &width_;
   int64_t channels_, row_size_, size_, taps_;
+  int64_t fetched_;           // places for each window, if they are less than a line
   Scratch<int64_t> steps_;    // from a window's first position to its taps
   Scratch<int64_t> windows_;  // their first positions
 };
@@ -289,10 +318,10 @@ void backward(const MaxWindows& p, const T* grad_output, const O* offsets, T* gr
     if (few || inputs >= many * outputs) return scatter(p.batch, p.channels);
     gather(p, above, left, grad_output, offsets, grad_input);
   } else {
-    // Where a row's end leaves too many lanes empty, a scatter is faster.
-    constexpr int64_t L = kLanes<T>;
-    const int64_t lanes = (p.width.length + 2 * L - 1) / (2 * L) * L;
-    if (gathers_in_pairs(p) && 4 * p.width.outputs >= 3 * lanes)
+    // Where a row's end leaves too many lanes empty, a scatter is faster: windows for a register.
+    const int64_t registers = (p.width.length + 2 * kLanes<T> - 1) / (2 * kLanes<T>);
+    const int64_t fewest = sizeof(T) == 2 ? 3 : p.width.taps == 2 ? 5 : 9;
+    if (gathers_in_pairs(p) && p.width.outputs >= registers * fewest)
       return max_backward_pairs(p, grad_output, offsets, grad_input);
     if (!gathers_in_planes(p) || inputs >= 8 * outputs) return scatter(p.planes(), 1);
     max_backward_planes(p, grad_output, offsets, grad_input);

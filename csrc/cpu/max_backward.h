@@ -1,7 +1,7 @@
 // What the backward kernels of max-pools share: the windows that cover each position.
 #pragma once
 
-#include "cpu/max_windows.h"
+#include "cpu/max_taps.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {

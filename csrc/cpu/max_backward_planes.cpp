@@ -11,8 +11,17 @@
 // in the row, so the gradients of windows that differ by rows only are added first, and then
 // gathered along the row.
 //
-// Registers reach beyond the end of a row wherever memory allows: rows are written in order.
-// Slower: windows 2 apart, with even and odd places apart (see max_backward_pairs.cpp); 5 x 5 taps.
+// Where windows or positions fill the places, as with equal maps in and out, places are memory:
+// nothing is staged, and results are written at once. Registers reach beyond the end of a row
+// wherever memory allows: rows are written in order.
+//
+// Times of native over ours on Zen 4, contiguous, fp32, then with windows staged and taps as wide
+// as values (torchops bench PROBLEM --layout contiguous --direction bwd --threads 1 --quick):
+//   max_pool2d:mb8_ic192ih28kh3sh1ph1_ceil   1.8 to 2.0   0.90 to 1.2
+//   max_pool2d:mb8_ic528ih14kh3sh1ph1_ceil   2.2          1.1
+//   max_pool2d:mb8_ic832ih7kh3sh1ph1_ceil    1.8          0.92 to 1.0
+//   max_pool2d:mb8_ic256ih28kh5sh1ph2        1.5          0.74 by a scatter
+// Slower: windows 2 apart, with even and odd places apart (see max_backward_pairs.cpp).
 #include "core/parallel.h"
 #include "cpu/max_backward.h"
 #include "cpu/phase_rows.h"
@@ -20,8 +29,7 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-constexpr int64_t kStrip = 512;   // places, at least
-constexpr int64_t kMostTaps = 9;  // of a window; above, a scatter is faster
+constexpr int64_t kStrip = 512;  // places, at least
 
 // An axis as a run of places.
 struct Places {
@@ -34,12 +42,15 @@ struct Places {
   int64_t pitch;
 };
 
-template <typename T, typename O>
+template <typename T>
 class Strip {
  public:
   using A = acc_t<T>;
+  using Offsets = Taps<T, uint8_t>;
+  using Kept = typename Offsets::Kept;
+  static constexpr int64_t L = kLanes<T>;
 
-  Strip(const MaxWindows& p, const T* grad_output, const O* offsets, T* grad_input)
+  Strip(const MaxWindows& p, const T* grad_output, const uint8_t* offsets, T* grad_input)
       : p_(p),
         grad_output_(grad_output),
         offsets_(offsets),
@@ -50,7 +61,9 @@ class Strip {
         halo_(h_.reach + (w_.reach + pitch_ - 1) / pitch_),
         rows_(kStrip / pitch_ + halo_ + 1),
         size_(rows_ * pitch_ + w_.padding),
-        room_(size_ + 2 * kLanes<T>),
+        room_(size_ + 2 * L),
+        windows_fill_(p.height.outputs == h_.pitch && p.width.outputs == pitch_),
+        positions_fill_(p.height.length == h_.pitch && p.width.length == pitch_),
         grads_(halo_ * pitch_ + room_),
         winners_(halo_ * pitch_ + room_),
         sums_(w_.reach + room_),
@@ -59,13 +72,26 @@ class Strip {
 
   // Rows of grad_input, counted through all planes.
   void run(int64_t begin, int64_t end) const {
-    const int64_t H = p_.height.length;
+    const int64_t H = p_.height.length, W = p_.width.length;
+    const int64_t all = p_.planes() * p_.out_plane();
     int64_t plane = begin / H, ih = begin % H;
     while (begin < end) {
-      const int64_t first = plane * h_.pitch + ih + h_.padding;
-      const int64_t next = stage(first);
-      add_rows(next);
-      gather(grad_input_ + begin * p_.width.length);
+      const int64_t first = plane * h_.pitch + ih + h_.padding, at = first * pitch_;
+      if (windows_fill_ && at >= halo_ * pitch_ && at + room_ <= all) {
+        add_rows(grad_output_ + at, offsets_ + at);
+      } else {
+        stage(first);
+        add_rows(grads_.get() + halo_ * pitch_, winners_.get() + halo_ * pitch_);
+      }
+      T* const to = grad_input_ + begin * W;
+      if (positions_fill_) {
+        const int64_t rows = end - begin < rows_ ? end - begin : rows_;
+        gather(to, rows * W, (end - begin) * W);
+        begin += rows, ih += rows;
+        plane += ih / H, ih %= H;
+        continue;
+      }
+      gather(results_.get(), rows_ * pitch_, room_);
       int64_t row = 0;
       for (; begin < end && row < rows_; ++begin, ++row) {
         write(begin, row, end);
@@ -76,12 +102,11 @@ class Strip {
   }
 
  private:
-  // The windows of the rows of places from `first` on, and of those in front that they need. Gives
-  // the first window behind them.
-  int64_t stage(int64_t first) const {
+  // The windows of the rows of places from `first` on, and of those in front that they need.
+  void stage(int64_t first) const {
     const int64_t OH = p_.height.outputs, OW = p_.width.outputs;
     const int64_t all = p_.planes() * h_.pitch, end = first + rows_;
-    int64_t to = 0, behind = 0;
+    int64_t to = 0;
     for (int64_t row = first - halo_, next; row < end; row = next) {
       const int64_t plane = row / h_.pitch, oh = row % h_.pitch;
       const bool some = row >= 0 && row < all && oh < OH;
@@ -90,76 +115,66 @@ class Strip {
       if (some && OH == h_.pitch) next = all;
       if (next > end) next = end;
       const int64_t at = (plane * OH + oh) * OW;
-      if (some) behind = at + (next - row) * OW;
       const int64_t joined = !some || OW == pitch_ ? next - row : 1;
       for (int64_t i = row; i < next; i += joined, to += joined * pitch_)
         stage_windows(at + (i - row) * OW, some ? joined * OW : 0, joined * pitch_, to);
     }
-    stage_windows(0, 0, halo_ * pitch_ + room_ - kLanes<T> - to, to);
-    return behind;
+    stage_windows(0, 0, halo_ * pitch_ + room_ - L - to, to);
   }
   // `count` windows, and none in the places behind them.
   void stage_windows(int64_t at, int64_t count, int64_t places, int64_t to) const {
     const int64_t all = p_.planes() * p_.out_plane();
     const T* const grad = grad_output_ + at;
-    const O* const offset = offsets_ + at;
+    const uint8_t* const offset = offsets_ + at;
     A* const grads = grads_.get() + to;
-    lane_t<T>* const winners = winners_.get() + to;
-    for (int64_t i = 0; i < places; i += kLanes<T>) {
+    Kept* const winners = winners_.get() + to;
+    for (int64_t i = 0; i < places; i += L) {
       const int64_t rest = count - i, readable = all - at - i;
       store<A>(grads + i, load_filled(grad + i, rest, readable, Vec<T>{}));
-      const Mask<T> found = load_winners(offset + i, rest, readable);
-      std::memcpy(winners + i, &found, sizeof(found));
+      load_winners(offset + i, rest, readable).keep(winners + i);
     }
   }
   // Offsets of `count` windows, and -1 in the lanes behind them.
-  static Mask<T> load_winners(const O* from, int64_t count, int64_t readable) {
-    constexpr int64_t L = kLanes<T>;
-    if (count <= 0) return same_in_all<T>(-1);
+  static Offsets load_winners(const uint8_t* from, int64_t count, int64_t readable) {
+    const Offsets none = Offsets::all(-1);
+    if (count <= 0) return none;
     const int lanes = static_cast<int>(count < L ? count : L);
-    const Mask<T> found = load_offsets<T>(from, readable < L ? lanes : L);
-    return lanes < L ? found | ~first_lanes<T>(lanes) : found;
+    const Offsets found = Offsets::load(from, readable < L ? lanes : L);
+    return lanes < L ? found.first(lanes, none) : found;
   }
 
-  // Meanwhile memory fetches the windows from `next` on: read all at once, they are waited for.
-  void add_rows(int64_t next) const {
+  // For each window, the gradients that its column passes to one row of places, and the column tap
+  // that they pass it to, if any. `grads`, `winners`: of the strip's first place.
+  template <typename G, typename O>
+  void add_rows(const G* grads, const O* winners) const {
     switch (p_.height.taps) {
-      case 2: return add_rows<2>(next);
-      case 3: return add_rows<3>(next);
-      default: return add_rows<0>(next);
+      case 2: return add_rows<2>(grads, winners);
+      case 3: return add_rows<3>(grads, winners);
+      default: return add_rows<0>(grads, winners);
     }
   }
-  // For each window, the gradients that its column passes to one row of places, and the column tap
-  // that they pass it to. kTaps fixes the rows of taps where it is not 0.
-  template <int kTaps>
-  void add_rows(int64_t next) const {
-    typedef std::make_unsigned_t<lane_t<T>> Unsigned __attribute__((vector_size(kVecBytes)));
-    constexpr int64_t L = kLanes<T>;
+  // kTaps fixes the rows of taps where it is not 0.
+  template <int kTaps, typename G, typename O>
+  void add_rows(const G* grads, const O* winners) const {
     // A store might change any member, as far as the compiler knows.
-    const int64_t from = halo_ * pitch_ - w_.reach, size = w_.reach + size_;
+    const int64_t size = w_.reach + size_;
     const int64_t count = kTaps > 0 ? kTaps : p_.height.taps, columns = p_.width.taps;
-    const int64_t step = p_.height.dilation * pitch_, furthest = (count - 1) * step;
-    const Unsigned taps = bit_cast<Unsigned>(same_in_all<T>(columns));
-    const T* const next_grads = grad_output_ + next;
-    const O* const next_offsets = offsets_ + next;
-    const A* const grads = grads_.get() + from;
-    const lane_t<T>* const winners = winners_.get() + from;
+    const int64_t step = p_.height.dilation * pitch_;
+    const Offsets last = Offsets::all(columns - 1);
     A* const sums = sums_.get();
-    lane_t<T>* const found = columns_.get();
+    Kept* const found = columns_.get();
+    // The furthest window first: sums are in the order of windows.
+    grads -= w_.reach + (count - 1) * step;
+    winners -= w_.reach + (count - 1) * step;
     for (int64_t i = 0; i < size; i += L) {
-      __builtin_prefetch(next_grads + i);
-      __builtin_prefetch(next_offsets + i);
       Vec<T> sum = {};
-      Mask<T> column = same_in_all<T>(-1);
-      // The furthest window first: sums are in the order of windows.
+      Offsets column = Offsets::all(0);
       const auto add = [&](int64_t k) __attribute__((always_inline)) {
-        const int64_t at = i - furthest + k * step;
-        Mask<T> tap;
-        std::memcpy(&tap, winners + at, sizeof(tap));
-        tap -= same_in_all<T>((count - 1 - k) * columns);
-        const Mask<T> won = bit_cast<Unsigned>(tap) < taps;
-        sum += bit_cast<Vec<T>>(bit_cast<Mask<T>>(load<A>(grads + at)) & won);
-        column = won ? tap : column;
+        const int64_t at = i + k * step;
+        const Offsets tap = load_taps(winners + at) - Offsets::all((count - 1 - k) * columns);
+        const Choice<T> won = tap.up_to(last);
+        sum = add_where<T>(won, sum, load(grads + at));
+        column = tap.where(won, column);
       };
       if constexpr (kTaps > 0) {
         repeat<kTaps>(add);
@@ -167,49 +182,56 @@ class Strip {
         for (int64_t k = 0; k < count; ++k) add(k);
       }
       store<A>(sums + i, sum);
-      std::memcpy(found + i, &column, sizeof(column));
+      column.keep(found + i);
     }
+  }
+  // From a tensor, or from memory of our own.
+  template <typename O>
+  static Offsets load_taps(const O* p) {
+    if constexpr (std::is_same_v<O, Kept>)
+      return Offsets::recall(p);
+    else
+      return Offsets::load(p);
   }
 
-  // Meanwhile memory fetches the grad_input from `target` on.
-  void gather(const T* target) const {
+  // What the windows of each column pass to `count` positions, to `to`, where there is room for
+  // `writable`.
+  template <typename R>
+  void gather(R* to, int64_t count, int64_t writable) const {
     switch (p_.width.taps) {
-      case 2: return gather<2>(target);
-      case 3: return gather<3>(target);
-      default: return gather<0>(target);
+      case 2: return gather<2>(to, count, writable);
+      case 3: return gather<3>(to, count, writable);
+      default: return gather<0>(to, count, writable);
     }
   }
-  // What the windows of each column pass to a place. kTaps fixes the taps where it is not 0.
-  template <int kTaps>
-  void gather(const T* target) const {
-    constexpr int64_t L = kLanes<T>;
-    const int64_t size = size_, taps = p_.width.taps, step = p_.width.dilation;
-    const A* const sums = sums_.get() + w_.reach;
-    const lane_t<T>* const columns = columns_.get() + w_.reach;
-    A* const to = results_.get();
-    for (int64_t i = 0; i < size; i += L) {
-      __builtin_prefetch(target + i, 1);
+  // kTaps fixes the taps where it is not 0.
+  template <int kTaps, typename R>
+  void gather(R* to, int64_t count, int64_t writable) const {
+    const int64_t taps = kTaps > 0 ? kTaps : p_.width.taps, step = p_.width.dilation;
+    const A* const sums = sums_.get() + w_.reach + w_.padding;
+    const Kept* const columns = columns_.get() + w_.reach + w_.padding;
+    for (int64_t i = 0; i < count; i += L) {
       Vec<T> sum = {};
       const auto add = [&](int64_t k) __attribute__((always_inline)) {
-        Mask<T> column;
-        std::memcpy(&column, columns + i - k * step, sizeof(column));
-        const Vec<T> g = load<A>(sums + i - k * step);
-        sum += bit_cast<Vec<T>>(bit_cast<Mask<T>>(g) & (column == same_in_all<T>(k)));
+        const Choice<T> won = Offsets::recall(columns + i - k * step) == Offsets::all(k);
+        sum = add_where<T>(won, sum, load<A>(sums + i - k * step));
       };
       if constexpr (kTaps > 0) {
         repeat<kTaps>(add);
       } else {
         for (int64_t k = 0; k < taps; ++k) add(k);
       }
-      store<A>(to + i, sum);
+      if (writable - i >= L)
+        store(to + i, sum);
+      else
+        store_partial(to + i, sum, static_cast<int>(writable - i));
     }
   }
 
   // Row `row` of grad_input, from row `place` of the strip; rows from `end` on are another's.
   void write(int64_t row, int64_t place, int64_t end) const {
-    constexpr int64_t L = kLanes<T>;
     const int64_t W = p_.width.length, writable = (end - row) * W;
-    const A* from = results_.get() + place * pitch_ + w_.padding;
+    const A* from = results_.get() + place * pitch_;
     T* to = grad_input_ + row * W;
     for (int64_t i = 0; i < W; i += L) {
       const Vec<T> v = load<A>(from + i);
@@ -222,32 +244,38 @@ class Strip {
 
   const MaxWindows& p_;
   const T* grad_output_;
-  const O* offsets_;
+  const uint8_t* offsets_;
   T* grad_input_;
   Places h_, w_;
   int64_t pitch_, halo_, rows_, size_, room_;  // of places: in a row, rows in front, rows, in all
+  bool windows_fill_, positions_fill_;         // the places, as they follow each other in memory
   Scratch<A> grads_;
-  Scratch<lane_t<T>> winners_;
+  Scratch<Kept> winners_;
   Scratch<A> sums_;
-  Scratch<lane_t<T>> columns_;
+  Scratch<Kept> columns_;
   Scratch<A> results_;
 };
 
 }  // namespace
 
 bool gathers_in_planes(const MaxWindows& p) {
-  return p.height.stride == 1 && p.width.stride == 1 && p.height.taps * p.width.taps <= kMostTaps;
+  // Above, a scatter is faster.
+  const int64_t most = kVecBytes < 64 ? 6 : p.dtype == DType::f64 ? 10 : 20;
+  return p.height.stride == 1 && p.width.stride == 1 && !p.wide_offsets &&
+         p.height.taps + p.width.taps <= most;
 }
 
 void max_backward_planes(const MaxWindows& p, const void* grad_output, const void* offsets,
                          void* grad_input) {
-  with_gradients(p, grad_output, offsets, grad_input,
-                 [&]<typename T, typename O>(const T* grads, const O* winners, T* to) {
-                   parallel_for(p.planes() * p.height.length, max_grain(p.width.length * 4),
-                                [&](int64_t begin, int64_t end) {
-                                  Strip<T, O>(p, grads, winners, to).run(begin, end);
-                                });
+  dispatch_dtype(p.dtype, [&](auto scalar) {
+    using T = typename decltype(scalar)::type;
+    parallel_for(p.planes() * p.height.length, max_grain(p.width.length * 4),
+                 [&](int64_t begin, int64_t end) {
+                   Strip<T>(p, static_cast<const T*>(grad_output),
+                            static_cast<const uint8_t*>(offsets), static_cast<T*>(grad_input))
+                       .run(begin, end);
                  });
+  });
 }
 
 }  // namespace torchops::cpu::TORCHOPS_ISA

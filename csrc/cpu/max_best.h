@@ -1,7 +1,7 @@
 // Registers of candidates for a window's largest value, and where they stood.
 #pragma once
 
-#include "cpu/max_windows.h"
+#include "cpu/max_taps.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 
@@ -12,24 +12,24 @@ void max_forward_planes(const MaxWindows&, const void* input, void* output, void
 namespace {
 
 // The best so far and its offset, lane by lane.
-template <typename T, bool kOffsets>
+template <typename T, bool kOffsets, typename O>
 struct Best {
   Vec<T> value;
-  Mask<T> offset;
+  Taps<T, O> offset;
 
   void see(Best next) {
-    const Mask<T> take = (next.value > value) | (next.value != next.value);
-    value = take ? next.value : value;
-    if constexpr (kOffsets) offset = take ? next.offset : offset;
+    const Choice<T> take = beats<T>(next.value, value);
+    value = choose<T>(take, next.value, value);
+    if constexpr (kOffsets) offset = next.offset.where(take, offset);
   }
 };
 
 // Offsets of `registers` registers, of which the last has `lanes`.
 template <typename T, int registers, typename O>
-inline void store_group(O* p, const Best<T, true>* best, int lanes) {
+inline void store_group(O* p, const Best<T, true, O>* best, int lanes) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   if constexpr (sizeof(O) == 1 && registers == 4 && kLanes<T> == 8) {
-    const auto bits = [&](int k) { return bit_cast<__m256i>(best[k].offset); };
+    const auto bits = [&](int k) { return bit_cast<__m256i>(best[k].offset.lanes); };
     const __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(bits(0), bits(1)),
                                               _mm256_packus_epi32(bits(2), bits(3)));
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -38,7 +38,7 @@ inline void store_group(O* p, const Best<T, true>* best, int lanes) {
   }
 #endif
   for (int u = 0; u < registers; ++u)
-    store_offsets<T>(p + u * kLanes<T>, best[u].offset, u + 1 < registers ? kLanes<T> : lanes);
+    best[u].offset.store(p + u * kLanes<T>, u + 1 < registers ? int{kLanes<T>} : lanes);
 }
 
 // f(kept, input, output, offsets) with their types; `kept` says whether there are offsets.

@@ -77,10 +77,11 @@ struct Bundle {
 
 // Some rows of a bundle, laid out so that tap(row, k)[o] is tap k of window o: strides 1 and 2 by
 // phase rows, others element by element.
-template <typename T>
+template <typename T, typename O>
 class TapRows {
  public:
   using A = acc_t<T>;
+  using Kept = typename Taps<T, O>::Kept;
 
   TapRows(const MaxAxis& width, int64_t height, const Bundle<T>& bundle)
       : width_(width),
@@ -101,9 +102,9 @@ class TapRows {
     }
     first_.zero();
     for (int64_t k = 0; k < bundle.planes; ++k) {
-      lane_t<T>* first = first_.get() + k * bundle.segment;
+      Kept* first = first_.get() + k * bundle.segment;
       for (int64_t o = 0; o < width.outputs; ++o)
-        first[o] = static_cast<lane_t<T>>(width.inside[o].begin);
+        first[o] = static_cast<Kept>(width.inside[o].begin);
     }
   }
   // How many plane rows are filled, and should be once row r of a bundle is needed: the bundle, or
@@ -127,7 +128,7 @@ class TapRows {
   void start(int64_t bundle, int64_t r) { next_ = {bundle, 0, r}; }
   // The winner of each window's taps, in `planes` planes.
   template <bool kOffsets>
-  void find_winners(int64_t i, int64_t planes, A* values, lane_t<T>* offsets) const {
+  void find_winners(int64_t i, int64_t planes, A* values, Kept* offsets) const {
     const A* row = elements_.get() + (i & (slots_ - 1)) * size_;
     const int64_t windows = planes * bundle_.segment;
     switch (width_.taps) {
@@ -171,28 +172,26 @@ class TapRows {
   }
   // kTaps fixes the taps where it is not 0.
   template <bool kOffsets, int kTaps>
-  void find(const A* row, int64_t windows, A* values, lane_t<T>* offsets) const {
+  void find(const A* row, int64_t windows, A* values, Kept* offsets) const {
     constexpr int64_t L = kLanes<T>;
     const int64_t taps = kTaps > 0 ? kTaps : width_.taps;
     const int64_t* at = taps_.get();
-    const lane_t<T>* first = first_.get();
+    const Kept* first = first_.get();
     for_each_few<T>(windows, [&](int64_t o, auto registers) {
-      Best<T, kOffsets> best[registers];
+      Best<T, kOffsets, O> best[registers];
       repeat<registers>([&](int u) __attribute__((always_inline)) {
-        best[u].value = load<A>(row + at[0] + o + u * L);
-        std::memcpy(&best[u].offset, first + o + u * L, sizeof(best[u].offset));
+        best[u] = {load<A>(row + at[0] + o + u * L), Taps<T, O>::recall(first + o + u * L)};
       });
       for (int64_t k = 1; k < taps; ++k) {
         const A* tap = row + at[k] + o;
-        const Mask<T> offset = same_in_all<T>(k);
+        const Taps<T, O> offset = Taps<T, O>::all(k);
         repeat<registers>([&](int u) __attribute__((always_inline)) {
           best[u].see({load<A>(tap + u * L), offset});
         });
       }
       repeat<registers>([&](int u) __attribute__((always_inline)) {
         store<A>(values + o + u * L, best[u].value);
-        if constexpr (kOffsets)
-          std::memcpy(offsets + o + u * L, &best[u].offset, sizeof(best[u].offset));
+        if constexpr (kOffsets) best[u].offset.keep(offsets + o + u * L);
       });
     });
   }
@@ -203,8 +202,8 @@ class TapRows {
   int64_t pitch_, size_, ahead_, slots_;
   Scratch<A> elements_;
   Scratch<int64_t> taps_;
-  Scratch<lane_t<T>> first_;  // taps that lie inside
-  PlaneRow next_{};           // to be filled
+  Scratch<Kept> first_;  // taps that lie inside
+  PlaneRow next_{};      // to be filled
 };
 
 // Pools rows, counted through all bundles, in order.
@@ -212,6 +211,7 @@ template <bool kOffsets, typename T, typename O>
 class Pool {
  public:
   using A = acc_t<T>;
+  using Kept = typename Taps<T, O>::Kept;
   static constexpr int64_t L = kLanes<T>;
 
   Pool(const MaxWindows& p, const Bundle<T>& bundle, const T* input, T* output, O* offsets)
@@ -287,7 +287,7 @@ class Pool {
     int64_t to = at, o = 0;  // the plane that the next register is of, and its window there
     const int64_t windows = planes * bundle_.segment;
     for_each_few<T>(windows, [&](int64_t first, auto registers) {
-      Best<T, kOffsets> best[registers];
+      Best<T, kOffsets, O> best[registers];
       combine_rows(row, inside, first, best, registers);
       if (o + registers * L <= bundle_.segment && o + registers * L <= room) {
         repeat<registers>([&](int u) __attribute__((always_inline)) {
@@ -305,18 +305,15 @@ class Pool {
   }
   // The winners of the windows from `first` on of a row of windows.
   template <typename Count>
-  void combine_rows(Row row, Span inside, int64_t first, Best<T, kOffsets>* best,
+  void combine_rows(Row row, Span inside, int64_t first, Best<T, kOffsets, O>* best,
                     Count registers) const {
     const int64_t top = row.bundle * bundle_.rows;
     const auto see_row = [&](int64_t r, auto is_first) __attribute__((always_inline)) {
       const int64_t from = slot(top + p_.height.position(row.oh, r)) + first;
-      const Mask<T> tap = same_in_all<T>(r * p_.width.taps);
+      const Taps<T, O> tap = Taps<T, O>::all(r * p_.width.taps);
       repeat<registers>([&](int u) __attribute__((always_inline)) {
-        Best<T, kOffsets> next{load<A>(values_.get() + from + u * L), {}};
-        if constexpr (kOffsets) {
-          std::memcpy(&next.offset, taps_.get() + from + u * L, sizeof(next.offset));
-          next.offset += tap;
-        }
+        Best<T, kOffsets, O> next{load<A>(values_.get() + from + u * L), {}};
+        if constexpr (kOffsets) next.offset = Taps<T, O>::recall(taps_.get() + from + u * L) + tap;
         is_first ? void(best[u] = next) : best[u].see(next);
       });
     };
@@ -324,10 +321,10 @@ class Pool {
     for (int64_t r = inside.begin + 1; r < inside.end; ++r) see_row(r, std::false_type{});
   }
   // To the output at element `at`, from which on there is room for `room`.
-  void put(int64_t at, int64_t room, Best<T, kOffsets> best) const {
+  void put(int64_t at, int64_t room, Best<T, kOffsets, O> best) const {
     const int lanes = static_cast<int>(room < L ? room : L);
     store_partial(output_ + at, best.value, lanes);
-    if constexpr (kOffsets) store_offsets<T>(offsets_ + at, best.offset, lanes);
+    if constexpr (kOffsets) best.offset.store(offsets_ + at, lanes);
   }
 
   const MaxWindows& p_;
@@ -335,10 +332,10 @@ class Pool {
   const T* input_;
   T* output_;
   O* offsets_;
-  TapRows<T> rows_;
+  TapRows<T, O> rows_;
   int64_t slots_;
   Scratch<A> values_;  // a ring of rows
-  Scratch<lane_t<T>> taps_;
+  Scratch<Kept> taps_;
 };
 
 template <bool kOffsets, typename T, typename O>

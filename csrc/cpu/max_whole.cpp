@@ -20,16 +20,19 @@ namespace {
 
 // ---- forward, contiguous ------------------------------------------------------------------------
 
+template <typename T>
+using WideBest = Best<T, true, int32_t>;
+
 // The offset that wins among lanes that saw different elements: of the last NaN, else of the first
 // maximum.
 template <typename T>
-int64_t winning_offset(const Best<T, true>& best) {
+int64_t winning_offset(const WideBest<T>& best) {
   constexpr int L = kLanes<T>;
   const Mask<T> nan = best.value != best.value;
   acc_t<T> most[L];
   lane_t<T> nans[L], firsts[L];
   std::memcpy(most, &best.value, sizeof(most));
-  const Mask<T> last_nan = nan ? best.offset : same_in_all<T>(-1);
+  const Mask<T> last_nan = nan ? best.offset.lanes : same_in_all<T>(-1);
   std::memcpy(nans, &last_nan, sizeof(nans));
   for (int width = L / 2; width > 0; width /= 2) {
     for (int l = 0; l < width; ++l) {
@@ -39,7 +42,7 @@ int64_t winning_offset(const Best<T, true>& best) {
   }
   if (nans[0] >= 0) return nans[0];
   const Mask<T> first =
-      best.value == broadcast<T>(most[0]) ? best.offset : same_in_all<T>(INT32_MAX);
+      best.value == broadcast<T>(most[0]) ? best.offset.lanes : same_in_all<T>(INT32_MAX);
   std::memcpy(firsts, &first, sizeof(firsts));
   for (int width = L / 2; width > 0; width /= 2) {
     for (int l = 0; l < width; ++l)
@@ -64,19 +67,19 @@ void max_of_planes(const MaxWindows& p, const T* input, T* output, O* offsets, i
       return load_filled(from + i, size - i, all - plane * size - i, nothing);
     };
     // Two chains: one would wait for itself.
-    Best<T, true> best[2] = {{load_some(0), lane}, {load_some(L), lane + same_in_all<T>(L)}};
+    WideBest<T> best[2] = {{load_some(0), {lane}}, {load_some(L), {lane + same_in_all<T>(L)}}};
     Mask<T> at = lane + same_in_all<T>(2 * L);
     for (int64_t i = 2 * L; i < size; i += 2 * L) {
-      best[0].see({load_some(i), at});
-      best[1].see({load_some(i + L), at + same_in_all<T>(L)});
+      best[0].see({load_some(i), {at}});
+      best[1].see({load_some(i + L), {at + same_in_all<T>(L)}});
       at += same_in_all<T>(2 * L);
     }
     // Of two equal ones, the first; of two NaNs, the last.
-    const Best<T, true> a = best[0], b = best[1];
-    const Mask<T> later = b.offset > a.offset;
+    const WideBest<T> a = best[0], b = best[1];
+    const Mask<T> later = b.offset.lanes > a.offset.lanes;
     const Mask<T> take = (b.value > a.value) | ((b.value == a.value) & ~later) |
                          ((b.value != b.value) & ((a.value == a.value) | later));
-    const Best<T, true> both{take ? b.value : a.value, take ? b.offset : a.offset};
+    const WideBest<T> both{take ? b.value : a.value, {take ? b.offset.lanes : a.offset.lanes}};
     const int64_t winner = winning_offset(both);
     output[plane] = from[winner];
     if (offsets) offsets[plane] = static_cast<O>(winner);
@@ -88,43 +91,43 @@ void max_of_planes(const MaxWindows& p, const T* input, T* output, O* offsets, i
 constexpr int64_t kMostChannels = 2048;  // in a block: its winners stay in the L1 cache
 
 // The winners among the pixels so far.
-template <bool kOffsets, typename T>
+template <bool kOffsets, typename T, typename O>
 struct Winners {
   explicit Winners(int64_t channels) : values(channels), offsets(kOffsets ? channels : 0) {}
 
-  Best<T, kOffsets> get(int64_t c) const {
-    Best<T, kOffsets> best{load<acc_t<T>>(values.get() + c), {}};
-    if constexpr (kOffsets) std::memcpy(&best.offset, offsets.get() + c, sizeof(best.offset));
+  Best<T, kOffsets, O> get(int64_t c) const {
+    Best<T, kOffsets, O> best{load<acc_t<T>>(values.get() + c), {}};
+    if constexpr (kOffsets) best.offset = Taps<T, O>::recall(offsets.get() + c);
     return best;
   }
-  void set(int64_t c, Best<T, kOffsets> best) const {
+  void set(int64_t c, Best<T, kOffsets, O> best) const {
     store<acc_t<T>>(values.get() + c, best.value);
-    if constexpr (kOffsets) std::memcpy(offsets.get() + c, &best.offset, sizeof(best.offset));
+    if constexpr (kOffsets) best.offset.keep(offsets.get() + c);
   }
 
   Scratch<acc_t<T>> values;
-  Scratch<lane_t<T>> offsets;
+  Scratch<typename Taps<T, O>::Kept> offsets;
 };
 
 // Some channels of an image, whose pixels are `pitch` apart.
 template <bool kOffsets, typename T, typename O>
-void max_of_image(const Winners<kOffsets, T>& winners, const T* input, int64_t pixels,
+void max_of_image(const Winners<kOffsets, T, O>& winners, const T* input, int64_t pixels,
                   int64_t pitch, int64_t channels, T* output, O* offsets) {
   constexpr int64_t kAhead = 4096 / sizeof(T);
   for (int64_t pixel = 0; pixel < pixels; ++pixel, input += pitch) {
     prefetch<false>(input + kAhead, channels);
-    const Mask<T> at = same_in_all<T>(pixel);
+    const auto at = Taps<T, O>::all(pixel);
     for_each_vec<T>(channels, [&](int64_t c, int lanes) {
-      const Best<T, kOffsets> here{load_partial(input + c, lanes), at};
-      Best<T, kOffsets> best = pixel > 0 ? winners.get(c) : here;
+      const Best<T, kOffsets, O> here{load_partial(input + c, lanes), at};
+      Best<T, kOffsets, O> best = pixel > 0 ? winners.get(c) : here;
       if (pixel > 0) best.see(here);
       winners.set(c, best);
     });
   }
   for_each_vec<T>(channels, [&](int64_t c, int lanes) {
-    const Best<T, kOffsets> best = winners.get(c);
+    const Best<T, kOffsets, O> best = winners.get(c);
     store_partial(output + c, best.value, lanes);
-    if constexpr (kOffsets) store_offsets<T>(offsets + c, best.offset, lanes);
+    if constexpr (kOffsets) best.offset.store(offsets + c, lanes);
   });
 }
 
@@ -138,7 +141,7 @@ void forward(const MaxWindows& p, const T* input, T* output, O* offsets) {
   const ChannelBlocks<T> blocks(p.batch, p.channels, kMostChannels);
   const int64_t pixels = p.in_plane(), C = p.channels;
   parallel_for(blocks.count(), max_grain(pixels * blocks.size), [&](int64_t begin, int64_t end) {
-    const Winners<kOffsets, T> winners(blocks.size);
+    const Winners<kOffsets, T, O> winners(blocks.size);
     for (int64_t i = begin; i < end; ++i) {
       const ChannelBlock block = blocks[i];
       const int64_t to = block.element(1, 1, C, 0);

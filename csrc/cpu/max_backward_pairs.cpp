@@ -16,7 +16,7 @@
 //   max_pool2d:mb8_ic256ih56kh2            1.9           1.3
 //   max_pool2d:mb8_ic832ih14kh2_ceil       1.3           0.87
 // Slower: neighbours as the same registers moved by a lane. No gain: fetching the rows of
-// grad_input ahead.
+// grad_input ahead, taps kept in all lanes in memory.
 #include "core/parallel.h"
 #include "cpu/max_backward.h"
 #include "cpu/phase_rows.h"

@@ -20,41 +20,40 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-// The second pass, over a run of memory.
-template <bool kPerLane, typename T>
+// f(the activation), which computes every element.
+template <typename T, typename F>
+void with_activation(Activation activation, const F& f) {
+  is_curve(activation) ? dispatch_curve(activation, f) : f(Clamp<T>(activation));
+}
+
+// A step of the output.
+template <bool kPerLane, typename T, typename F>
+[[gnu::always_inline]] inline void output_step(const AffineLanes<kPerLane, T>& lanes, int64_t i,
+                                               int n, const T* input, const T* residual,
+                                               const F& activation, Vec<T> (&v)[2]) {
+  Vec<T> centered[2];
+  if constexpr (kIsCurve<F>) prefetch_ahead(input + i);
+  preactivate(lanes, i, n, input, residual, centered, v);
+  for (int u = 0; u < 2; ++u) v[u] = activation.value(v[u]);
+}
+
+// ---- contiguous -----------------------------------------------------------------------------
+
+// The second pass, over a run of channel c.
+template <typename T>
 void apply_run(const BatchNormParams& p, const Affine<T>& affine, int64_t c, int64_t offset,
                int64_t length, bool past_cache) {
   const T* input = static_cast<const T*>(p.input) + offset;
   const T* residual = p.residual ? static_cast<const T*>(p.residual) + offset : nullptr;
   T* output = static_cast<T*>(p.output) + offset;
-  const AffineLanes<kPerLane, T> lanes(affine, c);
-  Vec<T> centered[2];
-  if (!is_curve(p.activation)) {
-    const Clamp<T> clamp(p.activation);
-    return write_steps(output, length, past_cache, false,
-                       [&](int64_t i, int n, Vec<T>(&v)[2]) __attribute__((always_inline)) {
-                         preactivate(lanes, i, n, input, residual, centered, v);
-                         for (int u = 0; u < 2; ++u) v[u] = clamp.value(v[u]);
-                       });
-  }
-  for (int64_t start = 0; start < length; start += kStrip) {
-    using A = acc_t<T>;
-    A z[kStrip];
-    const int64_t strip = min(kStrip, length - start);
-    for_each_step<T>(strip, [&](int64_t i, int n) __attribute__((always_inline)) {
-      Vec<T> v[2];
-      prefetch_step(input + start + i + kStrip);
-      preactivate(lanes, start + i, n, input, residual, centered, v);
-      store_two(z + i, v, false);
-    });
-    curve_values(p.activation, z, strip);
-    write_steps(output + start, strip, past_cache, false,
-                [&](int64_t i, int, Vec<T>(&v)[2])
-                    __attribute__((always_inline)) { load_two(z + i, kStep<A>, v); });
-  }
+  const AffineLanes<false, T> lanes(affine, c);
+  with_activation<T>(p.activation, [&](const auto& activation) {
+    write_steps(output, length, past_cache, false,
+                [&](int64_t i, int n, Vec<T>(&v)[2]) __attribute__((always_inline)) {
+                  output_step(lanes, i, n, input, residual, activation, v);
+                });
+  });
 }
-
-// ---- contiguous -----------------------------------------------------------------------------
 
 template <typename T>
 void train_planes(const BatchNormParams& p) {
@@ -87,8 +86,7 @@ void train_planes(const BatchNormParams& p) {
           // The images that were read last are the likeliest to be in the cache.
           for (int64_t n = shape.batch; n-- > 0;) {
             for (int64_t k = 0; k < channels; ++k) {
-              apply_run<false>(p, affine, k, n * image + (first + k) * shape.pixels, shape.pixels,
-                               stream);
+              apply_run(p, affine, k, n * image + (first + k) * shape.pixels, shape.pixels, stream);
             }
           }
         }
@@ -102,7 +100,7 @@ void apply_planes(const BatchNormParams& p, const Affine<T>& affine) {
   const bool stream = past_cache<T>(p.shape, p.output, pixels, 4);
   parallel_for(p.shape.batch * channels, grain_for(pixels), [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
-      apply_run<false>(p, affine, plane % channels, plane * pixels, pixels, stream);
+      apply_run(p, affine, plane % channels, plane * pixels, pixels, stream);
     }
     if (stream) finish_streams();
   });
@@ -252,26 +250,28 @@ void row_moments(const BatchNormParams& p, const Rows& rows) {
 }
 
 // The second pass over `count` rows of each of kCount streams, `stride` apart.
-template <int kCount, typename T>
+template <int kCount, typename T, typename F>
 [[gnu::noinline]] void apply_streams(const BatchNormParams& p, const Affine<T>& affine,
                                      int64_t offset, int64_t stride, int64_t count, int64_t length,
-                                     bool past_cache) {
+                                     bool past_cache, F activation) {
   const T* input = static_cast<const T*>(p.input) + offset;
   const T* residual = p.residual ? static_cast<const T*>(p.residual) + offset : nullptr;
   const AffineLanes<true, T> lanes(affine, 0);
-  const Clamp<T> clamp(p.activation);
   write_rows<kCount>(
       static_cast<T*>(p.output) + offset, stride, count, length, past_cache, false,
       [&](int64_t at, int64_t i, int n, Vec<T>(&v)[2]) __attribute__((always_inline)) {
-        Vec<T> centered[2];
-        preactivate(lanes, i, n, input + at, residual ? residual + at : nullptr, centered, v);
-        for (int u = 0; u < 2; ++u) v[u] = clamp.value(v[u]);
+        output_step(lanes, i, n, input + at, residual ? residual + at : nullptr, activation, v);
       });
 }
 
 template <typename T>
 void apply_rows(const BatchNormParams& p, const Affine<T>& affine, const Rows& rows) {
   const bool stream = past_cache<T>(p.shape, p.output, rows.length, kVecBytes);
+  const auto apply = [&](int64_t offset, int64_t count, int64_t length, bool past_cache) {
+    with_activation<T>(p.activation, [&](const auto& activation) {
+      apply_streams<1>(p, affine, offset, 0, count, length, past_cache, activation);
+    });
+  };
   parallel_for(rows.chunks, rows.grain(), [&](int64_t begin, int64_t end) {
     // The chunks that were read last are the likeliest to be in the cache.
     for (int64_t k = end; k-- > begin;) {
@@ -279,15 +279,14 @@ void apply_rows(const BatchNormParams& p, const Affine<T>& affine, const Rows& r
       if (!is_curve(p.activation)) {
         const int64_t part = (rows.end(k) - row) / kStreams;
         apply_streams<kStreams>(p, affine, row * rows.length, part * rows.length, part, rows.length,
-                                stream);
+                                stream, Clamp<T>(p.activation));
         row += kStreams * part;
       }
-      for (; row < rows.end(k); ++row)
-        apply_run<true>(p, affine, 0, row * rows.length, rows.length, stream);
+      apply(row * rows.length, rows.end(k) - row, rows.length, stream);
     }
     if (stream) finish_streams();
   });
-  apply_run<true>(p, affine, 0, rows.count * rows.length, rows.rest, false);
+  if (rows.rest) apply(rows.count * rows.length, 1, rows.rest, false);
 }
 
 // ---- both -------------------------------------------------------------------------------------

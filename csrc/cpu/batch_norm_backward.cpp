@@ -7,8 +7,8 @@
 // Two passes read grad_output and input, the second writes grad_input, past the cache where it is
 // large; contiguous: slab by slab of channels, so that the second read comes from the cache (small
 // planes: batch_norm_slabs.h). The first writes grad_residual, and the second reads that instead of
-// residual and grad_output. So it is under a curve like SiLU in fp32, where h waits in grad_input:
-// the exponential costs more than a write. Block sums are merged in float64.
+// residual and grad_output. So it is under a curve like SiLU, where h waits in grad_input: the
+// exponential costs more than a write. Block sums are merged in float64, of h before it is rounded.
 //
 // Floor: two reads, one write at the bandwidth of a copy. Reached on Zen 3: 0.91
 // contiguous, 0.55 channels_last in fp32 (command: batch_norm.cpp). On Granite Rapids
@@ -17,8 +17,10 @@
 // tensors are the host's: batch_norm:mb8_ic160ih7 takes 101 us contiguous, of which two
 // reads and one write are 57 (bench/results/granite-rapids-1t.json).
 // Did not pay: one image at a time instead of two, two rows instead of four, 5 to 15 % slower;
-// slabs of 256 to 2048 elements; the next slab prefetched by the second pass, 4 %; on AVX-512 a
-// curve taken twice in fp32, too, 20 to 40 % slower but 7 % faster for 6 MB in channels_last.
+// slabs of 256 to 2048 elements, also of whole lines; the next slab prefetched by the second pass,
+// 4 % (by the first: see add_rows; batch_norm:mb8_ic2048ih7 went from 899 us to 614 on Zen 4); a
+// curve taken twice, in bf16 up to 50 % slower, in fp32 up to 30 %; h written into the cache though
+// the tensor is large.
 #include "cpu/batch_norm_gradients.h"
 #include "cpu/batch_norm_slabs.h"
 
@@ -30,8 +32,8 @@ namespace {
 constexpr int kPairs = 2;  // images that are read at once
 
 // Over kImages runs of `length` elements, `stride` apart, of channel c.
-template <int kImages, typename T, typename G, typename C>
-[[gnu::noinline]] Sums run_sums(Sources<T, G, C> from, Affine<T> affine, int64_t c, int64_t stride,
+template <int kImages, typename T, typename F>
+[[gnu::noinline]] Sums run_sums(Sources<T, F> from, Affine<T> affine, int64_t c, int64_t stride,
                                 int64_t length, T* kept) {
   const AffineLanes<false, T> lanes(affine, c);
   Vec<T> gradient[4] = {}, product[4] = {};
@@ -55,26 +57,16 @@ template <typename T>
 void add_run_sums(const Call<T>& call, const Affine<T>& affine, int64_t c, int64_t offset,
                   int64_t images, int64_t length, Sums& sums) {
   const int64_t stride = call.p.shape.channels * call.p.shape.pixels;
-  T* kept = call.kept ? call.kept + offset : nullptr;
   if (!call.curve && images == kPairs) {
     return call.with_sources(offset, false, [&](const auto& from) {
-      sums.add(run_sums<kPairs>(from, affine, c, stride, length, kept));
+      sums.add(run_sums<kPairs>(from, affine, c, stride, length, call.kept_at(offset)));
     });
   }
   for (int64_t n = 0; n < images; ++n, offset += stride) {
-    kept = call.kept ? call.kept + offset : nullptr;
-    if (!call.curve) {
-      call.with_sources(offset, false, [&](const auto& from) {
-        sums.add(run_sums<1>(from, affine, c, stride, length, kept));
-      });
-      continue;
-    }
-    for (int64_t i = 0; i < length; i += kStrip) {
-      acc_t<T> buffer[kStrip];
-      const int64_t strip = min(kStrip, length - i);
-      const auto bent = bend<false>(call, affine, c, offset + i, strip, buffer);
-      sums.add(run_sums<1>(bent, affine, c, stride, strip, kept ? kept + i : nullptr));
-    }
+    const auto add = [&](const auto& from) {
+      sums.add(run_sums<1>(from, affine, c, stride, length, call.kept_at(offset)));
+    };
+    call.curve ? call.with_curve(offset, add) : call.with_sources(offset, false, add);
   }
 }
 
@@ -107,7 +99,7 @@ void backward_planes(const Call<T>& call) {
           for (int64_t n = shape.batch; n-- > 0;) {
             for (int64_t k = 0; k < count; ++k) {
               const int64_t plane = n * shape.channels + first + k;
-              second_pass<false>(call, channels, k, plane * shape.pixels, shape.pixels, stream);
+              second_pass(call, channels, k, plane * shape.pixels, shape.pixels, stream);
             }
           }
         }
@@ -124,55 +116,55 @@ struct RowSums {
   acc_t<T>* product;
 };
 
-// Adds `length` elements of each of kCount rows, `stride` apart.
-template <int kCount, typename T, typename G, typename C>
-[[gnu::noinline]] void add_rows(Sources<T, G, C> from, Affine<T> affine, int64_t c0, int64_t stride,
+// Adds `count` rows of each of kCount streams, `stride` apart. Behind a single row the next slab's
+// begins: too short to be read ahead by the hardware.
+template <int kCount, typename T, typename F>
+[[gnu::noinline]] void add_rows(Sources<T, F> from, Affine<T> affine, int64_t stride, int64_t count,
                                 int64_t length, T* kept, bool past_cache, RowSums<T> sums) {
   using A = acc_t<T>;
-  const AffineLanes<true, T> lanes(affine, c0);
-  for_each_step<T>(length, [&](int64_t i, int n) __attribute__((always_inline)) {
-    Vec<T> gradient[2], product[2];
-    load_two(sums.gradient + c0 + i, kStep<A>, gradient);
-    load_two(sums.product + c0 + i, kStep<A>, product);
+  const AffineLanes<true, T> lanes(affine, 0);
+  for (int64_t row = 0; row < count; ++row) {
+    for_each_step<T>(length, [&](int64_t i, int n) __attribute__((always_inline)) {
+      Vec<T> gradient[2], product[2];
+      load_two(sums.gradient + i, kStep<A>, gradient);
+      load_two(sums.product + i, kStep<A>, product);
 #pragma GCC unroll 4
-    for (int s = 0; s < kCount; ++s) {
-      Vec<T> h[2], centered[2];
-      differentiate(from.shifted(s * stride), lanes, i, n, h, centered);
-      for (int u = 0; u < 2; ++u) {
-        gradient[u] += h[u];
-        product[u] += h[u] * centered[u];
+      for (int s = 0; s < kCount; ++s) {
+        const int64_t at = row * length + s * stride;
+        Vec<T> h[2], centered[2];
+        if (!kIsCurve<F> && count == 1) {
+          prefetch_step<kL2>(from.gradient + at + i + length);
+          prefetch_step<kL2>(from.input + at + i + length);
+        }
+        differentiate(from.shifted(at), lanes, i, n, h, centered);
+        for (int u = 0; u < 2; ++u) {
+          gradient[u] += h[u];
+          product[u] += h[u] * centered[u];
+        }
+        if (kept) store_some(kept + at + i, h, n, past_cache);
       }
-      if (kept) store_some(kept + s * stride + i, h, n, past_cache);
-    }
-    store_two(sums.gradient + c0 + i, gradient, false);
-    store_two(sums.product + c0 + i, product, false);
-  });
-}
-
-// Adds `length` elements of each of `count` <= kStreams rows, `stride` apart, from `offset` on.
-template <typename T>
-void add_row_sums(const Call<T>& call, const Affine<T>& affine, int64_t offset, int64_t count,
-                  int64_t stride, int64_t length, bool past_cache, const RowSums<T>& sums) {
-  T* kept = call.kept ? call.kept + offset : nullptr;
-  if (!call.curve && count == kStreams) {
-    return call.with_sources(offset, false, [&](const auto& from) {
-      add_rows<kStreams>(from, affine, 0, stride, length, kept, past_cache, sums);
+      store_two(sums.gradient + i, gradient, false);
+      store_two(sums.product + i, product, false);
     });
   }
-  for (int64_t n = 0; n < count; ++n, offset += stride) {
-    kept = call.kept ? call.kept + offset : nullptr;
-    if (!call.curve) {
-      call.with_sources(offset, false, [&](const auto& from) {
-        add_rows<1>(from, affine, 0, stride, length, kept, past_cache, sums);
-      });
-      continue;
-    }
-    for (int64_t i = 0; i < length; i += kStrip) {
-      acc_t<T> buffer[kStrip];
-      const int64_t strip = min(kStrip, length - i);
-      const auto bent = bend<true>(call, affine, i, offset + i, strip, buffer);
-      add_rows<1>(bent, affine, i, stride, strip, kept ? kept + i : nullptr, past_cache, sums);
-    }
+}
+
+// Adds `count` rows of each of `streams` <= kStreams streams, `stride` apart, from `offset` on.
+template <typename T>
+void add_row_sums(const Call<T>& call, const Affine<T>& affine, int64_t offset, int64_t streams,
+                  int64_t stride, int64_t count, int64_t length, bool past_cache,
+                  const RowSums<T>& sums) {
+  if (!call.curve && streams == kStreams) {
+    return call.with_sources(offset, false, [&](const auto& from) {
+      add_rows<kStreams>(from, affine, stride, count, length, call.kept_at(offset), past_cache,
+                         sums);
+    });
+  }
+  for (int64_t s = 0; s < streams; ++s, offset += stride) {
+    const auto add = [&](const auto& from) {
+      add_rows<1>(from, affine, 0, count, length, call.kept_at(offset), past_cache, sums);
+    };
+    call.curve ? call.with_curve(offset, add) : call.with_sources(offset, false, add);
   }
 }
 
@@ -180,24 +172,20 @@ void add_row_sums(const Call<T>& call, const Affine<T>& affine, int64_t offset, 
 template <typename T>
 void add_chunk_sums(const Call<T>& call, const Affine<T>& affine, int64_t begin, int64_t end,
                     const Rows& rows, bool past_cache, const RowSums<T>& sums, double* totals) {
-  constexpr int64_t kRows = 64;  // until float sums join the float64 ones
-  const auto flush = [&] {
+  constexpr int64_t kRows = 64;  // of a stream, until float sums join the float64 ones
+  const auto add = [&](int64_t row, int64_t streams, int64_t stride, int64_t count) {
+    add_row_sums(call, affine, row * rows.length, streams, stride * rows.length, count, rows.length,
+                 past_cache, sums);
     for (int64_t c = 0; c < rows.length; ++c) {
       totals[c] += sums.gradient[c];
       totals[rows.length + c] += sums.product[c];
     }
     for (int64_t c = 0; c < rows.length; ++c) sums.gradient[c] = sums.product[c] = 0;
   };
-  const int64_t part = (end - begin) / kStreams;
-  for (int64_t row = 0; row < part; ++row) {
-    add_row_sums(call, affine, (begin + row) * rows.length, kStreams, part * rows.length,
-                 rows.length, past_cache, sums);
-    if (row % kRows == kRows - 1) flush();
-  }
-  for (int64_t row = begin + kStreams * part; row < end; ++row) {
-    add_row_sums(call, affine, row * rows.length, 1, 0, rows.length, past_cache, sums);
-  }
-  flush();
+  const int64_t part = (end - begin) / kStreams, done = begin + kStreams * part;
+  for (int64_t row = 0; row < part; row += kRows)
+    add(begin + row, kStreams, part, min(kRows, part - row));
+  if (done < end) add(done, 1, 0, end - done);
 }
 
 // Adds the chunks' sums in order into [2][channels].
@@ -216,7 +204,7 @@ void row_sums(const Call<T>& call, const Affine<T>& affine, const Rows& rows, do
       add_chunk_sums(call, affine, rows.begin(k), rows.end(k), rows, stream, sums, part);
       if (rows.rest && k == rows.chunks - 1) {
         const int64_t offset = rows.count * rows.length;
-        add_row_sums(call, affine, offset, 1, 0, rows.rest, false, sums);
+        add_row_sums(call, affine, offset, 1, 0, 1, rows.rest, false, sums);
         for (int64_t c = 0; c < rows.rest; ++c) {
           part[c] += sums.gradient[c];
           part[rows.length + c] += sums.product[c];
@@ -267,7 +255,7 @@ void backward_rows(const Call<T>& call) {
     }
     if (stream) finish_streams();
   });
-  second_pass<true>(call, of, 0, rows.count * rows.length, rows.rest, false);
+  if (rows.rest) second_pass_rows<1>(call, of, rows.count * rows.length, 0, 1, rows.rest, false);
 }
 
 // ---- small planes ---------------------------------------------------------------------------
@@ -292,7 +280,7 @@ void slab_sums(const Call<T>& call, const Affine<T>& affine, const Slabs& slabs,
       if (n > 0) fold_sums<T>(slabs, count, sums, totals);
       for (int64_t i = 0; i < length; ++i) sums.gradient[i] = sums.product[i] = 0;
     }
-    add_row_sums(call, affine, n * image + first * slabs.pixels, min(kStreams, batch - n), image,
+    add_row_sums(call, affine, n * image + first * slabs.pixels, min(kStreams, batch - n), image, 1,
                  length, false, sums);
   }
   fold_sums<T>(slabs, count, sums, totals);

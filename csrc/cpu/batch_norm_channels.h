@@ -129,14 +129,20 @@ template <bool kPerLane, typename T>
   }
 }
 
-// Activations that are curves work on strips of this many elements, in buffers of acc_t.
-constexpr int64_t kStrip = 512;
+// Asks for a step that will be read soon; it need not exist.
+constexpr int kL1 = 3, kL2 = 2;
 
-// A step that will soon be read; it need not exist.
-template <typename T>
+template <int kLevel, typename T>
 [[gnu::always_inline]] inline void prefetch_step(const T* p) {
   const char* from = reinterpret_cast<const char*>(p);
-  for (int64_t i = 0; i < kStep<T> * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(from + i);
+  for (int64_t i = 0; i < kStep<T> * int64_t{sizeof(T)}; i += 64)
+    __builtin_prefetch(from + i, 0, kLevel);
+}
+
+// In front of a curve, which is computed meanwhile.
+template <typename T>
+[[gnu::always_inline]] inline void prefetch_ahead(const T* p) {
+  prefetch_step<kL1>(p + 512);
 }
 
 // ---- units of work --------------------------------------------------------------------------

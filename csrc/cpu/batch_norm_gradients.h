@@ -66,19 +66,18 @@ inline double share_of_element(const BatchNormShape& shape) {
 // No activation, or one whose gradient has been taken already: z is not needed.
 struct Straight {};
 
-// Where a pass takes the gradient before the activation from: grad_output, in T and behind a Clamp,
-// or what has been computed of it, in T or acc_t.
-template <typename T, typename G, typename C>
+// Where a pass takes the gradient before the activation from: grad_output and behind an activation,
+// or what has been computed of it.
+template <typename T, typename F>
 struct Sources {
-  const G* gradient;
+  const T* gradient;
   const T* input;
   const T* residual;  // null where z is not needed, too
-  C clamp;
+  F activation;
 
   Sources shifted(int64_t offset) const {
-    return {gradient + offset, input + offset, residual ? residual + offset : nullptr, clamp};
+    return {gradient + offset, input + offset, residual ? residual + offset : nullptr, activation};
   }
-  Sources<T, G, Straight> straight() const { return {gradient, input, nullptr, {}}; }
 };
 
 template <typename T>
@@ -103,8 +102,8 @@ struct Call {
         curve(is_curve(p.activation)),
         first_pass(p.grad_weight || p.grad_bias || p.grad_residual || (p.training && p.grad_input)),
         kept(static_cast<T*>(p.grad_residual)) {
-    // In less than acc_t, h would be rounded on the way.
-    if (!kept && curve && first_pass && std::is_same_v<T, acc_t<T>>) kept = grad_input;
+    // Rounded to T on the way, as by layers one after the other; f16 might have no number for it.
+    if (!kept && curve && first_pass && !std::is_same_v<T, f16>) kept = grad_input;
   }
 
   // Whether `output`, which has `length` elements in a run, is written past the cache.
@@ -116,51 +115,49 @@ struct Call {
     return grad_input != kept && streams(grad_input, length, alignment);
   }
 
-  Sources<T, T, Clamp<T>> at(int64_t offset) const {
-    return Sources<T, T, Clamp<T>>{grad_output, input, residual, clamp}.shifted(offset);
-  }
+  T* kept_at(int64_t offset) const { return kept ? kept + offset : nullptr; }
+
   // f(sources) of a pass from `offset` on, which is no curve's.
   template <typename F>
   void with_sources(int64_t offset, bool from_kept, const F& f) const {
-    if (from_kept) return f(Sources<T, T, Straight>{kept + offset, input + offset, nullptr, {}});
-    straight ? f(at(offset).straight()) : f(at(offset));
+    const T* gradient = (from_kept ? kept : grad_output) + offset;
+    if (from_kept || straight)
+      return f(Sources<T, Straight>{gradient, input + offset, nullptr, {}});
+    f(behind(clamp, offset));
+  }
+  // The same of a curve's.
+  template <typename F>
+  void with_curve(int64_t offset, const F& f) const {
+    dispatch_curve(p.activation, [&](auto bend) { f(behind(bend, offset)); });
+  }
+
+ private:
+  template <typename F>
+  Sources<T, F> behind(F activation, int64_t offset) const {
+    return Sources<T, F>{grad_output, input, residual, activation}.shifted(offset);
   }
 };
 
-template <typename T> using Bent = Sources<T, acc_t<T>, Straight>;
-
-// The gradient before an activation that is a curve, of at most kStrip elements from `offset` on.
-template <bool kPerLane, typename T>
-[[gnu::noinline]] Bent<T> bend(const Call<T>& call, const Affine<T>& affine, int64_t c,
-                               int64_t offset, int64_t length, acc_t<T>* buffer) {
-  acc_t<T> preactivation[kStrip];
-  const auto at = call.at(offset);
-  const AffineLanes<kPerLane, T> lanes(affine, c);
-  for_each_step<T>(length, [&](int64_t i, int n) __attribute__((always_inline)) {
-    Vec<T> centered[2], z[2], g[2];
-    preactivate(lanes, i, n, at.input, at.residual, centered, z);
-    load_two(at.gradient + i, n, g);
-    store_two(preactivation + i, z, false);
-    store_two(buffer + i, g, false);
-  });
-  const Ahead ahead{at.gradient + kStrip, at.input + kStrip, sizeof(T)};
-  curve_gradients(call.p.activation, buffer, preactivation, length, ahead);
-  return {buffer, at.input, nullptr, {}};
-}
-
 // A step of the gradient before the activation, and of (x - mean).
-template <bool kPerLane, typename T, typename G, typename C>
-[[gnu::always_inline]] inline void differentiate(const Sources<T, G, C>& from,
+template <bool kPerLane, typename T, typename F>
+[[gnu::always_inline]] inline void differentiate(const Sources<T, F>& from,
                                                  const AffineLanes<kPerLane, T>& lanes, int64_t i,
                                                  int n, Vec<T> (&h)[2], Vec<T> (&centered)[2]) {
+  if constexpr (kIsCurve<F>) {
+    prefetch_ahead(from.gradient + i);
+    prefetch_ahead(from.input + i);
+  }
   load_two(from.gradient + i, n, h);
-  if constexpr (std::is_same_v<C, Straight>) {
+  if constexpr (std::is_same_v<F, Straight>) {
     load_two(from.input + i, n, centered);
     for (int u = 0; u < 2; ++u) centered[u] -= lanes.mean.at(i + u * kLanes<T>);
   } else {
     Vec<T> z[2];
     preactivate(lanes, i, n, from.input, from.residual, centered, z);
-    for (int u = 0; u < 2; ++u) h[u] = from.clamp.gradient(h[u], z[u]);
+    for (int u = 0; u < 2; ++u) h[u] = from.activation.gradient(h[u], z[u]);
+    if (!kIsCurve<F> || n == kStep<T>) return;
+    // What stands behind the last element may be nothing that a curve has a slope for.
+    for (int u = 0; u < 2; ++u) h[u] = first_lanes<T>(n - u * kLanes<T>) ? h[u] : Vec<T>{};
   }
 }
 
@@ -176,8 +173,8 @@ struct GradInputLanes {
         slope(channels.slopes.centered, c),
         constant(channels.slopes.constant, c) {}
 
-  template <typename G, typename C>
-  [[gnu::always_inline]] void value(const Sources<T, G, C>& from, int64_t i, int n, bool training,
+  template <typename F>
+  [[gnu::always_inline]] void value(const Sources<T, F>& from, int64_t i, int n, bool training,
                                     Vec<T> (&v)[2]) const {
     Vec<T> h[2], centered[2];
     differentiate(from, affine, i, n, h, centered);
@@ -189,21 +186,19 @@ struct GradInputLanes {
   }
 };
 
-// The second pass, over a run of memory.
-template <bool kPerLane, typename T, typename G, typename C>
-[[gnu::noinline]] void write_grad_input(Sources<T, G, C> from, const Channels<T>& channels,
-                                        int64_t c, T* output, int64_t length, bool training,
-                                        bool past_cache) {
-  const GradInputLanes<kPerLane, T> lanes(channels, c);
-  const bool in_place = static_cast<const void*>(from.gradient) == output;
-  write_steps(output, length, past_cache, in_place,
+// The second pass, over a run of channel c.
+template <typename T, typename F>
+[[gnu::noinline]] void write_grad_input(Sources<T, F> from, const Channels<T>& channels, int64_t c,
+                                        T* output, int64_t length, bool training, bool past_cache) {
+  const GradInputLanes<false, T> lanes(channels, c);
+  write_steps(output, length, past_cache, from.gradient == output,
               [&](int64_t i, int n, Vec<T>(&v)[2])
                   __attribute__((always_inline)) { lanes.value(from, i, n, training, v); });
 }
 
 // The same over rows of channels: `count` of each of kCount streams, `stride` apart.
-template <int kCount, typename T, typename C>
-[[gnu::noinline]] void write_grad_input_rows(Sources<T, T, C> from, const Channels<T>& channels,
+template <int kCount, typename T, typename F>
+[[gnu::noinline]] void write_grad_input_rows(Sources<T, F> from, const Channels<T>& channels,
                                              T* output, int64_t stride, int64_t count,
                                              int64_t length, bool training, bool past_cache) {
   const GradInputLanes<true, T> lanes(channels, 0);
@@ -213,23 +208,15 @@ template <int kCount, typename T, typename C>
           __attribute__((always_inline)) { lanes.value(from.shifted(at), i, n, training, v); });
 }
 
-template <bool kPerLane, typename T>
+template <typename T>
 void second_pass(const Call<T>& call, const Channels<T>& channels, int64_t c, int64_t offset,
                  int64_t length, bool past_cache) {
-  T* output = call.grad_input + offset;
-  if (call.kept || !call.curve) {
-    return call.with_sources(offset, call.kept, [&](const auto& from) {
-      write_grad_input<kPerLane>(from, channels, c, output, length, call.p.training, past_cache);
-    });
-  }
-  for (int64_t i = 0; i < length; i += kStrip) {
-    acc_t<T> buffer[kStrip];
-    const int64_t strip = min(kStrip, length - i);
-    const int64_t channel = kPerLane ? c + i : c;
-    const auto bent = bend<kPerLane>(call, channels.affine, channel, offset + i, strip, buffer);
-    write_grad_input<kPerLane>(bent, channels, channel, output + i, strip, call.p.training,
-                               past_cache);
-  }
+  const auto write = [&](const auto& from) {
+    write_grad_input(from, channels, c, call.grad_input + offset, length, call.p.training,
+                     past_cache);
+  };
+  if (call.curve && !call.kept) return call.with_curve(offset, write);
+  call.with_sources(offset, call.kept, write);
 }
 
 // `count` rows of channels of each of kCount streams, `stride` apart, from `offset` on.
@@ -242,9 +229,11 @@ void second_pass_rows(const Call<T>& call, const Channels<T>& channels, int64_t 
                                     call.p.training, past_cache);
     });
   }
-  for (int64_t row = 0; row < count; ++row) {
-    for (int s = 0; s < kCount; ++s)
-      second_pass<true>(call, channels, 0, offset + s * stride + row * length, length, past_cache);
+  for (int s = 0; s < kCount; ++s, offset += stride) {
+    call.with_curve(offset, [&](const auto& from) {
+      write_grad_input_rows<1>(from, channels, call.grad_input + offset, 0, count, length,
+                               call.p.training, past_cache);
+    });
   }
 }
 

@@ -9,10 +9,10 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-// Pixels of the largest. Wide registers are left half empty by more planes, but planes that fill
-// half a strip of a curve are better off alone.
+// Pixels of the largest. Wide registers are left half empty by more planes, but under a curve what
+// that costs is little beside the rest.
 constexpr int64_t kSmallPlane = kVecBytes >= 64 ? 256 : 128, kSmallCurvedPlane = 128;
-constexpr int64_t kSlabElements = 512;   // of a run, at most: a strip of kStrip
+constexpr int64_t kSlabElements = 512;   // of a run, at most
 constexpr int64_t kImagesTogether = 64;  // until float sums join the float64 ones
 
 struct Slabs {

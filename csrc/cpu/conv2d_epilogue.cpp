@@ -27,17 +27,21 @@ class InPlace {
   [[gnu::always_inline]] void apply(int64_t c, int64_t offset, int64_t length) const {
     const T* residual = residual_ ? residual_ + offset : nullptr;
     const AffineLanes<kPerLane, T> lanes(affine_, c);
-    if (is_curve(activation_)) return apply_curve(lanes, output_ + offset, residual, length);
-    apply_clamp(lanes, output_ + offset, residual, length);
+    if (!is_curve(activation_)) return write(clamp_, lanes, output_ + offset, residual, length);
+    dispatch_curve(activation_, [&](auto curve) __attribute__((noinline)) {
+      write(curve, lanes, output_ + offset, residual, length);
+    });
   }
 
  private:
-  [[gnu::always_inline]] void apply_clamp(const AffineLanes<kPerLane, T>& lanes, T* output,
-                                          const T* residual, int64_t length) const {
+  template <typename F>
+  [[gnu::always_inline]] static void write(const F& activation,
+                                           const AffineLanes<kPerLane, T>& lanes, T* output,
+                                           const T* residual, int64_t length) {
     Vec<T> centered[2], v[2], tail[2];
     const auto compute = [&](int64_t i, int n, Vec<T>(&z)[2]) __attribute__((always_inline)) {
       preactivate(lanes, i, n, output, residual, centered, z);
-      for (int u = 0; u < 2; ++u) z[u] = clamp_.value(z[u]);
+      for (int u = 0; u < 2; ++u) z[u] = activation.value(z[u]);
     };
     const int64_t last = length - kStep<T>;
     if (last < 0) {
@@ -47,28 +51,9 @@ class InPlace {
     compute(last, kStep<T>, tail);  // before the steps that it overlaps are overwritten
     for (int64_t i = 0; i < last; i += kStep<T>) {
       compute(i, kStep<T>, v);
-      store_two(output + i, v, false);
+      store_results(output + i, v, false);
     }
-    store_two(output + last, tail, false);
-  }
-
-  [[gnu::noinline]] void apply_curve(const AffineLanes<kPerLane, T>& lanes, T* output,
-                                     const T* residual, int64_t length) const {
-    Vec<T> centered[2], v[2];
-    for (int64_t start = 0; start < length; start += kStrip) {
-      using A = acc_t<T>;
-      A z[kStrip];
-      const int64_t strip = min(kStrip, length - start);
-      for_each_step<T>(strip, [&](int64_t i, int n) __attribute__((always_inline)) {
-        preactivate(lanes, start + i, n, output, residual, centered, v);
-        store_two(z + i, v, false);
-      });
-      curve_values(activation_, z, strip);
-      for_each_step<T>(strip, [&](int64_t i, int n) __attribute__((always_inline)) {
-        load_two(z + i, kStep<A>, v);
-        store_some(output + start + i, v, n, false);
-      });
-    }
+    store_results(output + last, tail, false);
   }
 
   const Affine<T> affine_;

@@ -16,6 +16,7 @@ FLAGS = [
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"),
     *(f"-I{ROOT / 'csrc'}", f"-I{HERE}"),
     *("-DTORCHOPS_CUDA_EMULATOR", '-DTORCHOPS_CUDA_ARCHS="emulated"'),
+    "-Dcuda=cuda_emulated",  # a namespace apart from that of real kernels, where they are loaded
     f'-DTORCHOPS_LIBRARY="{ROOT / "torchops" / "libtorchops.so"}"',
 ]
 

@@ -14,8 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    set_code_exec_strategy,
+)
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_dynamo_compiling
 
 from torchops._library import REBUILD
@@ -75,6 +81,7 @@ class Function(torch.autograd.Function):
     call: Callable[..., Any]  # `apply` where somebody may ask for a derivative, else `forward`
     _apply_transformed: Callable[..., Any]
     _apply_single_level: Callable[..., Any]
+    _apply_at_level: Callable[..., Any]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -83,6 +90,7 @@ class Function(torch.autograd.Function):
             eager: Any = type(cls.__name__, (cls,), members)
             cls._apply_transformed = super(Function, eager).apply
             cls._apply_single_level = plain_apply(eager)
+            cls._apply_at_level = _at_level(cls).apply
             cls.call = staticmethod(_caller(cls))
 
     @staticmethod
@@ -105,7 +113,7 @@ class Function(torch.autograd.Function):
         """
         if transforms_active():
             with enable_single_level_autograd_function():
-                return cls._apply_single_level(*args)
+                return cls._apply_at_level(*args)
         return cls._apply_single_level(*args)
 
 
@@ -152,6 +160,18 @@ def _caller(function: type[Function]) -> Callable[..., Any]:
     return call
 
 
+def _at_level(function: type[Function]) -> Any:
+    """`function` for one level of functorch: since torch 2.14 only such a class applies there."""
+    members = {
+        "forward": staticmethod(function.forward),
+        "setup_context": staticmethod(function.setup_context),
+        "backward": staticmethod(function.backward),
+        "jvp": staticmethod(function.tangent),
+        "__module__": function.__module__,
+    }
+    return type(function.__name__, (_SingleLevelFunction,), members)
+
+
 def plain_apply(function: Any) -> Callable[..., Any]:
     """`apply` outside of transforms, without torch's 14 us of signature bind."""
     single_level: Any = super(torch.autograd.Function, function)
@@ -183,6 +203,16 @@ def differentiable(*tensors: Tensor | None) -> bool:
 _library = torch.library.Library("torchops", "FRAGMENT")
 
 
+def _leave_untraced(kernel: Any) -> None:
+    """Keeps Dynamo out of a kernel that runs while the operator is traced.
+
+    Since torch 2.14 it would look into it, and what asks there whether Dynamo compiles would call
+    the operator, and so this kernel, for ever.
+    """
+    code = getattr(kernel, "__func__", kernel).__code__
+    set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+
+
 def register(
     name: str,
     *,
@@ -199,6 +229,7 @@ def register(
     torch.library.register_fake(op, fake)
     torch.library.register_vmap(op, vmap)
     if autograd is not None:
+        _leave_untraced(autograd)
         _library.impl(name, autograd, "Autograd")
     if in_place is not None:
         _library.impl(name, in_place, "ADInplaceOrView", with_keyset=True)

@@ -43,30 +43,28 @@ struct GradRow {
 };
 
 // A strip of output pixels: grad_output stays in registers, each input pixel is loaded once.
-template <typename T, int size, int kernel, int stride, Border border>
+template <typename T, int kernel, int stride, bool border>
 void accumulate_strip(const GradRow<T>& p, const StripInput<T>& input,
                       const StripInput<T>& grad_output, int64_t vector) {
-  using Strip = WindowColumns<size, kernel, stride>;
-  constexpr bool any = border == Border::kAny;
-  constexpr int lanes = kLanes<T>, begin = Strip::begin(border), end = Strip::end(border);
-  Vec<T> grad[size] = {};
+  constexpr int lanes = kLanes<T>, pixels = (kGradPixels - 1) * stride + kernel;
+  Vec<T> grad[kGradPixels] = {};
   const T* grad_pixel = *grad_output.rows + grad_output.offset;
 #pragma GCC unroll 16
-  for (int i = 0; i < size; ++i, grad_pixel += grad_output.stride) {
-    if (!any || i < grad_output.end) grad[i] = load(grad_pixel);
+  for (int i = 0; i < kGradPixels; ++i, grad_pixel += grad_output.stride) {
+    if (!border || i < grad_output.end) grad[i] = load(grad_pixel);
   }
   for (int row = p.window.begin; row < p.window.end; ++row) {
-    const T* pixel = input.rows[row] + input.offset + begin * input.stride;
+    const T* pixel = input.rows[row] + input.offset;
     Vec<T> sum[kernel] = {};
 #pragma GCC unroll 64
-    for (int x = begin; x < end; ++x, pixel += input.stride) {
-      if (any && (x < input.begin || x >= input.end)) continue;
+    for (int x = 0; x < pixels; ++x, pixel += input.stride) {
+      if (border && (x < input.begin || x >= input.end)) continue;
       const Vec<T> value = load(pixel);
 #pragma GCC unroll 8
       for (int k = 0; k < kernel; ++k) {
         const int i = (x - k) / stride;
-        if (x < k || (x - k) % stride != 0 || i >= size) continue;
-        if (!any || i < grad_output.end) sum[k] += value * grad[i];
+        if (x < k || (x - k) % stride != 0 || i >= kGradPixels) continue;
+        if (!border || i < grad_output.end) sum[k] += value * grad[i];
       }
     }
     acc_t<T>* total = p.sums + (vector * kernel + row) * kernel * lanes;
@@ -75,18 +73,18 @@ void accumulate_strip(const GradRow<T>& p, const StripInput<T>& input,
   }
 }
 
-template <typename T, int size, int kernel, int stride>
+template <typename T, int kernel, int stride>
 void accumulate_row(const GradRow<T>& p) {
-  using Strip = WindowColumns<size, kernel, stride>;
-  Patch<T, kernel, Strip::count> patch;
-  Patch<T, 1, size> grad_patch;
-  constexpr int bytes = size * kLanes<T> * int(sizeof(T));
+  constexpr int64_t reach = (kGradPixels - 1) * stride + kernel;
+  Patch<T, kernel, reach> patch;
+  Patch<T, 1, kGradPixels> grad_patch;
+  constexpr int bytes = kGradPixels * kLanes<T> * int(sizeof(T));
   RowsAhead ahead = p.ahead, ahead_grad = p.ahead_grad;
   const int64_t readable = p.window.readable(p.input);
   const int64_t readable_grad = p.grad_output.last_whole - p.grad_output_row;
-  for (int64_t o = 0; o < p.grad_output.end; o += size) {
-    const StripInput<T> strip(p.input, p.window.rows, p.first + o * stride, Strip::count);
-    const StripInput<T> grad_strip(p.grad_output, &p.grad_output_row, o, size);
+  for (int64_t o = 0; o < p.grad_output.end; o += kGradPixels) {
+    const StripInput<T> strip(p.input, p.window.rows, p.first + o * stride, reach);
+    const StripInput<T> grad_strip(p.grad_output, &p.grad_output_row, o, kGradPixels);
     const auto add = [&](auto border) {
       for (int64_t v = 0; v < p.vectors; ++v) {
         StripInput<T> input = strip, grad_output = grad_strip;
@@ -100,29 +98,24 @@ void accumulate_row(const GradRow<T>& p) {
         }
         ahead.step<stride * bytes>();
         ahead_grad.step<bytes>();
-        accumulate_strip<T, size, kernel, stride, border()>(p, input, grad_output, v);
+        accumulate_strip<T, kernel, stride, border()>(p, input, grad_output, v);
       }
     };
-    if (grad_strip.end < size) {
-      add(std::integral_constant<Border, Border::kAny>{});
-    } else {
-      Strip::dispatch(strip.begin, strip.end, add);
-    }
+    const bool at_border = strip.begin > 0 || strip.end < reach || grad_strip.end < kGradPixels;
+    at_border ? add(std::true_type{}) : add(std::false_type{});
   }
 }
 
 template <typename T>
 using GradRowKernel = void (*)(const GradRow<T>&);
 
-// Of rows of `pixels` outputs; null where there is none.
+// Null where there is none.
 template <typename T>
-GradRowKernel<T> grad_row_kernel(const Window& height, const Window& width, int64_t pixels) {
+GradRowKernel<T> grad_row_kernel(const Window& height, const Window& width) {
   GradRowKernel<T> found = nullptr;
   if constexpr (kHasWindowKernels<T>) {
-    dispatch_window(height, width, [&](auto kernel, auto stride) {
-      found = pixels <= kGradPixels / 2 ? accumulate_row<T, kGradPixels / 2, kernel, stride>
-                                        : accumulate_row<T, kGradPixels, kernel, stride>;
-    });
+    dispatch_window(height, width,
+                    [&](auto kernel, auto stride) { found = accumulate_row<T, kernel, stride>; });
   }
   return found;
 }
@@ -170,7 +163,7 @@ class Slab {
  public:
   Slab(const GradWeight<scalar_t>& problem, int64_t vectors, int64_t step_rows)
       : p_(problem),
-        kernel_(grad_row_kernel<acc>(p_.height.window, p_.width.window, p_.width.output)),
+        kernel_(grad_row_kernel<acc>(p_.height.window, p_.width.window)),
         step_rows_(step_rows),
         input_(input_rows(problem, vectors, step_rows)),
         grad_output_{nullptr, p_.grad_output.members, vectors, step_rows, 0, p_.grad_output.width},
@@ -352,7 +345,7 @@ void grad_weight(const Conv2dGradWeightParams& params) {
                                Axis::forward(s.window_height, s.in_height, s.out_height),
                                Axis::forward(s.window_width, s.in_width, s.out_width)};
   auto* result = static_cast<scalar_t*>(params.grad_weight);
-  const auto kernel = grad_row_kernel<scalar_t>(s.window_height, s.window_width, s.out_width);
+  const auto kernel = grad_row_kernel<scalar_t>(s.window_height, s.window_width);
   if constexpr (kHasWindowKernels<scalar_t>) {
     const NchwGradWeight<scalar_t> planes{
         p.input.data, p.grad_output.data, p.height, p.width, s.batch, s.groups};

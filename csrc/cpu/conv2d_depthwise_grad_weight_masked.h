@@ -68,7 +68,7 @@ struct MaskedGradKernel {
         const auto add = [&](auto border) __attribute__((always_inline)) {
           add_tile<border()>(p, tile, from, grad_from, sum);
         };
-        if (tile.count == vectors) {
+        if (kernel <= kMostKnown && tile.count == vectors) {
           Rows::dispatch(tile.begin, tile.end, add);
         } else {
           add(std::integral_constant<Border, Border::kAny>{});

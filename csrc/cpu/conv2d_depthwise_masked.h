@@ -86,6 +86,10 @@ template <int kernel, int stride, int step, int vectors>
 using MaskedRows = Columns<(vectors - 1) * step * stride + kernel, kernel / 2 - step + 1,
                            kernel / 2 - (stride == 2)>;
 
+// The largest window whose missing rows are known when it is compiled: larger ones take long to
+// compile, and ask once per row for many taps.
+constexpr int kMostKnown = 3;
+
 template <typename T, int kernel, int stride, int step, int vectors>
 struct MaskedTileKernel {
   using Rows = MaskedRows<kernel, stride, step, vectors>;
@@ -93,6 +97,7 @@ struct MaskedTileKernel {
   static constexpr bool kHalves = step > 1 && kernel > 3;
 
   static void run(const MaskedTile<T>& t) {
+    if constexpr (kernel > kMostKnown) return correlate<Border::kAny>(t);
     Rows::dispatch(t.begin, t.end, [&](auto border) { correlate<border()>(t); });
   }
 

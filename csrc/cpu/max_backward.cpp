@@ -321,7 +321,7 @@ void backward(const MaxWindows& p, const T* grad_output, const O* offsets, T* gr
     // Where a row's end leaves too many lanes empty, a scatter is faster: windows for a register.
     const int64_t registers = (p.width.length + 2 * kLanes<T> - 1) / (2 * kLanes<T>);
     const int64_t fewest = sizeof(T) == 2 ? 3 : p.width.taps == 2 ? 5 : 9;
-    if (gathers_in_pairs(p) && p.width.outputs >= registers * fewest)
+    if (kHasPairs<T, O> && gathers_in_pairs(p) && p.width.outputs >= registers * fewest)
       return max_backward_pairs(p, grad_output, offsets, grad_input);
     if (!gathers_in_planes(p) || inputs >= 8 * outputs) return scatter(p.planes(), 1);
     max_backward_planes(p, grad_output, offsets, grad_input);

@@ -51,6 +51,11 @@ void max_backward_planes(const MaxWindows&, const void* grad_output, const void*
 
 // Contiguous planes whose windows are 2 apart and have 2 or 3 taps; see max_backward_pairs.cpp.
 bool gathers_in_pairs(const MaxWindows&);
+// That kernel is slow to compile: only for the types that networks have. Its windows have at most 9
+// taps.
+template <typename T, typename O>
+constexpr bool kHasPairs =
+    std::is_same_v<O, uint8_t> && (std::is_same_v<T, float> || std::is_same_v<T, bf16>);
 void max_backward_pairs(const MaxWindows&, const void* grad_output, const void* offsets,
                         void* grad_input);
 

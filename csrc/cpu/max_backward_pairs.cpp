@@ -208,22 +208,26 @@ void max_backward_pairs(const MaxWindows& p, const void* grad_output, const void
                         void* grad_input) {
   const auto run = [&]<typename T, typename O>(auto taps, auto padding, const T* grads,
                                                const O* winners, T* to) {
-    parallel_for(p.planes() * pairs_of_rows(p), max_grain(p.width.length * 8),
-                 [&](int64_t begin, int64_t end) {
-                   Pairs<taps, padding, T, O>(p, grads, winners, to).run(begin, end);
-                 });
+    if constexpr (kHasPairs<T, O>) {
+      parallel_for(p.planes() * pairs_of_rows(p), max_grain(p.width.length * 8),
+                   [&](int64_t begin, int64_t end) {
+                     Pairs<taps, padding, T, O>(p, grads, winners, to).run(begin, end);
+                   });
+    }
   };
-  with_gradients(p, grad_output, offsets, grad_input, [&](auto... tensors) {
-    constexpr std::integral_constant<int, 0> none;
-    constexpr std::integral_constant<int, 1> one;
-    constexpr std::integral_constant<int, 2> two;
-    constexpr std::integral_constant<int, 3> three;
-    const bool padded = p.width.start[0] < 0;
-    if (p.width.taps == 2)
-      padded ? run(two, one, tensors...) : run(two, none, tensors...);
-    else
-      padded ? run(three, one, tensors...) : run(three, none, tensors...);
-  });
+  with_gradients(
+      p, grad_output, offsets, grad_input,
+      [&]<typename T, typename O>(const T* grads, const O* winners, T* to) {
+        constexpr std::integral_constant<int, 0> none;
+        constexpr std::integral_constant<int, 1> one;
+        constexpr std::integral_constant<int, 2> two;
+        constexpr std::integral_constant<int, 3> three;
+        const bool padded = p.width.start[0] < 0;
+        if (p.width.taps == 2)
+          padded ? run(two, one, grads, winners, to) : run(two, none, grads, winners, to);
+        else
+          padded ? run(three, one, grads, winners, to) : run(three, none, grads, winners, to);
+      });
 }
 
 }  // namespace torchops::cpu::TORCHOPS_ISA

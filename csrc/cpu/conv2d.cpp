@@ -26,10 +26,13 @@
 //   conv2d:mb8_ic384ih14oc768kh2sh2     0.90 / 1.00   1.06 / 1.26
 //   conv2d:mb2_ic32ih75oc48kh5ph2       0.95 / 0.92   1.04 / 0.91
 //   conv2d:mb8_ic3ih224oc96kh4sh4       1.07 / 1.10   2.48 / 2.39
-// On Zen 4, contiguous images of short rows, which are turned over, before and after:
-//   conv2d:mb8_ic64ih14oc64kh3sh2ph1   0.68, 0.99   0.80, 0.99
-//   conv2d:mb64_ic32ih14oc64kh3sh2ph1  0.71, 1.00   0.74, 0.94
-//   conv2d:mb8_ic48ih7oc64kh5ph2       0.59, 0.73   0.56, 0.62
+// On Zen 4:
+//   conv2d:mb8_ic64ih19oc64kh5ph2       0.93 / 0.96   0.86 / 0.91
+//   conv2d:mb8_ic48ih7oc64kh5ph2        0.93 / 0.96   0.70 / 0.82
+//   conv2d:mb8_ic128ih14oc200kh7ph3     0.87 / 0.93   0.87 / 0.90
+//   conv2d:mb2_ic32ih75oc48kh5ph2       0.96 / 0.98   1.03 / 0.99
+// Windows over small maps are where native leaves out all taps outside the image, and this the rows
+// of them; the gradient of the weight neither.
 // Tried without gain: fetching the panel's lines for writing; gathering 32 positions at a time.
 #include "ops/conv2d.h"
 

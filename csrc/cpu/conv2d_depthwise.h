@@ -10,6 +10,7 @@
 #include "core/dtype.h"
 #include "core/integer.h"
 #include "core/scratch.h"
+#include "core/span.h"
 #include "core/transpose.h"
 #include "core/vec.h"
 #include "core/window.h"
@@ -209,6 +210,14 @@ void unpack_weight(const acc_t<scalar_t>* packed, int64_t groups, int64_t member
                    int(smaller(size, groups - first)), taps, packed);
     }
   }
+}
+
+// Of `count` positions, `step` apart from `start` on, those in [0, length): taps at one output, or
+// outputs under one tap.
+inline Span positions_inside(int64_t start, int64_t step, int64_t count, int64_t length) {
+  const int64_t begin = start < 0 ? smaller(divide_up(-start, step), count) : 0;
+  const int64_t room = start < length ? divide_up(length - start, step) : 0;
+  return {begin, larger(begin, smaller(room, count))};
 }
 
 // One axis of a correlation. Output o = phases * u + phase, 0 <= phase < phases, is the sum over

@@ -13,20 +13,12 @@
 #pragma once
 
 #include "core/parallel.h"
-#include "core/span.h"
 #include "cpu/conv2d_depthwise_nhwc.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
 constexpr int kTapPixels = 8;  // output pixels in registers
-
-// The taps that fall into the input: of one axis at one output, or at any output of a strip.
-inline Span taps_inside(const Phase& phase, int64_t start, int64_t input) {
-  const int64_t begin = start < 0 ? smaller(divide_up(-start, phase.dilation), phase.taps) : 0;
-  const int64_t room = start < input ? divide_up(input - start, phase.dilation) : 0;
-  return {begin, larger(begin, smaller(room, phase.taps))};
-}
 
 // Taps of one axis as distances in memory.
 struct TapStep { int64_t count, input, weight; };
@@ -84,7 +76,7 @@ class OutputRow {
       : p_(p),
         rows_(p.height.phase(y % p.height.phases)),
         start_(y / p.height.phases * p.height.step + rows_.start),
-        inside_(taps_inside(rows_, start_, p.input.height)),
+        inside_(positions_inside(start_, rows_.dilation, rows_.taps, p.input.height)),
         image_(p.input.at(n, 0, 0, 0)),
         output_(p.output.at(n, 0, 0, y)) {}
 
@@ -129,7 +121,7 @@ class OutputRow {
     const int64_t C = p_.input.channels(), L = kLanes<T>, row = p_.input.width * C;
     const int64_t across = p_.width.window.size;
     const int64_t start = u * p_.width.step + columns.start;
-    const Span inside = taps_inside(columns, start, p_.input.width);
+    const Span inside = positions_inside(start, columns.dilation, columns.taps, p_.input.width);
     const int64_t down = start_ + inside_.begin * rows_.dilation;
     const int64_t right = start + inside.begin * columns.dilation;
     const int64_t tap = (rows_.tap + inside_.begin * rows_.tap_step) * across + columns.tap +

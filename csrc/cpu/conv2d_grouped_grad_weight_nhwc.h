@@ -185,13 +185,12 @@ class PixelSums {
     const SumTile<acc> whole = tile;
     for (int64_t a = 0; a < rows.taps; ++a) {
       // Only rows of outputs that meet the image with this row of taps.
-      const int64_t above = top + a * rows.dilation, step = p_.grid.height.step;
-      const int64_t begin = larger(0, divide_up(-above, step));
-      const int64_t end = smaller(whole.rows, divide_up(larger(0, p_.input.height - above), step));
-      tile.rows = end - begin;
-      tile.grad_output = whole.grad_output + begin * whole.grad_row;
+      const Span met = positions_inside(top + a * rows.dilation, p_.grid.height.step, whole.rows,
+                                        p_.input.height);
+      tile.rows = met.size();
+      tile.grad_output = whole.grad_output + met.begin * whole.grad_row;
       for (int64_t b = 0; b < columns.taps; ++b) {
-        tile.input = whole.input + begin * whole.input_row +
+        tile.input = whole.input + met.begin * whole.input_row +
                      (a * rows.dilation * columns_ + b * columns.dilation) * input_pixel_;
         if (tile.rows > 0) sum_tap(tile, vecs);
         tile.sums += p_.input_width * vecs * L;

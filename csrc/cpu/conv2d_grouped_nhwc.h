@@ -240,14 +240,6 @@ class PixelPlan {
                    });
   }
 
-  bool inside(int64_t row) const { return row >= 0 && row < p_.input.height; }
-
-  // Row r of a unit's inputs, from row `top` of the image on.
-  void bring_row(int64_t n, int64_t top, int64_t r, int64_t first, int64_t groups,
-                 acc* memory) const {
-    if (inside(top + r)) load_row(n, top + r, first, groups, memory + r * columns_ * pixel_);
-  }
-
   void run_unit(int64_t n, int64_t y, int64_t rows, int64_t first, int64_t groups,
                 acc* memory) const {
     const Grid& grid = p_.grid;
@@ -260,7 +252,9 @@ class PixelPlan {
     for (int64_t r = 0, brought = 0; r < rows; r += few) {
       const int64_t last = smaller(r + few, rows);
       for (; brought < reach(grid.height, last); ++brought) {
-        bring_row(n, top, brought, first, groups, memory);
+        const int64_t line = top + brought;
+        if (line < 0 || line >= p_.input.height) continue;
+        load_row(n, line, first, groups, memory + brought * columns_ * pixel_);
       }
       for (int64_t block = begin; block < end; ++block) {
         const acc* input = memory + (block - begin) / blocks_.per_group * p_.input_width;
@@ -284,28 +278,19 @@ class PixelPlan {
     for (int64_t phase = 0; phase < p_.phases(); ++phase) {
       const int64_t row = y * height.step + phase / width.step, column = phase % width.step;
       if (row >= p_.output.height) continue;
-      const Range met = rows_met(p_.taps(phase).rows, y);
+      // Only rows of taps that the image has.
+      const Phase taps = p_.taps(phase).rows;
+      const Span met = positions_inside(y * p_.grid.height.step + taps.start, taps.dilation,
+                                        taps.taps, p_.input.height);
       const int64_t across = p_.taps(phase).columns.taps;
-      const int64_t tap = taps_.get()[phase] + met.first * across;
-      correlate({input, p_.grid.width.step * pixel_, offsets_.get() + tap, met.count * across,
+      const int64_t tap = taps_.get()[phase] + met.begin * across;
+      correlate({input, p_.grid.width.step * pixel_, offsets_.get() + tap, met.size() * across,
                  p_.input_width, weight(block) + tap * p_.input_width * vecs(block) * L,
                  bias_.get() + block * blocks_.vecs * L,
                  p_.output.pixel(n, row, channel) + column * p_.output.channels,
                  width.step * p_.output.channels, lanes},
                 vecs(block), divide_up(p_.output.width - column, width.step));
     }
-  }
-
-  // The rows of taps that lie inside the image for row y of the outputs.
-  struct Range { int64_t first, count; };
-  Range rows_met(const Phase& rows, int64_t y) const {
-    const auto meets = [&](int64_t a) {
-      return inside(y * p_.grid.height.step + rows.start + a * rows.dilation);
-    };
-    int64_t first = 0, count = 0;
-    while (first < rows.taps && !meets(first)) ++first;
-    while (first + count < rows.taps && meets(first + count)) ++count;
-    return {first, count};
   }
 
   void correlate(const PixelTile<scalar_t>& tile, int64_t vecs, int64_t count) const {

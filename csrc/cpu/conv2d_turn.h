@@ -33,58 +33,61 @@ void turn_images(const T* from, T* to, int64_t images, int64_t rows, int64_t col
                });
 }
 
+// Planes brought into pixels.
+template <typename T>
+struct Pixels {
+  const Scratch<T> data;
+  Pixels(const void* planes, int64_t images, int64_t channels, int64_t plane)
+      : data(images * channels * plane) {
+    turn_images(static_cast<const T*>(planes), data.get(), images, channels, plane);
+  }
+};
+
 // `run` computes in channels_last what is asked for in planes.
 template <typename T, typename F>
 void conv2d_of_planes(const Conv2dParams& p, const F& run) {
   const Conv2dShape& s = p.shape;
   const Epilogue epilogue(p);
-  const int64_t in_plane = s.in_height * s.in_width, out_plane = s.out_height * s.out_width;
-  const Scratch<T> input(s.batch * s.in_channels * in_plane);
-  const Scratch<T> output(s.batch * s.out_channels * out_plane);
-  turn_images(static_cast<const T*>(p.input), input.get(), s.batch, s.in_channels, in_plane);
+  const int64_t plane = s.out_height * s.out_width;
+  const Pixels<T> input(p.input, s.batch, s.in_channels, s.in_height * s.in_width);
+  const Scratch<T> output(s.batch * s.out_channels * plane);
   Conv2dParams turned = p;
   turned.shape.channels_last = true;
-  turned.input = input.get();
+  turned.input = input.data.get();
   turned.output = output.get();
   turned.norm = nullptr;
   run(turned);
-  turn_images(output.get(), static_cast<T*>(p.output), s.batch, out_plane, s.out_channels);
+  turn_images(output.get(), static_cast<T*>(p.output), s.batch, plane, s.out_channels);
   if (!epilogue.get()) return;
-  parallel_for(s.batch, kGrainCopies / (out_plane * s.out_channels + 1) + 1,
+  parallel_for(s.batch, kGrainCopies / (plane * s.out_channels + 1) + 1,
                [&](int64_t begin, int64_t end) {
-                 epilogue.finish(begin * out_plane, end * out_plane, 0, s.out_channels);
+                 epilogue.finish(begin * plane, end * plane, 0, s.out_channels);
                });
 }
 
 template <typename T, typename F>
 void conv2d_grad_input_of_planes(const Conv2dGradInputParams& p, const F& run) {
   const Conv2dShape& s = p.shape;
-  const int64_t in_plane = s.in_height * s.in_width, out_plane = s.out_height * s.out_width;
-  const Scratch<T> grad_output(s.batch * s.out_channels * out_plane);
-  const Scratch<T> grad_input(s.batch * s.in_channels * in_plane);
-  turn_images(static_cast<const T*>(p.grad_output), grad_output.get(), s.batch, s.out_channels,
-              out_plane);
+  const int64_t plane = s.in_height * s.in_width;
+  const Pixels<T> grad_output(p.grad_output, s.batch, s.out_channels, s.out_height * s.out_width);
+  const Scratch<T> grad_input(s.batch * s.in_channels * plane);
   Conv2dGradInputParams turned = p;
   turned.shape.channels_last = true;
-  turned.grad_output = grad_output.get();
+  turned.grad_output = grad_output.data.get();
   turned.grad_input = grad_input.get();
   run(turned);
-  turn_images(grad_input.get(), static_cast<T*>(p.grad_input), s.batch, in_plane, s.in_channels);
+  turn_images(grad_input.get(), static_cast<T*>(p.grad_input), s.batch, plane, s.in_channels);
 }
 
 template <typename T, typename F>
 void conv2d_grad_weight_of_planes(const Conv2dGradWeightParams& p, const F& run) {
   const Conv2dShape& s = p.shape;
-  const int64_t in_plane = s.in_height * s.in_width, out_plane = s.out_height * s.out_width;
-  const Scratch<T> input(s.batch * s.in_channels * in_plane);
-  const Scratch<T> grad_output(s.batch * s.out_channels * out_plane);
-  turn_images(static_cast<const T*>(p.input), input.get(), s.batch, s.in_channels, in_plane);
-  turn_images(static_cast<const T*>(p.grad_output), grad_output.get(), s.batch, s.out_channels,
-              out_plane);
+  const Pixels<T> input(p.input, s.batch, s.in_channels, s.in_height * s.in_width);
+  const Pixels<T> grad_output(p.grad_output, s.batch, s.out_channels, s.out_height * s.out_width);
   Conv2dGradWeightParams turned = p;
   turned.shape.channels_last = true;
-  turned.input = input.get();
-  turned.grad_output = grad_output.get();
+  turned.input = input.data.get();
+  turned.grad_output = grad_output.data.get();
   run(turned);
 }
 

@@ -178,7 +178,7 @@ def _autocast(device: str, *tensors: Any) -> Any:
 
 
 # Native's text.
-UNEVEN_PADDING = (
+_UNEVEN_PADDING = (
     "Using padding='same' with even kernel lengths and odd dilation may require a zero-padded copy"
     " of the input be created"
 )
@@ -201,7 +201,7 @@ def _named_padding(
     total = [d * (k - 1) for d, k in zip(dilation, window, strict=True)]
     if any(t % 2 for t in total):
         if not is_dynamo_compiling():
-            warnings.warn(UNEVEN_PADDING, stacklevel=2)
+            warnings.warn(_UNEVEN_PADDING, stacklevel=2)
         input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
     return input, (total[0] // 2, total[1] // 2)
 

@@ -39,12 +39,16 @@ template <typename T>
   }
 }
 
+// The lanes of the `stride` vectors under one of outputs.
+template <int stride>
+using LaneMask = std::conditional_t<stride == 1, __mmask16, __mmask32>;
+
 // The pixels under taps k and, of stride 2, k + 1 of a vector of outputs, from the `stride` vectors
 // from p on.
 template <typename T, int stride>
-[[gnu::always_inline]] inline void load_taps(const T* p, uint32_t mask, Vec<T>* taps) {
+[[gnu::always_inline]] inline void load_taps(const T* p, LaneMask<stride> mask, Vec<T>* taps) {
   if constexpr (stride == 1) {
-    taps[0] = load_lanes(p, uint16_t(mask));
+    taps[0] = load_lanes(p, mask);
   } else if constexpr (std::is_same_v<T, bf16>) {
     const __m512i pairs = _mm512_maskz_loadu_epi16(mask, p);
     taps[0] = bit_cast<Vec<T>>(_mm512_slli_epi32(pairs, 16));
@@ -86,51 +90,49 @@ template <int kernel, int stride, int step, int vectors>
 using MaskedRows = Columns<(vectors - 1) * step * stride + kernel, kernel / 2 - step + 1,
                            kernel / 2 - (stride == 2)>;
 
-// The largest window whose missing rows are known when it is compiled: larger ones take long to
-// compile, and ask once per row for many taps.
-constexpr int kMostKnown = 3;
-
 template <typename T, int kernel, int stride, int step, int vectors>
 struct MaskedTileKernel {
   using Rows = MaskedRows<kernel, stride, step, vectors>;
   // Few sums of many terms wait for themselves.
   static constexpr bool kHalves = step > 1 && kernel > 3;
+  // Weights in registers. Of larger windows each is an operand in memory: as registers that there
+  // are not, they took
+  static constexpr int kHeld = kernel < 7 ? kernel * kernel : 0;
 
   static void run(const MaskedTile<T>& t) {
-    if constexpr (kernel > kMostKnown) return correlate<Border::kAny>(t);
-    Rows::dispatch(t.begin, t.end, [&](auto border) { correlate<border()>(t); });
+    Rows::miss_ends(t.begin, t.end) ? correlate<true>(t) : correlate<false>(t);
   }
 
  private:
-  template <Border border>
+  template <bool ends>
   [[gnu::always_inline]] static void correlate(const MaskedTile<T>& t) {
-    Vec<T> sum[vectors], more[vectors] = {}, weight[kernel * kernel];
+    Vec<T> sum[vectors], more[vectors] = {}, held[kHeld];
+    const acc_t<T>* weight = t.weight;
     repeat<vectors>([&](int i) __attribute__((always_inline)) { sum[i] = broadcast<T>(t.bias); });
-    repeat<kernel * kernel>(
-        [&](int tap) __attribute__((always_inline)) { weight[tap] = broadcast<T>(t.weight[tap]); });
-    __mmask32 columns[kernel];
-    repeat<kernel>([&](int k)
-                       __attribute__((always_inline)) { columns[k] = in_register(t.columns[k]); });
-    constexpr int begin = Rows::begin(border), end = Rows::end(border);
-    const T* row = t.input + begin * t.row;
-    repeat<end - begin>([&](int i) __attribute__((always_inline)) {
-      const int r = begin + i;
-      if (border != Border::kAny || (r >= t.begin && r < t.end)) {
-        const bool whole = step == 1 || (border != Border::kAny && i > 0 && i + 1 < end - begin);
-        const __mmask32 existing = whole ? 0 : t.existing[r];
-        Vec<T> values[stride];
-        repeat<kernel>([&](int k) __attribute__((always_inline)) {
-          if (k % stride == 0)
-            load_taps<T, stride>(row + k, whole ? columns[k] : columns[k] & existing, values);
-          repeat<vectors>([&](int v) __attribute__((always_inline)) {
-            const int tap = r - v * step * stride;
-            if (tap < 0 || tap >= kernel) return;
-            (kHalves && k % 2 ? more : sum)[v] += values[k % stride] * weight[tap * kernel + k];
-          });
-        });
-      }
-      row += t.row;
+    repeat<kHeld>(
+        [&](int tap) __attribute__((always_inline)) { held[tap] = broadcast<T>(weight[tap]); });
+    LaneMask<stride> columns[kernel];
+    repeat<kernel>([&](int k) __attribute__((always_inline)) {
+      columns[k] = in_register(LaneMask<stride>(t.columns[k]));
     });
+    const auto add = [&](int r, const T* row) __attribute__((always_inline)) {
+      const bool whole = step == 1 || (ends && Rows::is_inner(r));
+      const LaneMask<stride> existing = whole ? 0 : t.existing[r];
+      if (kHeld == 0) asm("" : "+r"(weight));  // not to be loaded before it is needed
+      Vec<T> values[stride];
+      repeat<kernel>([&](int k) __attribute__((always_inline)) {
+        if (k % stride == 0)
+          load_taps<T, stride>(row + k, whole ? columns[k] : LaneMask<stride>(columns[k] & existing),
+                               values);
+        repeat<vectors>([&](int v) __attribute__((always_inline)) {
+          const int line = r - v * step * stride, tap = line * kernel + k;
+          if (line < 0 || line >= kernel) return;
+          Vec<T>& total = (kHalves && k % 2 ? more : sum)[v];
+          total += values[k % stride] * (kHeld ? held[tap] : broadcast<T>(weight[tap]));
+        });
+      });
+    };
+    Rows::template for_each<ends>(t.input, t.row, t.begin, t.end, add);
     if (kHalves) {
       repeat<vectors>([&](int v) __attribute__((always_inline)) { sum[v] += more[v]; });
     }

@@ -49,29 +49,25 @@ struct UpsampleStrip {
   using Columns = ::torchops::cpu::TORCHOPS_ISA::Columns<columns, kernel / 4, (kernel + 1) / 4>;
 };
 
-template <typename T, int kernel, int odd, Border border>
+template <typename T, int kernel, int odd, bool ends>
 [[gnu::always_inline]] inline void upsample_strip(const UpsampleRow<T>& p,
                                                   const StripInput<T>& input, int64_t channel,
                                                   int64_t x0) {
   using Strip = UpsampleStrip<kernel, odd>;
   constexpr int size = kLanes<T>;
-  constexpr int begin = Strip::Columns::begin(border), end = Strip::Columns::end(border);
   Vec<T> sum[Strip::pixels];
   repeat<Strip::pixels>([&](int j) __attribute__((always_inline)) { sum[j] = Vec<T>{}; });
   for (int i = 0; i < p.count; ++i) {
-    const T* pixel = input.rows[i] + input.offset + begin * input.stride;
     const acc_t<T>* weight = p.weight + (channel * kernel + p.taps[i] * size) * kernel;
-    repeat<end - begin>([&](int column) __attribute__((always_inline)) {
-      const int c = begin + column;
-      if (border != Border::kAny || (c >= input.begin && c < input.end)) {
-        const Vec<T> value = load(pixel);
-        repeat<kernel>([&](int k) __attribute__((always_inline)) {
-          const int j = k - odd + 2 * (c - Strip::before);
-          if (j >= 0 && j < Strip::pixels) sum[j] += value * load(weight + k * size);
-        });
-      }
-      pixel += input.stride;
-    });
+    const auto add = [&](int c, const T* pixel) __attribute__((always_inline)) {
+      const Vec<T> value = load(pixel);
+      repeat<kernel>([&](int k) __attribute__((always_inline)) {
+        const int j = k - odd + 2 * (c - Strip::before);
+        if (j >= 0 && j < Strip::pixels) sum[j] += value * load(weight + k * size);
+      });
+    };
+    Strip::Columns::template for_each<ends>(input.rows[i] + input.offset, input.stride, input.begin,
+                                            input.end, add);
   }
   const int lanes = int(smaller(size, p.channels - channel));
   const int64_t count = p.output_width - x0, step = p.output_pixel;
@@ -98,16 +94,18 @@ void upsample_row(const UpsampleRow<T>& p) {
   for (int64_t x0 = 0; x0 < p.output_width; x0 += Strip::pixels) {
     const int64_t column = (x0 + p.padding - odd) / 2 - Strip::before;
     StripInput<T> strip(p.input, p.rows, column, Strip::columns);
-    Strip::Columns::dispatch(strip.begin, strip.end, [&](auto border) {
+    const auto upsample = [&](auto ends) {
       for (int64_t channel = 0; channel < p.channels; channel += kLanes<T>) {
         const bool copies = strip.last() > readable;
         const StripInput<T> input = copies ? patch.copy(p.input, strip, 0, p.count) : strip;
         ahead.step<bytes>();
         ahead_output.step<2 * bytes>();
-        upsample_strip<T, kernel, odd, border()>(p, input, channel, x0);
+        upsample_strip<T, kernel, odd, ends()>(p, input, channel, x0);
         strip.offset += kLanes<T>;
       }
-    });
+    };
+    Strip::Columns::miss_ends(strip.begin, strip.end) ? upsample(std::true_type{})
+                                                      : upsample(std::false_type{});
   }
 }
 

@@ -75,7 +75,7 @@ void multiply_images(const Conv2dShape& s, const Matrix<const T>& weight, const 
 // reads the longer of the two where it lies: as B's columns in channels_last, as A's rows else.
 template <typename T>
 bool turns_weight(const Conv2dShape& s) {
-  if (!kHasTensorTiles || !std::is_same_v<T, acc_t<T>>) return false;
+  if (!kReadsTensors<T>) return false;
   const int64_t pixels = s.batch * s.in_height * s.in_width;
   // Else turning the result over takes longer than that saves.
   constexpr int64_t kPixelsOfRows = 4096, kPixelsOfPlanes = 512, kMostTurned = 192;

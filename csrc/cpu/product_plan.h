@@ -70,7 +70,7 @@ struct ProductPlan {
 
   explicit ProductPlan(const Product<T>& p)
       : p(p),
-        streams(kHasTensorTiles && std::is_same_v<T, Acc> && p.c.rows.size <= kStreamRows &&
+        streams(kReadsTensors<T> && p.c.rows.size <= kStreamRows &&
                 p.b.columns.stride == 1 && p.b.rows.run == p.b.rows.size &&
                 p.b.columns.run == p.c.columns.run && p.b.columns.run >= kColumns / 2),
         rows(p.c.rows.size, kRows),

@@ -21,6 +21,8 @@ namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
 constexpr bool kHasTensorTiles = kTileRows > 6;
+// Of float64, whose tiles would take 7 s to compile, operands are copied.
+template <typename T> constexpr bool kReadsTensors = kHasTensorTiles && std::is_same_v<T, float>;
 
 // What one tile after the other fetches while it multiplies: a block of a tensor, in pairs of
 // lines, in the order in which they lie. One line at a time from here and there, software fetches

@@ -91,7 +91,7 @@ class ProductUnit {
 
  private:
   static constexpr bool kInPlace = std::is_same_v<T, Acc>;
-  static constexpr bool kTensorTiles = kInPlace && kHasTensorTiles;
+  static constexpr bool kTensorTiles = kReadsTensors<T>;
 
   bool along() const { return p_.a.columns.stride == 1; }
   // The rows of a tile share few cache sets with the panel of B.

@@ -9,9 +9,11 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-// Pixels of the largest. Wide registers are left half empty by more planes, but under a curve what
-// that costs is little beside the rest.
-constexpr int64_t kSmallPlane = kVecBytes >= 64 ? 256 : 128, kSmallCurvedPlane = 128;
+// Pixels of the largest, also of one image alone, where the numbers that stand for a slab serve
+// once. Wide registers are left half empty by more planes, but under a curve what that costs is
+// little beside the rest.
+constexpr int64_t kSmallPlane = kVecBytes >= 64 ? 384 : 128, kSmallCurvedPlane = 128;
+constexpr int64_t kSmallPlaneAlone = 64;
 constexpr int64_t kSlabElements = 512;   // of a run, at most
 constexpr int64_t kImagesTogether = 64;  // until float sums join the float64 ones
 
@@ -31,7 +33,9 @@ struct Slabs {
 };
 
 inline bool takes_slabs(const BatchNormShape& shape, bool curve) {
-  return shape.pixels <= (curve ? kSmallCurvedPlane : kSmallPlane) && shape.batch > 1;
+  return shape.pixels <= (shape.batch == 1 ? kSmallPlaneAlone
+                          : curve          ? kSmallCurvedPlane
+                                           : kSmallPlane);
 }
 
 // numbers[k] for each of `channels` channels -> to[k * pixels + i] for each pixel, in registers,

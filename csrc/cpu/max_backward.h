@@ -39,7 +39,8 @@ class Covering {
 
 }  // namespace
 
-// Windows few beside the positions; see max_backward_sparse.cpp.
+// Windows few beside the positions; of half types that may share a winner, see
+// max_backward_sparse.cpp.
 bool is_sparse(const MaxWindows&);
 void max_backward_sparse(const MaxWindows&, const void* grad_output, const void* offsets,
                          void* grad_input);
@@ -51,11 +52,12 @@ void max_backward_planes(const MaxWindows&, const void* grad_output, const void*
 
 // Contiguous planes whose windows are 2 apart and have 2 or 3 taps; see max_backward_pairs.cpp.
 bool gathers_in_pairs(const MaxWindows&);
-// That kernel is slow to compile: only for the types that networks have. Its windows have at most 9
-// taps.
-template <typename T, typename O>
-constexpr bool kHasPairs =
-    std::is_same_v<O, uint8_t> && (std::is_same_v<T, float> || std::is_same_v<T, bf16>);
+// That kernel is slow to compile: only for the types that networks have, windows of at most 9 taps,
+// and registers in which it is faster than a scatter.
+template <typename T, typename O, int kTaps>
+constexpr bool kHasPairs = std::is_same_v<O, uint8_t> &&
+                           (std::is_same_v<T, float> ? kTaps == 2 || kVecBytes >= 64
+                                                     : std::is_same_v<T, bf16> && kVecBytes >= 64);
 void max_backward_pairs(const MaxWindows&, const void* grad_output, const void* offsets,
                         void* grad_input);
 

@@ -208,7 +208,7 @@ void max_backward_pairs(const MaxWindows& p, const void* grad_output, const void
                         void* grad_input) {
   const auto run = [&]<typename T, typename O>(auto taps, auto padding, const T* grads,
                                                const O* winners, T* to) {
-    if constexpr (kHasPairs<T, O>) {
+    if constexpr (kHasPairs<T, O, taps>) {
       parallel_for(p.planes() * pairs_of_rows(p), max_grain(p.width.length * 8),
                    [&](int64_t begin, int64_t end) {
                      Pairs<taps, padding, T, O>(p, grads, winners, to).run(begin, end);

@@ -1,15 +1,13 @@
-// Largest values of few windows, backward: zeros, and one gradient for each window. So are adaptive
-// pools to small maps.
+// Largest values of few windows that may share a winner, backward, in half types: zeros, and one
+// gradient for each window. So are adaptive pools to small maps; what is exact is scattered in
+// place (max_backward_scatter.h).
 //
-// Windows may share a winner. Its gradients are summed in fp32 and in the order of windows, without
-// memory for sums: where a window finds a place that is zero no longer, it sums all windows up to
-// itself that won the place.
-//
-// Times of native over ours on Granite Rapids, contiguous / channels_last in fp32, then in bf16
-// (torchops bench PROBLEM --dtype f32,bf16 --layout contiguous,channels_last --threads 1 --quick):
-//   adaptive_max_pool2d:mb8_ic512ih14oh1     0.97 / 0.92    0.89 / 0.88
-//   adaptive_max_pool2d:mb8_ic72ih75oh1      0.90 / 0.94    1.14 / 0.91
-//   adaptive_max_pool2d:mb8_ic256ih28oh3     1.18 / 1.02    0.97 / 0.92
+// The gradients of a winner are summed in fp32 and in the order of windows, with a sum for each
+// window: it starts from that of the last window before it that won the place, and is written
+// there. Times of native over ours on Zen 4, contiguous, bf16, beside a search for the windows that
+// share a place (torchops bench PROBLEM --dtype bf16 --layout contiguous --threads 1 --quick):
+//   adaptive_max_pool2d:mb8_ic200ih33oh5   0.58   0.39
+//   adaptive_max_pool2d:mb8_ic256ih28oh3   0.74   0.64
 // The zeros take both the same time. Slower: gathers where windows overlap; zeros past the cache,
 // or 128 KB of them at once; on Zen 4, images scattered into in cache and streamed from there;
 // gradients where an offset is the pixel's and zeros elsewhere, in one go.
@@ -28,12 +26,7 @@ template <typename T, typename O>
 class Sparse {
  public:
   explicit Sparse(const MaxWindows& p)
-      : p_(p),
-        channels_(p.channels_last ? p.channels : 1),
-        winners_(p),
-        bases_(p.out_plane()),
-        above_(p.height),
-        left_(p.width) {
+      : p_(p), channels_(p.channels_last ? p.channels : 1), winners_(p), bases_(p.out_plane()) {
     int64_t* base = bases_.get();
     for (int64_t oh = 0; oh < p.height.outputs; ++oh) {
       for (int64_t ow = 0; ow < p.width.outputs; ++ow) *base++ = winners_.base(oh, ow);
@@ -44,54 +37,49 @@ class Sparse {
     const int64_t size = p_.in_plane() * channels_, outputs = p_.out_plane() * channels_;
     const int64_t some = kZeroedBytes / (size * int64_t{sizeof(T)}) + 1;
     const auto range = [&](int64_t begin, int64_t end) {
+      const Scratch<int32_t> last(p_.in_plane());
+      const Scratch<acc_t<T>> sums(p_.out_plane() + 1);
+      last.zero();
       for (int64_t zeroed = begin, image = begin; image < end; ++image) {
         if (image == zeroed) {
           zeroed = end - image < some ? end : image + some;
           std::memset(static_cast<void*>(grad_input + image * size), 0,
                       (zeroed - image) * size * sizeof(T));
         }
-        scatter(grad_output + image * outputs, offsets + image * outputs,
-                grad_input + image * size);
+        scatter(grad_output + image * outputs, offsets + image * outputs, grad_input + image * size,
+                last.get(), sums.get());
       }
     };
     parallel_for(p_.planes() / channels_, max_grain(size), range);
   }
 
  private:
-  void scatter(const T* grad, const O* offset, T* to) const {
-    const int64_t* base = bases_.get();
-    const int64_t windows = p_.out_plane() * channels_;
-    for (int64_t window = 0; window < windows; window += channels_, ++base) {
-      for (int64_t c = 0; c < channels_; ++c) {
-        int64_t position;
-        if (!winners_.find(*base, offset[window + c], &position)) continue;
-        T& place = to[position * channels_ + c];
+  // `last`: of each position one more than the last window that won it, all 0 before and after.
+  void scatter(const T* grad, const O* offset, T* to, int32_t* last, acc_t<T>* sums) const {
+    const int64_t windows = p_.out_plane();
+    int64_t position;
+    sums[0] = 0;
+    for (int64_t c = 0; c < channels_; ++c) {
+      for (int64_t window = 0; window < windows; ++window) {
+        const int64_t at = window * channels_ + c;
+        if (!winners_.find(bases_.get()[window], offset[at], &position)) continue;
         // What is added to a zero is never a zero of negative sign.
-        place = from_acc<T>(to_acc(place) == 0 ? to_acc(grad[window + c]) + 0
-                                               : sum(position, c, window, grad, offset));
+        const acc_t<T> sum = sums[last[position]] + to_acc(grad[at]);
+        sums[window + 1] = sum;
+        last[position] = static_cast<int32_t>(window + 1);
+        to[position * channels_ + c] = from_acc<T>(sum);
+      }
+      for (int64_t window = 0; window < windows; ++window) {
+        if (winners_.find(bases_.get()[window], offset[window * channels_ + c], &position))
+          last[position] = 0;
       }
     }
-  }
-
-  // Of the gradients of channel `c` that windows up to `last` pass to a position.
-  acc_t<T> sum(int64_t position, int64_t c, int64_t last, const T* grad, const O* offset) const {
-    acc_t<T> sum{};
-    const int64_t row = position / p_.width.length, column = position % p_.width.length;
-    for (const auto* h = above_.begin(row); h < above_.end(row); ++h) {
-      for (const auto* w = left_.begin(column); w < left_.end(column); ++w) {
-        const int64_t window = (h->output * p_.width.outputs + w->output) * channels_;
-        const bool won = offset[window + c] == h->tap * p_.width.taps + w->tap;
-        if (won && window <= last) sum += to_acc(grad[window + c]);
-      }
-    }
-    return sum;
   }
 
   const MaxWindows& p_;
   int64_t channels_;
   Winners<O> winners_;
   Scratch<int64_t> bases_;  // of the windows
-  Covering above_, left_;
 };
 
 }  // namespace

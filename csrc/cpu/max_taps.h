@@ -136,6 +136,7 @@ struct Taps {
     return taps;
   }
   void keep(Kept* p) const { std::memcpy(p, &lanes, sizeof(lanes)); }
+  Mask<T> numbers() const { return lanes; }
 
   Taps operator+(Taps other) const { return {lanes + other.lanes}; }
   Taps operator-(Taps other) const { return {lanes - other.lanes}; }
@@ -181,6 +182,8 @@ struct Taps<T, uint8_t> {
     else
       _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
   }
+
+  Mask<T> numbers() const { return widen_bytes<T>(reinterpret_cast<const uint8_t*>(&bytes)); }
 
   Taps operator+(Taps other) const { return {_mm_add_epi8(bytes, other.bytes)}; }
   Taps operator-(Taps other) const { return {_mm_sub_epi8(bytes, other.bytes)}; }

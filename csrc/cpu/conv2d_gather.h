@@ -126,6 +126,11 @@ inline Inside inside(int64_t start, int64_t step, int64_t count, int64_t length)
   const int64_t last = start >= length ? 0 : (length - start + step - 1) / step;
   return {clamp(first, 0, count), clamp(last, 0, count)};
 }
+// The positions in [begin, begin + count) that see an element of the source under a tap, counted
+// from the first of them.
+inline Inside positions_under(const Axis& a, int64_t tap, int64_t begin, int64_t count) {
+  return inside(a.offset + tap * a.tap_offset + begin * a.step, a.step, count, a.source_length);
+}
 
 // channels_last: panel[position * stride + k] = depth index begin + k of that position. `source`
 // points at the group's first channel.

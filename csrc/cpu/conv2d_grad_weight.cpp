@@ -7,8 +7,9 @@
 // by position. contiguous: grad_output is transposed on its way into the panel. The rows run in the
 // order in which the weight lies in memory, so that the result is transposed by whole vectors.
 //
-// Long rows, and 3x3 of stride 1, go another way: conv2d_image_grad_weight.h,
-// conv2d_winograd_grad_weight.h; and bf16 where the CPU multiplies it: conv2d_bf16_grad_weight.cpp.
+// Long rows, small maps that windows reach beyond, and 3x3 of stride 1 go another way:
+// conv2d_image_grad_weight.h, conv2d_winograd_grad_weight.h; and bf16 where the CPU multiplies it:
+// conv2d_bf16_grad_weight.cpp.
 //
 // Reached: the backward of conv2d.cpp's table, of which this is half.
 #include "core/parallel.h"
@@ -138,44 +139,57 @@ void add_block(const Plan<T>& plan, Workspace<T>& work, int64_t group, int64_t r
 // Elements of a cache line.
 template <typename T> constexpr int64_t kStrip = 64 / sizeof(acc_t<T>);
 
+// A weight of the format of the panels has its depth in the order of the rows.
+template <typename T>
+bool same_order(const Plan<T>& plan) {
+  return plan.p.shape.channels_last == plan.p.shape.weight_channels_last;
+}
+
 // Sums rows [row, row + rows) x columns [column, column + columns) of all shares and brings them
-// into the weight's order. `from` is their first element in the first share; it is read in whole
-// vectors.
+// into the weight's order: all rows, where that is another one. `from` is their first element in
+// the first share; it is read in whole vectors.
 template <typename T>
 void write(const Plan<T>& plan, const acc_t<T>* from, int64_t row_stride, int64_t group,
            int64_t row, int64_t rows, int64_t column, int64_t columns) {
   const Correlation& c = plan.c;
   const int64_t depth = c.depth(), taps = c.height.taps * c.width.taps;
-  // A weight of the format of the panels has its depth in the order of the rows.
-  const bool same_order = plan.p.shape.channels_last == plan.p.shape.weight_channels_last;
   T* to = static_cast<T*>(plan.p.grad_weight) + (group * c.columns + column) * depth;
-  const auto square = [&](int64_t i, int height, int64_t j, int width) {
+  // Rows i, i + step, ... lie side by side in the weight, from `index` on.
+  const auto square = [&](int64_t i, int64_t step, int height, int64_t j, int width,
+                          int64_t index) {
     Vec<T> block[kLanes<T>] = {};
     for (int r = 0; r < kLanes<T>; ++r) {
-      const acc_t<T>* line = from + (i + smaller(r, height - 1)) * row_stride + j;
+      const acc_t<T>* line = from + (i + smaller(r, height - 1) * step) * row_stride + j;
       for (int64_t share = 0; share < plan.shares; ++share) {
         block[r] += load(line + share * plan.share_size());
       }
     }
     transpose<T>(block);
-    for (int k = 0; k < width; ++k) {
-      T* line = to + (j + k) * depth;
-      if (same_order) {
-        store_partial(line + row + i, block[k], height);
-      } else {
-        for (int r = 0; r < height; ++r) {
-          const int64_t index = row + i + r;
-          line[index % c.channels * taps + index / c.channels] = from_acc<T>(block[k][r]);
-        }
-      }
+    for (int k = 0; k < width; ++k) store_partial(to + (j + k) * depth + index, block[k], height);
+  };
+  const auto run = [&](int64_t i, int64_t step, int64_t count, int64_t j, int width,
+                       int64_t index) {
+    for (int64_t k = 0; k < count; k += kLanes<T>) {
+      square(i + k * step, step, static_cast<int>(smaller(kLanes<T>, count - k)), j, width,
+             index + k);
     }
   };
   // Along the lines of the weight: their distance is often a multiple of a page.
   for (int64_t j = 0; j < columns; j += kLanes<T>) {
     const int width = static_cast<int>(smaller(kLanes<T>, columns - j));
-    for (int64_t i = 0; i < rows; i += kLanes<T>)
-      square(i, static_cast<int>(smaller(kLanes<T>, rows - i)), j, width);
+    if (same_order(plan)) {
+      run(0, 1, rows, j, width, row);
+      continue;
+    }
+    for (int64_t channel = 0; channel < c.channels; ++channel)
+      run(channel, c.channels, taps, j, width, channel * taps);
   }
+}
+
+// Whether a tile's sums are complete, and lie together in the weight.
+template <typename T>
+bool writes_tiles(const Plan<T>& plan) {
+  return plan.shares == 1 && same_order(plan);
 }
 
 // One unit of work: fills rows x columns of one share.
@@ -197,7 +211,7 @@ void sum_share(const Plan<T>& plan, Workspace<T>& work, int64_t unit, acc_t<T>* 
                  kTileColumns<acc_t<T>>, work.grads.get());
     add_block(plan, work, group, row, rows, columns, first, positions, block > begin);
   }
-  if (plan.shares == 1) {
+  if (writes_tiles(plan)) {
     write(plan, work.tile.get(), plan.kBlockColumns, group, row, rows, column, columns);
     return;
   }
@@ -223,29 +237,39 @@ void combine(const Plan<T>& plan, const acc_t<T>* sums) {
   });
 }
 
-// Fills the shares' sums from rows of the image.
+// From rows of the image. A single share is written block by block, while its sums are in L2.
 template <typename T>
 void sum_image_rows(Plan<T> plan) {
   const ImageGradPlan<T> work(plan.c, plan.p.shape.channels_last);
   constexpr int64_t kLeastPositions = 1024;
+  const auto* input = static_cast<const T*>(plan.p.input);
   plan.shares = smaller(smaller(divide_up(kUnits, work.blocks_of_panels), work.slabs.count),
                         plan.c.positions() / kLeastPositions + 1);
   plan.sum_columns = work.stride();
-  const Scratch<acc_t<T>> sums(plan.shares * plan.share_size());
+  const bool single = plan.shares == 1;
+  const Scratch<acc_t<T>> sums(single ? 0 : plan.shares * plan.share_size());
   const auto gather = [&](auto... block) { gather_grads(plan, block...); };
   const int64_t units = plan.shares * work.blocks_of_panels;
-  parallel_for(units, kGrainFlops / (2 * plan.c.positions() * plan.share_size() / units + 1) + 1,
-               [&](int64_t begin, int64_t end) {
-                 const ImageGradWeight<T, decltype(gather)> unit(work, gather);
-                 for (int64_t item = begin; item < end; ++item) {
-                   const int64_t share = item / work.blocks_of_panels;
-                   unit.sum(static_cast<const T*>(plan.p.input),
-                            work.slabs.count * share / plan.shares,
-                            work.slabs.count * (share + 1) / plan.shares,
-                            item % work.blocks_of_panels, sums.get() + share * plan.share_size());
-                 }
-               });
-  combine(plan, sums.get());
+  const int64_t flops = 2 * plan.c.positions() * plan.share_size() / units + 1;
+  parallel_for(units, kGrainFlops / flops + 1, [&](int64_t begin, int64_t end) {
+    const ImageGradWeight<T, decltype(gather)> unit(work, gather);
+    const Scratch<acc_t<T>> tile(single ? plan.c.depth() * work.widest_block() : 0);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t share = item / work.blocks_of_panels, block = item % work.blocks_of_panels;
+      const int64_t column = work.begin(block), width = work.end(block) - column;
+      const int64_t first = work.slabs.count * share / plan.shares;
+      const int64_t last = work.slabs.count * (share + 1) / plan.shares;
+      if (single) {
+        unit.sum(input, first, last, block, tile.get(), width);
+        write(plan, tile.get(), width, 0, 0, plan.c.depth(), column,
+              smaller(width, plan.c.columns - column));
+      } else {
+        unit.sum(input, first, last, block, sums.get() + share * plan.share_size() + column,
+                 plan.sum_columns);
+      }
+    }
+  });
+  if (!single) combine(plan, sums.get());
 }
 
 // Fills the shares' sums by Winograd's algorithm. False: they are not all finite, and may be wrong.
@@ -302,9 +326,12 @@ void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
       if (winograd_pays(plan.c) && sum_winograd(plan)) return;
     }
     if (plan.share_size() == 0) return;
-    if (plan.c.positions() > 0 && grad_reads_image_rows(plan.c, p.shape.channels_last))
-      return sum_image_rows(plan);
-    const int64_t size = plan.shares > 1 ? plan.shares * plan.share_size() : 0;
+    if (plan.c.positions() > 0) {
+      if (!p.shape.channels_last && grad_leaves_out_taps<T>(plan.c))
+        return conv2d_grad_weight_of_planes<T>(p, conv2d_grad_weight);
+      if (grad_reads_image_rows<T>(plan.c, p.shape.channels_last)) return sum_image_rows(plan);
+    }
+    const int64_t size = writes_tiles(plan) ? 0 : plan.shares * plan.share_size();
     const Scratch<acc_t<T>> sums(size + kLanes<T>);
     fill_zero(sums.get() + size, kLanes<T>);
     const int64_t units = plan.shares * plan.c.groups * plan.row_blocks * plan.column_blocks;
@@ -313,7 +340,7 @@ void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
       Workspace<T> work(plan);
       for (int64_t unit = begin; unit < end; ++unit) sum_share(plan, work, unit, sums.get());
     });
-    if (plan.shares != 1) combine(plan, sums.get());
+    if (!writes_tiles(plan)) combine(plan, sums.get());
   });
 }
 

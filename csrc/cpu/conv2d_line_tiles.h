@@ -21,13 +21,13 @@ constexpr int kLineRows = kVecs <= kTileVecs ? kTileRows
 // lie along the depth, or turned, side by side:
 // A(row, (line, k)) = a[line * line_stride + row * step + k], k < run
 // turned A(row, (line, k)) = a[line * line_stride + k * step + row]
-// B((line, k), column) = b[(line * run + k) * b_stride + column]
+// B((line, k), column) = b[line * (run * b_stride + b_gap) + k * b_stride + column]
 template <typename A>
 struct LineTile {
   const A* a;
   int64_t lines, line_stride, run, step;
   const A* b;
-  int64_t b_stride;
+  int64_t b_stride, b_gap;
   A* c;
   int64_t c_stride;
   const A* more;  // null, a bias, with a stride of 0, or C itself
@@ -78,6 +78,7 @@ void multiply_line_tile(const LineTile<A>& t) {
       rows.advance(kSteps);
     }
     if (k < t.run) step(0);
+    b += t.b_gap;
   }
   const A* more = t.more;
   if (more) {

@@ -27,12 +27,10 @@
 //   conv2d:mb2_ic32ih75oc48kh5ph2       0.95 / 0.92   1.04 / 0.91
 //   conv2d:mb8_ic3ih224oc96kh4sh4       1.07 / 1.10   2.48 / 2.39
 // On Zen 4:
-//   conv2d:mb8_ic64ih19oc64kh5ph2       0.93 / 0.96   0.86 / 0.91
-//   conv2d:mb8_ic48ih7oc64kh5ph2        0.93 / 0.96   0.70 / 0.82
-//   conv2d:mb8_ic128ih14oc200kh7ph3     0.87 / 0.93   0.87 / 0.90
-//   conv2d:mb2_ic32ih75oc48kh5ph2       0.96 / 0.98   1.03 / 0.99
-// Windows over small maps are where native leaves out all taps outside the image, and this the rows
-// of them; the gradient of the weight neither.
+//   conv2d:mb8_ic64ih19oc64kh5ph2       0.96 / 1.02   0.95 / 0.97
+//   conv2d:mb8_ic48ih7oc64kh5ph2        1.02 / 1.10   1.07 / 1.21
+//   conv2d:mb8_ic128ih14oc200kh7ph3     0.97 / 1.06   1.03 / 1.13
+//   conv2d:mb2_ic32ih75oc48kh5ph2       0.98 / 0.99   1.05 / 1.01
 // Tried without gain: fetching the panel's lines for writing; gathering 32 positions at a time.
 #include "ops/conv2d.h"
 

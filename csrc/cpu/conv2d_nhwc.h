@@ -103,37 +103,91 @@ inline Inside rows_of_taps(const Correlation& c, int64_t y) {
   return taps.first < taps.last ? taps : Inside{0, c.height.taps};
 }
 
-// Positions of a row from `first` on, times one block of columns. `row` is counted from the first
-// one placed; `taps` are the rows of taps that meet the image there.
+// Where some taps along the width meet positions outside the image, each is multiplied by itself,
+// to leave those out, if its channels make a product long enough. Says from which one on: one that
+// meets none, so that it writes all sums. Or -1.
+inline int64_t first_tap(const Correlation& c) {
+  constexpr int64_t kLeastChannels = 16;
+  int64_t first = -1;
+  bool outside = false;
+  for (int64_t tap = 0; tap < c.width.taps; ++tap) {
+    const Inside met = positions_under(c.width, tap, 0, c.width.count);
+    if (met.last - met.first == c.width.count) {
+      first = tap;
+    } else {
+      outside = true;
+    }
+  }
+  return outside && c.channels >= kLeastChannels ? first : -1;
+}
+
 template <typename T>
-void multiply_image_rows(const ImageRows<T>& lines, const ColumnPanels<T>& weights,
-                         const DepthBlocks& depth, int64_t row, int64_t first, int64_t count,
-                         const Inside& taps, const PanelBlock& b, const Sums<acc_t<T>>& sums) {
-  LineTile<acc_t<T>> t{};
-  t.line_stride = lines.tap_stride();
-  t.run = lines.run();
-  t.step = lines.step();
-  t.c_stride = sums.stride;
-  bool more = false;
-  for (int64_t block = 0; block < depth.count; ++block) {
-    const int64_t begin = depth.begin(block), end = begin + depth.length(block);
-    const int64_t tap = larger(begin / t.run, taps.first);
-    t.lines = smaller(end / t.run, taps.last) - tap;
-    if (t.lines <= 0) continue;
-    const int64_t k = tap * t.run;
-    t.a = lines.at(row, 0, tap) + first * t.step;
+class ImageRowProduct {
+  using A = acc_t<T>;
+
+ public:
+  ImageRowProduct(const Correlation& c, const ImageRows<T>& lines, const ColumnPanels<T>& weights,
+                  const DepthBlocks& depth)
+      : c_(c), lines_(lines), weights_(weights), depth_(depth), first_tap_(first_tap(c)) {}
+
+  // Positions of a row from `first` on, times one block of columns. `row` is counted from the first
+  // one placed; `taps` are the rows of taps that meet the image there.
+  void multiply(int64_t row, int64_t first, int64_t count, const Inside& taps, const PanelBlock& b,
+                const Sums<A>& sums) const {
+    LineTile<A> t{};
+    t.line_stride = lines_.tap_stride();
+    t.step = lines_.step();
+    t.c_stride = sums.stride;
+    bool more = false;
+    const auto add = [&](int64_t tap_height, int64_t tap_width, const Inside& met) {
+      if (t.lines <= 0 || met.first >= met.last) return;
+      add_lines(t, row, tap_height, tap_width, {first + met.first, first + met.last}, b,
+                {sums.data + met.first * sums.stride, sums.stride, sums.bias}, more);
+      more = true;
+    };
+    if (first_tap_ >= 0) {
+      t.lines = taps.last - taps.first;
+      t.run = c_.channels;
+      for (int64_t i = 0; i < c_.width.taps; ++i) {
+        const int64_t tap = (first_tap_ + i) % c_.width.taps;
+        add(taps.first, tap, positions_under(c_.width, tap, first, count));
+      }
+      return;
+    }
+    t.run = lines_.run();
+    for (int64_t block = 0; block < depth_.count; ++block) {
+      const int64_t begin = depth_.begin(block), end = begin + depth_.length(block);
+      const int64_t tap = larger(begin / t.run, taps.first);
+      t.lines = smaller(end / t.run, taps.last) - tap;
+      add(tap, 0, {0, count});
+    }
+  }
+
+ private:
+  // The product of runs from one tap on, at some positions of a row: the sums, or `more` of them.
+  void add_lines(LineTile<A> t, int64_t row, int64_t tap_height, int64_t tap_width,
+                 const Inside& positions, const PanelBlock& b, const Sums<A>& sums,
+                 bool more) const {
+    const int64_t tap = tap_width * c_.channels;
+    t.a = lines_.at(row, 0, tap_height) + tap + positions.first * t.step;
     for (int64_t j = b.begin; j < b.end; ++j) {
-      const int64_t column = weights.column(j) - b.column;
-      t.b = weights.at(0, j, k);
-      t.b_stride = weights.width(j);
+      const int64_t column = weights_.column(j) - b.column;
+      t.b = weights_.at(0, j, tap_height * lines_.run() + tap);
+      t.b_stride = weights_.width(j);
+      t.b_gap = (lines_.run() - t.run) * t.b_stride;
       t.c = sums.data + column;
       t.more = more ? t.c : sums.bias ? sums.bias + column : nullptr;
       t.more_stride = more ? t.c_stride : 0;
-      multiply_lines<acc_t<T>, false>(t, count, weights.panels.size(j));
+      multiply_lines<A, false>(t, positions.last - positions.first, weights_.panels.size(j));
     }
-    more = true;
   }
-}
+
+  const Correlation& c_;
+  const ImageRows<T>& lines_;
+  const ColumnPanels<T>& weights_;
+  const DepthBlocks& depth_;
+  const int64_t first_tap_;
+};
 
 // The same without gathering: all positions of a row of the output, in parts, from the rows of the
 // image that they see.
@@ -152,7 +206,7 @@ void correlate_image_rows(const Problem<T>& p) {
   // Slabs enough for all threads.
   const int64_t share = c.batch * c.height.count / (4 * thread_count()) + 1;
   const RowSlabs slabs(c, smaller(ImageRows<T>::most_rows(c, true), share));
-  const auto multiply_part = [&](const ImageRows<T>& lines, int64_t row, int64_t slab_row,
+  const auto multiply_part = [&](const ImageRowProduct<T>& product, int64_t row, int64_t slab_row,
                                  int64_t first, int64_t count, A* tile) {
     const int64_t position = row * width + first;
     const Inside taps = rows_of_taps(c, row % c.height.count);
@@ -167,7 +221,7 @@ void correlate_image_rows(const Problem<T>& p) {
                   p.bias ? p.bias + b.column : nullptr};
         }
       }
-      multiply_image_rows(lines, weights, depth, slab_row, first, count, taps, b, sums);
+      product.multiply(slab_row, first, count, taps, b, sums);
       if (!direct) store_pixels(p, &segment, 1, b.column, b.columns, tile, kBlockColumns<A>);
       if (p.epilogue) p.epilogue->finish(position, position + count, b.column, b.columns);
     }
@@ -175,6 +229,7 @@ void correlate_image_rows(const Problem<T>& p) {
   parallel_for(
       slabs.count, kGrainFlops / (flops * slabs.rows) + 1, [&](int64_t begin, int64_t end) {
         const ImageRows<T> lines(c, slabs.rows, true);
+        const ImageRowProduct<T> product(c, lines, weights, depth);
         const Scratch<A> tile(direct ? 1 : kPart * kBlockColumns<A>);
         for (int64_t slab = begin; slab < end; ++slab) {
           const int64_t image = slab / slabs.per_image, top = slab % slabs.per_image * slabs.rows;
@@ -182,7 +237,7 @@ void correlate_image_rows(const Problem<T>& p) {
           lines.place(p.source, image, top, rows);
           for (int64_t row = 0; row < rows; ++row) {
             for (int64_t first = 0; first < width; first += kPart)
-              multiply_part(lines, image * c.height.count + top + row, row, first,
+              multiply_part(product, image * c.height.count + top + row, row, first,
                             smaller(kPart, width - first), tile.get());
           }
         }

@@ -10,7 +10,7 @@
 //
 // With AVX-512, where copies take as long as half the product, B's columns are not copied
 // beforehand if rows of A are few (product_tiles.h), and A is read in place only if columns are
-// few.
+// few. Few rows read B only once: add_row.
 #include "cpu/product.h"
 
 #include <type_traits>
@@ -69,6 +69,60 @@ void fill_bias(const Product<T>& p, int64_t row, int64_t rows, int64_t column, i
   }
 }
 
+// Whether B is used so little that the product waits for memory, and comes in rows of whole
+// vectors.
+template <typename T>
+bool reads_b_once(const Product<T>& p) {
+  constexpr int64_t kFewRows = 4;
+  const auto lies = [](const Extent& e) { return e.stride == 1 && e.run == e.size; };
+  return std::is_same_v<T, acc_t<T>> && p.c.rows.size > 0 && p.c.rows.size <= kFewRows &&
+         lies(p.a.columns) && p.a.rows.run == p.a.rows.size && lies(p.b.columns) &&
+         p.b.rows.run == p.b.rows.size && lies(p.c.columns) && p.c.rows.run == p.c.rows.size &&
+         p.c.columns.size % kLanes<T> == 0;
+}
+
+// c[j] += the sum over kSteps k of a[k] * b[k * b_stride + j]
+template <int kSteps, typename T>
+void add_row(const T* a, const T* b, int64_t b_stride, T* c, int64_t columns) {
+  Vec<T> values[kSteps];
+#pragma GCC unroll 8
+  for (int k = 0; k < kSteps; ++k) values[k] = broadcast<T>(a[k]);
+  for (int64_t j = 0; j < columns; j += kLanes<T>) {
+    Vec<T> sum = load(c + j);
+#pragma GCC unroll 8
+    for (int k = 0; k < kSteps; ++k) sum += values[k] * load(b + k * b_stride + j);
+    store(c + j, sum);
+  }
+}
+
+// Then it is read in the order of memory, a few rows at a time, which the hardware foresees; they
+// stay in L1 for all rows of C. On Zen 4 the backward by torchops bench
+// conv2d:mb1_ic1280ih1oc1000kh1 --layout channels_last --threads 1 --quick took 0.66 ms instead of
+// 1.06.
+template <typename T>
+void multiply_once(const Product<T>& p) {
+  constexpr int64_t kDepth = 8, kColumns = 512;
+  const int64_t rows = p.c.rows.size, depth = p.b.rows.size, b_stride = p.b.rows.stride;
+  const Parts columns(p.c.columns.size, kColumns, kLanes<T>);
+  const int64_t flops = 2 * rows * columns.part * (depth + 1);
+  parallel_for(columns.count, kProductGrain / flops + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t column = columns.begin(part), width = columns.begin(part + 1) - column;
+      fill_bias(p, 0, rows, column, width, p.c.data + column, p.c.rows.stride);
+      for (int64_t k = 0, steps; k < depth; k += steps) {
+        steps = depth - k < kDepth ? 1 : kDepth;
+        for (int64_t r = 0; r < rows; ++r) {
+          (steps == 1 ? add_row<1, T>
+                      : add_row<kDepth, T>)(p.a.data + r * p.a.rows.stride + k,
+                                            p.b.data + k * b_stride + column, b_stride,
+                                            p.c.data + r * p.c.rows.stride + column, width);
+        }
+      }
+      p.finish(0, rows, column, width);
+    }
+  });
+}
+
 constexpr int64_t kUnits = 16;  // as in conv2d_grad_weight.cpp
 
 // C as the sum of its shares, where it lies with its columns in rows of memory.
@@ -102,6 +156,9 @@ void add_shares_turned(const Matrix<T>& c, int64_t shares, const acc_t<T>* sums)
 template <typename T>
 void multiply_matrices(const Product<T>& p) {
   using Acc = acc_t<T>;
+  if constexpr (std::is_same_v<T, Acc>) {
+    if (reads_b_once(p)) return multiply_once(p);
+  }
   const ProductPlan<T> plan(p);
   const Parts& rows = plan.rows;
   const RunParts& columns = plan.columns;

@@ -72,12 +72,13 @@ inline int64_t panel_row_step(const TileArguments<T>& t) {
   return panel == Panel::rows ? kPanelStride<panel> : panel == Panel::in_place ? t.a_stride : 1;
 }
 
-// Writes a tile's sums, or adds them to what is there.
+// Writes a tile's sums, or adds them to what is there. All of it is inlined: else GCC, which in a
+// large file leaves a lambda by itself, keeps the sums in memory all along.
 template <typename T, int kRows, int kVecs>
 [[gnu::always_inline]] inline void finish_tile(const TileArguments<T>& t,
                                                const Vec<T> (&sum)[kRows][kVecs], T* c, int lanes) {
   const int64_t c_stride = t.c_stride;
-  const auto finish = [&](auto put) {
+  const auto finish = [&](auto put) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r, c += c_stride) {
 #pragma GCC unroll 4
@@ -85,14 +86,15 @@ template <typename T, int kRows, int kVecs>
     }
   };
   if (lanes < kLanes<T>) {
-    finish([&](T* to, Vec<T> value, bool last) {
+    finish([&](T* to, Vec<T> value, bool last) __attribute__((always_inline)) {
       const int count = last ? lanes : kLanes<T>;
       store_partial(to, t.accumulate ? load_partial(to, count) + value : value, count);
     });
   } else if (t.accumulate) {
-    finish([](T* to, Vec<T> value, bool) { store(to, load<T>(to) + value); });
+    finish([](T* to, Vec<T> value, bool)
+               __attribute__((always_inline)) { store(to, load<T>(to) + value); });
   } else {
-    finish([](T* to, Vec<T> value, bool) { store(to, value); });
+    finish([](T* to, Vec<T> value, bool) __attribute__((always_inline)) { store(to, value); });
   }
 }
 

@@ -146,11 +146,17 @@ class ImageRowProduct {
       more = true;
     };
     if (first_tap_ >= 0) {
-      t.lines = taps.last - taps.first;
+      // Of many channels no more are summed in one go than rounding errors allow.
+      constexpr int64_t kLongest = 1024;
+      const int64_t most = larger(1, kLongest / c_.channels);
       t.run = c_.channels;
       for (int64_t i = 0; i < c_.width.taps; ++i) {
         const int64_t tap = (first_tap_ + i) % c_.width.taps;
-        add(taps.first, tap, positions_under(c_.width, tap, first, count));
+        const Inside met = positions_under(c_.width, tap, first, count);
+        for (int64_t row_tap = taps.first; row_tap < taps.last; row_tap += most) {
+          t.lines = smaller(most, taps.last - row_tap);
+          add(row_tap, tap, met);
+        }
       }
       return;
     }

@@ -88,10 +88,10 @@ void add_row(const T* a, const T* b, int64_t b_stride, T* c, int64_t columns) {
 #pragma GCC unroll 8
   for (int k = 0; k < kSteps; ++k) values[k] = broadcast<T>(a[k]);
   for (int64_t j = 0; j < columns; j += kLanes<T>) {
-    Vec<T> sum = load(c + j);
+    Vec<T> sum = {};
 #pragma GCC unroll 8
     for (int k = 0; k < kSteps; ++k) sum += values[k] * load(b + k * b_stride + j);
-    store(c + j, sum);
+    store(c + j, load(c + j) + sum);
   }
 }
 

@@ -48,7 +48,8 @@ constexpr int64_t kTilesInSum = 32;
 template <typename T, int kernel, int stride, int step, int vectors>
 struct MaskedGradKernel {
   using Rows = MaskedRows<kernel, stride, step, vectors>;
-  // Whether missing rows are known when it is compiled: 5x5 on larger planes took 1.1 times as long.
+  // Whether missing rows are known when it is compiled: 5x5 on larger planes took 1.1 times as
+  // long.
   static constexpr bool kKnown = kernel == 3 || step > 1;
 
   static void run(const MaskedGradPlanes<T>& p) {
@@ -68,8 +69,8 @@ struct MaskedGradKernel {
         fetch(from, p.fetch_input);
         fetch(grad_from, p.fetch_grad);
         const bool whole = tile.count == vectors && Rows::miss_ends(tile.begin, tile.end);
-        kKnown && whole ? add_tile<kKnown>(p, tile, from, grad_from, sum)
-                        : add_tile<false>(p, tile, from, grad_from, sum);
+        kKnown&& whole ? add_tile<kKnown>(p, tile, from, grad_from, sum)
+                       : add_tile<false>(p, tile, from, grad_from, sum);
       }
     }
     repeat<kernel * kernel>([&](int tap) __attribute__((always_inline)) {

@@ -67,7 +67,8 @@ struct Patch {
   T pixels[most_rows][width * kLanes<T>];
   const T* rows[most_rows];
 
-  StripInput<T> copy(const Pixels<T>& from, const StripInput<T>& input, int begin, int end) {
+  [[gnu::noinline]] StripInput<T> copy(const Pixels<T>& from, const StripInput<T>& input, int begin,
+                                       int end) {
     for (int row = begin; row < end; ++row) {
       rows[row] = pixels[row];
       for (int64_t x = input.begin; x < input.end; ++x) {
@@ -219,9 +220,7 @@ struct Columns {
   }
 
   // Whether a column is neither the first nor the last that exists, if only ends are missing.
-  static constexpr bool is_inner(int column) {
-    return column > left && column < count - right - 1;
-  }
+  static constexpr bool is_inner(int column) { return column > left && column < count - right - 1; }
 
   // f(column, where it lies) of those that exist; column 0 lies at p. `ends`: see miss_ends. To ask
   // twice, and not of each column, takes a third less time at 5x5 of small maps.

@@ -52,8 +52,7 @@ void max_backward_planes(const MaxWindows&, const void* grad_output, const void*
 
 // Contiguous planes whose windows are 2 apart and have 2 or 3 taps; see max_backward_pairs.cpp.
 bool gathers_in_pairs(const MaxWindows&);
-// That kernel is slow to compile: only for the types that networks have, windows of at most 9 taps,
-// and registers in which it is faster than a scatter.
+// For the types that networks have, and registers in which that kernel is faster than a scatter.
 template <typename T, typename O, int kTaps>
 constexpr bool kHasPairs = std::is_same_v<O, uint8_t> &&
                            (std::is_same_v<T, float> ? kTaps == 2 || kVecBytes >= 64

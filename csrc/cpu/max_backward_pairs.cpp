@@ -36,7 +36,7 @@ class Pairs {
   Pairs(const MaxWindows& p, const T* grad_output, const O* offsets, T* grad_input)
       : p_(p),
         all_(p.planes() * p.out_plane()),
-        reach_((p.width.length + 2 * L - 1) / (2 * L) * L),
+        reach_(divide_up(p.width.length, 2 * L) * L),
         outside_(reach_ + L),
         grad_output_(grad_output),
         offsets_(offsets),
@@ -159,25 +159,30 @@ class Pairs {
     put(to, zip_low(sums.even, sums.odd, kLaneNumbers<T>), writable);
     if (count > L) put(to + L, zip_high(sums.even, sums.odd, kLaneNumbers<T>), writable - L);
   }
+  // `first`: of the row, where windows outside have no tap.
+  template <bool kInside>
+  [[gnu::always_inline]] Winners winners(int64_t at, int64_t first) const {
+    const Winners outside = Winners::recall(outside_.get() + first);
+    return (kInside ? Winners::load(offsets_ + at) : edge_winners(at)) + outside;
+  }
   template <bool kInside>
   [[gnu::always_inline]] Vec<T> grads(int64_t at) const {
-    if constexpr (kInside) return load(grad_output_ + at);
+    return kInside ? load(grad_output_ + at) : edge_grads(at);
+  }
+  // Of those that lie inside the tensor. Inlined, they took most of the file's compilation.
+  [[gnu::noinline]] Winners edge_winners(int64_t at) const {
+    O some[L] = {};
+    for (int64_t l = 0; l < L; ++l) {
+      if (at + l >= 0 && at + l < all_) some[l] = offsets_[at + l];
+    }
+    return Winners::load(some);
+  }
+  [[gnu::noinline]] Vec<T> edge_grads(int64_t at) const {
     acc_t<T> some[L] = {};
     for (int64_t l = 0; l < L; ++l) {
       if (at + l >= 0 && at + l < all_) some[l] = to_acc(grad_output_[at + l]);
     }
     return load<acc_t<T>>(some);
-  }
-  // `first`: of the row, where windows outside have no tap.
-  template <bool kInside>
-  [[gnu::always_inline]] Winners winners(int64_t at, int64_t first) const {
-    const Winners outside = Winners::recall(outside_.get() + first);
-    if constexpr (kInside) return Winners::load(offsets_ + at) + outside;
-    O some[L] = {};
-    for (int64_t l = 0; l < L; ++l) {
-      if (at + l >= 0 && at + l < all_) some[l] = offsets_[at + l];
-    }
-    return Winners::load(some) + outside;
   }
   [[gnu::always_inline]] static void put(T* to, Vec<T> v, int64_t writable) {
     if (writable >= L)

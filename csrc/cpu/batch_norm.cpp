@@ -58,7 +58,7 @@ void apply_run(const BatchNormParams& p, const Affine<T>& affine, int64_t c, int
 template <typename T>
 void train_planes(const BatchNormParams& p) {
   const BatchNormShape& shape = p.shape;
-  const int64_t slab = slab_channels<T>(shape), slabs = ceil_div(shape.channels, slab);
+  const int64_t slab = slab_channels<T>(shape), slabs = divide_up(shape.channels, slab);
   const int64_t image = shape.channels * shape.pixels;
   const bool stream = past_cache<T>(shape, p.output, shape.pixels, 4);
   const auto* input = static_cast<const T*>(p.input);
@@ -66,8 +66,9 @@ void train_planes(const BatchNormParams& p) {
       slabs, grain_for(slab * shape.batch * shape.pixels), [&](int64_t begin, int64_t end) {
         acc_t<T> numbers[3][kMaxSlabChannels];
         const Affine<T> affine{numbers[0], numbers[1], numbers[2]};
-        for (int64_t first = begin * slab; first < min(end * slab, shape.channels); first += slab) {
-          const int64_t channels = min(slab, shape.channels - first);
+        for (int64_t first = begin * slab; first < smaller(end * slab, shape.channels);
+             first += slab) {
+          const int64_t channels = smaller(slab, shape.channels - first);
           Moments moments[kMaxSlabChannels];
           const auto add = [&](int64_t k, int64_t offset, int64_t images, int64_t length) {
             if (images == kStreams) {
@@ -179,7 +180,7 @@ void add_rows(const T* input, int64_t stride, int64_t count, int64_t length, Aro
 template <int kCount, typename T>
 void merge_rows(const T* input, int64_t stride, int64_t count, double seen, const Rows& rows,
                 const Around<T>& sums, const RowMoments& moments) {
-  start_sums<kCount>(input, stride, min(count, 4), rows, sums);
+  start_sums<kCount>(input, stride, smaller(count, 4), rows, sums);
   add_rows<kCount>(input, stride, count, rows.length, sums);
   const double added = static_cast<double>(kCount * count), total = seen + added;
   const double inverse = 1 / added, ratio = added / total, weight = seen * added / total;
@@ -199,7 +200,7 @@ void chunk_moments(const T* input, int64_t begin, int64_t end, const Rows& rows,
   const int64_t quarter = (end - begin) / kStreams;
   double seen = 0;
   for (int64_t row = 0; row < quarter; row += kRows) {
-    const int64_t count = min(kRows, quarter - row);
+    const int64_t count = smaller(kRows, quarter - row);
     merge_rows<kStreams>(input + (begin + row) * rows.length, quarter * rows.length, count, seen,
                          rows, sums, moments);
     seen += static_cast<double>(kStreams * count);

@@ -74,37 +74,39 @@ template <typename T>
 void backward_planes(const Call<T>& call) {
   const BatchNormBackwardParams& p = call.p;
   const BatchNormShape& shape = p.shape;
-  const int64_t slab = slab_channels<T>(shape), slabs = ceil_div(shape.channels, slab);
+  const int64_t slab = slab_channels<T>(shape), slabs = divide_up(shape.channels, slab);
   const bool stream = call.streams_grad_input(shape.pixels, 4);
   const double share = share_of_element(shape);
-  parallel_for(
-      slabs, grain_for(slab * shape.batch * shape.pixels), [&](int64_t begin, int64_t end) {
-        acc_t<T> numbers[6 * kMaxSlabChannels];
-        double invstds[kMaxSlabChannels];
-        const Channels<T> channels(numbers, kMaxSlabChannels, invstds);
-        for (int64_t first = begin * slab; first < min(end * slab, shape.channels); first += slab) {
-          const int64_t count = min(slab, shape.channels - first);
-          Sums sums[kMaxSlabChannels];
-          for (int64_t k = 0; k < count; ++k) channels.prepare(p, k, first + k);
-          if (call.first_pass) {
-            for_each_run<kPairs>(shape, first, count,
-                                 [&](int64_t k, int64_t offset, int64_t images, int64_t length) {
-                                   add_run_sums(call, channels.affine, k, offset, images, length,
-                                                sums[k]);
-                                 });
-          }
-          for (int64_t k = 0; k < count; ++k) channels.finish(p, k, first + k, sums[k], share);
-          if (!call.grad_input) continue;
-          // The images that were read last are the likeliest to be in the cache.
-          for (int64_t n = shape.batch; n-- > 0;) {
-            for (int64_t k = 0; k < count; ++k) {
-              const int64_t plane = n * shape.channels + first + k;
-              second_pass(call, channels, k, plane * shape.pixels, shape.pixels, stream);
-            }
-          }
-        }
-        if (stream) finish_streams();
-      });
+  parallel_for(slabs, grain_for(slab * shape.batch * shape.pixels),
+               [&](int64_t begin, int64_t end) {
+                 acc_t<T> numbers[6 * kMaxSlabChannels];
+                 double invstds[kMaxSlabChannels];
+                 const Channels<T> channels(numbers, kMaxSlabChannels, invstds);
+                 for (int64_t first = begin * slab; first < smaller(end * slab, shape.channels);
+                      first += slab) {
+                   const int64_t count = smaller(slab, shape.channels - first);
+                   Sums sums[kMaxSlabChannels];
+                   for (int64_t k = 0; k < count; ++k) channels.prepare(p, k, first + k);
+                   if (call.first_pass) {
+                     for_each_run<kPairs>(
+                         shape, first, count,
+                         [&](int64_t k, int64_t offset, int64_t images, int64_t length) {
+                           add_run_sums(call, channels.affine, k, offset, images, length, sums[k]);
+                         });
+                   }
+                   for (int64_t k = 0; k < count; ++k)
+                     channels.finish(p, k, first + k, sums[k], share);
+                   if (!call.grad_input) continue;
+                   // The images that were read last are the likeliest to be in the cache.
+                   for (int64_t n = shape.batch; n-- > 0;) {
+                     for (int64_t k = 0; k < count; ++k) {
+                       const int64_t plane = n * shape.channels + first + k;
+                       second_pass(call, channels, k, plane * shape.pixels, shape.pixels, stream);
+                     }
+                   }
+                 }
+                 if (stream) finish_streams();
+               });
 }
 
 // ---- channels_last --------------------------------------------------------------------------
@@ -184,7 +186,7 @@ void add_chunk_sums(const Call<T>& call, const Affine<T>& affine, int64_t begin,
   };
   const int64_t part = (end - begin) / kStreams, done = begin + kStreams * part;
   for (int64_t row = 0; row < part; row += kRows)
-    add(begin + row, kStreams, part, min(kRows, part - row));
+    add(begin + row, kStreams, part, smaller(kRows, part - row));
   if (done < end) add(done, 1, 0, end - done);
 }
 
@@ -280,8 +282,8 @@ void slab_sums(const Call<T>& call, const Affine<T>& affine, const Slabs& slabs,
       if (n > 0) fold_sums<T>(slabs, count, sums, totals);
       for (int64_t i = 0; i < length; ++i) sums.gradient[i] = sums.product[i] = 0;
     }
-    add_row_sums(call, affine, n * image + first * slabs.pixels, min(kStreams, batch - n), image, 1,
-                 length, false, sums);
+    add_row_sums(call, affine, n * image + first * slabs.pixels, smaller(kStreams, batch - n),
+                 image, 1, length, false, sums);
   }
   fold_sums<T>(slabs, count, sums, totals);
 }
@@ -301,9 +303,9 @@ void backward_slabs(const Call<T>& call) {
     const Channels<T> of_channel(numbers.get(), slabs.channels, invstds.get());
     const Channels<T> of(spread_numbers.get(), padded, nullptr);
     const RowSums<T> sums{spread_numbers.get() + 6 * padded, spread_numbers.get() + 7 * padded};
-    for (int64_t first = begin * slabs.channels; first < min(end * slabs.channels, shape.channels);
-         first += slabs.channels) {
-      const int64_t count = min(slabs.channels, shape.channels - first);
+    for (int64_t first = begin * slabs.channels;
+         first < smaller(end * slabs.channels, shape.channels); first += slabs.channels) {
+      const int64_t count = smaller(slabs.channels, shape.channels - first);
       const auto spread_all = [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i)
           spread(numbers.get() + i * slabs.channels, count, slabs.pixels,

@@ -7,6 +7,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
+#include "core/integer.h"
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "cpu/activation.h"
@@ -18,10 +19,7 @@ namespace {
 
 constexpr int64_t kGrainElements = 32768;  // about 30 us of streaming
 
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline double max_zero(double a) { return a < 0 ? 0 : a; }  // keeps NaN
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t grain_for(int64_t elements_per_unit) {
   return kGrainElements / (elements_per_unit + 1) + 1;
 }
@@ -164,8 +162,8 @@ constexpr int64_t kMaxSlabChannels = 64;
 
 template <typename T>
 inline int64_t slab_channels(const BatchNormShape& shape) {
-  const int64_t channels = ceil_div(4096, shape.pixels * static_cast<int64_t>(sizeof(T)));
-  return min(min(channels, kMaxSlabChannels), shape.channels);
+  const int64_t channels = divide_up(4096, shape.pixels * static_cast<int64_t>(sizeof(T)));
+  return smaller(smaller(channels, kMaxSlabChannels), shape.channels);
 }
 
 // A plane is summed in runs of at most this many elements, before they join float64 sums.
@@ -177,11 +175,11 @@ template <int kImages, typename F>
 inline void for_each_run(const BatchNormShape& shape, int64_t first, int64_t channels, const F& f) {
   const int64_t image = shape.channels * shape.pixels;
   for (int64_t n = 0; n < shape.batch; n += kImages) {
-    const int64_t images = min(kImages, shape.batch - n);
+    const int64_t images = smaller(kImages, shape.batch - n);
     for (int64_t k = 0; k < channels; ++k) {
       const int64_t plane = n * image + (first + k) * shape.pixels;
       for (int64_t i = 0; i < shape.pixels; i += kRunElements) {
-        f(k, plane + i, images, min(kRunElements, shape.pixels - i));
+        f(k, plane + i, images, smaller(kRunElements, shape.pixels - i));
       }
     }
   }
@@ -199,10 +197,10 @@ struct Rows {
   int64_t chunks, rows_per_chunk;
 
   int64_t begin(int64_t chunk) const { return chunk * rows_per_chunk; }
-  int64_t end(int64_t chunk) const { return min(count, begin(chunk) + rows_per_chunk); }
+  int64_t end(int64_t chunk) const { return smaller(count, begin(chunk) + rows_per_chunk); }
   int64_t grain() const { return grain_for(rows_per_chunk * length); }
   // Of arrays with a number for each element of a row.
-  template <typename T> int64_t padded() const { return ceil_div(length, kStep<T>) * kStep<T>; }
+  template <typename T> int64_t padded() const { return divide_up(length, kStep<T>) * kStep<T>; }
 };
 
 template <typename T>
@@ -210,13 +208,13 @@ inline Rows make_rows(const BatchNormShape& shape) {
   const int64_t channels = shape.channels, pixels = shape.batch * shape.pixels;
   int64_t repeat = 1;
   while (repeat * channels % kStep<T> != 0 && repeat * channels <= kLongestRow) ++repeat;
-  repeat *= ceil_div(kLongRow, repeat * channels);
+  repeat *= divide_up(kLongRow, repeat * channels);
   if (repeat * channels > kLongestRow) repeat = 1;
-  repeat = min(repeat, pixels);
+  repeat = smaller(repeat, pixels);
   Rows rows{channels, repeat, repeat * channels, pixels / repeat, pixels % repeat * channels, 0, 0};
-  const int64_t wanted = max(1, min(64, elements(shape) / 65536));
-  rows.rows_per_chunk = max(8 * kStreams, ceil_div(rows.count, wanted));
-  rows.chunks = ceil_div(rows.count, rows.rows_per_chunk);
+  const int64_t wanted = larger(1, smaller(64, elements(shape) / 65536));
+  rows.rows_per_chunk = larger(8 * kStreams, divide_up(rows.count, wanted));
+  rows.chunks = divide_up(rows.count, rows.rows_per_chunk);
   return rows;
 }
 

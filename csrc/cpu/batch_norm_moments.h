@@ -38,7 +38,7 @@ inline Moments moments_around(double center, double sum, double sum_squares, dou
 template <int kImages, typename T>
 Moments run_moments(const T* input, int64_t stride, int64_t length) {
   Vec<T> v[2], center{}, first[4] = {}, second[4] = {};
-  const int64_t head = min(length, kStep<T> * max(1, min(4, length / 1024)));
+  const int64_t head = smaller(length, kStep<T> * larger(1, smaller(4, length / 1024)));
   for (int s = 0; s < kImages; ++s) {
     for_each_step<T>(head, [&](int64_t at, int n) {
       load_two(input + s * stride + at, n, v);

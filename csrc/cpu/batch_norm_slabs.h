@@ -22,13 +22,13 @@ struct Slabs {
   int64_t pixels, length;  // of all but the last
 
   explicit Slabs(const BatchNormShape& shape) : pixels(shape.pixels) {
-    channels = min(max(1, kSlabElements / pixels), shape.channels);
-    count = ceil_div(shape.channels, channels);
+    channels = smaller(larger(1, kSlabElements / pixels), shape.channels);
+    count = divide_up(shape.channels, channels);
     length = channels * pixels;
   }
   // Of arrays with a number for each element, which spread may write a register past.
   template <typename T> int64_t padded() const {
-    return ceil_div(length + kLanes<T>, kStep<T>) * kStep<T>;
+    return divide_up(length + kLanes<T>, kStep<T>) * kStep<T>;
   }
 };
 

@@ -65,7 +65,7 @@ struct BundleShape {
   int64_t segment_of(const BoxSum<T>& p) const {
     const int64_t input = kBackward ? p.target_width : p.source_width;
     const int64_t output = kBackward ? p.source_width : p.target_width;
-    const int64_t columns = (padding + input + stride - 1) / stride;
+    const int64_t columns = divide_up(padding + input, stride);
     return reach + (columns > output ? columns : output);
   }
   int64_t planes_of(const BoxSum<T>& p) const {
@@ -124,7 +124,7 @@ void add_columns(const BoxSum<T>& p, Bundle<kBackward, T>& b, int64_t planes, in
   const int64_t length = planes * b.segment, size = p.window.size, stride = b.stride;
   if constexpr (kBackward) {
     for (int64_t f = 0; f < stride; ++f) {
-      const int64_t taps = f < size ? (size - f + stride - 1) / stride : 0;
+      const int64_t taps = f < size ? divide_up(size - f, stride) : 0;
       A* result = b.results.get() + f * b.pitch;
       add_up<false, A>(b.sums.get() + b.lead - (taps - 1), 1, taps, nullptr, length,
                        [&](int64_t i, Vec<T> v, int) { store<A>(result + i, v); });
@@ -144,7 +144,7 @@ void add_columns(const BoxSum<T>& p, Bundle<kBackward, T>& b, int64_t planes, in
     }
     taps = b.phases.get();
     for (int64_t f = 1; f < stride && f < size; ++f) {
-      add_up<false, A>(taps + f * b.pitch, 1, (size - f + stride - 1) / stride, nullptr, length,
+      add_up<false, A>(taps + f * b.pitch, 1, divide_up(size - f, stride), nullptr, length,
                        [&](int64_t i, Vec<T> v, int) {
                          store<A>(results + i, f > 1 ? load<A>(results + i) + v : v);
                        });
@@ -152,7 +152,7 @@ void add_columns(const BoxSum<T>& p, Bundle<kBackward, T>& b, int64_t planes, in
   }
   const bool add = b.split && size > 1;
   const Vec<T> row_divisor = broadcast<T>(p.row_scale[t]);
-  add_up<false, A>(taps, 1, (size + stride - 1) / stride, nullptr, length,
+  add_up<false, A>(taps, 1, divide_up(size, stride), nullptr, length,
                    [&](int64_t i, Vec<T> v, int) {
                      if (add) v += load<A>(results + i);
                      store<A>(results + i, v / (row_divisor * load<A>(b.divisors.get() + i)));
@@ -256,7 +256,7 @@ template <typename T>
 void mean_planes(const BoxSum<T>& p, int64_t begin, int64_t end) {
   constexpr int L = kLanes<T>, kStreams = L < 4 ? L : 4, kRounds = L / kStreams;
   const int64_t size = p.source_height * p.source_width, count = end - begin;
-  const int64_t stream = (count + kStreams - 1) / kStreams;
+  const int64_t stream = divide_up(count, kStreams);
   const Vec<T> divisor = broadcast<T>(p.row_scale[0] * p.column_scale[0]);
   for (int64_t first = 0; first < stream; first += kRounds) {
     const int64_t rounds = stream - first < kRounds ? stream - first : kRounds;
@@ -312,7 +312,7 @@ void box_sum(const BoxSum<T>& p) {
     });
   }
   const int64_t in_bundle = BundleShape<kBackward, T>(p).planes;
-  parallel_for((planes + in_bundle - 1) / in_bundle * p.target_height,
+  parallel_for(divide_up(planes, in_bundle) * p.target_height,
                box_grain(in_bundle * input_plane / p.target_height),
                [&](int64_t begin, int64_t end) { box_rows_contiguous<kBackward>(p, begin, end); });
 }

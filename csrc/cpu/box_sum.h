@@ -1,6 +1,7 @@
 // Sums over boxes of pixels: what every averaging pool shares. Plan: see box_sum.cpp.
 #pragma once
 
+#include "core/integer.h"
 #include "core/span.h"
 #include "core/vec.h"
 

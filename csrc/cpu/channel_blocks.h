@@ -2,6 +2,7 @@
 // cache.
 #pragma once
 
+#include "core/integer.h"
 #include "core/vec.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -24,8 +25,8 @@ struct ChannelBlocks {
       : images(images), channels(channels) {
     constexpr int64_t L = kLanes<T>;
     const int64_t parts = channels > wanted ? channels / wanted : 1;
-    size = ((channels + parts - 1) / parts + L - 1) / L * L;
-    in_image = (channels + size - 1) / size;
+    size = divide_up(divide_up(channels, parts), L) * L;
+    in_image = divide_up(channels, size);
   }
   int64_t count() const { return images * in_image; }
   ChannelBlock operator[](int64_t i) const {

@@ -83,7 +83,7 @@ void read_channels(const ChannelVector& vector, double absent, int64_t count, do
 
 int64_t repetitions(const Conv2dParams& p) {
   if (!p.norm || !p.shape.channels_last) return 1;
-  return ceil_div(kLongRow, max(1, p.shape.out_channels));
+  return divide_up(kLongRow, larger(1, p.shape.out_channels));
 }
 
 }  // namespace
@@ -138,7 +138,7 @@ void Epilogue::finish_pixels(int64_t begin, int64_t end, int64_t channel, int64_
   const int64_t pixels = count == channels ? repeat_ : 1;
   for (int64_t pixel = begin; pixel < end; pixel += pixels) {
     run.apply(channel, pixel * channels + channel,
-              (min(pixels, end - pixel) - 1) * channels + count);
+              (smaller(pixels, end - pixel) - 1) * channels + count);
   }
 }
 
@@ -147,7 +147,7 @@ void Epilogue::finish_planes(int64_t begin, int64_t end, int64_t channel, int64_
   const InPlace<false, T> run(p_, affine_in<T>(numbers_, length_));
   const int64_t plane = p_.shape.out_height * p_.shape.out_width;
   while (begin < end) {
-    const int64_t image = begin / plane, stop = min(end, (image + 1) * plane);
+    const int64_t image = begin / plane, stop = smaller(end, (image + 1) * plane);
     const int64_t first = image * (p_.shape.out_channels - 1) * plane + begin;
     for (int64_t c = channel; c < channel + count; ++c)
       run.apply(c, first + c * plane, stop - begin);

@@ -122,8 +122,8 @@ struct Inside { int64_t first, last; };
 inline Inside inside(int64_t start, int64_t step, int64_t count, int64_t length) {
   // Most lie inside altogether: no division then.
   if (start >= 0 && start + (count - 1) * step < length) return {0, count};
-  const int64_t first = start >= 0 ? 0 : (-start + step - 1) / step;
-  const int64_t last = start >= length ? 0 : (length - start + step - 1) / step;
+  const int64_t first = start >= 0 ? 0 : divide_up(-start, step);
+  const int64_t last = start >= length ? 0 : divide_up(length - start, step);
   return {clamp(first, 0, count), clamp(last, 0, count)};
 }
 // The positions in [begin, begin + count) that see an element of the source under a tap, counted

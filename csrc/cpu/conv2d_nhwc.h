@@ -33,7 +33,7 @@ void store_pixels(const Problem<T>& p, const Segment* segments, int64_t count, i
   }
 }
 
-constexpr int64_t kBlockRows = (96 + kTileRows - 1) / kTileRows * kTileRows;
+constexpr int64_t kBlockRows = divide_up(96, kTileRows) * kTileRows;
 // Of weights, what is multiplied into one tile of sums.
 constexpr int64_t kBlockPanels = 8;
 template <typename A> constexpr int64_t kBlockColumns = (kBlockPanels + 1) * kTileColumns<A>;

@@ -226,7 +226,7 @@ void pack_columns(const Problem<T>& p, const ColumnPanels<T>& packed) {
 }
 
 // Output channels of a block, at most: about 256, in whole tiles.
-constexpr int64_t kBlockChannels = (256 + kTileRows - 1) / kTileRows * kTileRows;
+constexpr int64_t kBlockChannels = divide_up(256, kTileRows) * kTileRows;
 
 // AVX-512 multiplies so fast that gathering the source for each block took a third of the time:
 // twice as many, where threads enough find a block.

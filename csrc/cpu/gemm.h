@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "core/integer.h"
 #include "core/transpose.h"
 #include "core/vec.h"
 
@@ -30,7 +31,7 @@ enum class Panel { rows, columns, strips, in_place };
 
 // A strip's rows in whole vectors, so that it can be filled by them.
 template <typename T>
-constexpr int kStripWidth = (kTileRows + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+constexpr int kStripWidth = divide_up(kTileRows, kLanes<T>) * kLanes<T>;
 
 // Longest row of a panel, and the distance of its rows: one cache line more than a power of two, so
 // that they do not fall into the same cache set. A depth of 256 keeps the panel of B, 16 KB with
@@ -43,7 +44,7 @@ template <Panel panel> constexpr int64_t kPanelStride = panel == Panel::rows ? 2
 template <typename F>
 inline void for_each_tile(int64_t rows, const F& f) {
   if (rows == 0) return;
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t tiles = divide_up(rows, kTileRows);
   const int64_t height = rows / tiles, higher = rows % tiles;
   for (int64_t tile = 0, first = 0; tile < tiles; ++tile) {
     const int size = static_cast<int>(height + (tile < higher));

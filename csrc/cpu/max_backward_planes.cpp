@@ -58,7 +58,7 @@ class Strip {
         h_(p.height),
         w_(p.width),
         pitch_(w_.pitch),
-        halo_(h_.reach + (w_.reach + pitch_ - 1) / pitch_),
+        halo_(h_.reach + divide_up(w_.reach, pitch_)),
         rows_(kStrip / pitch_ + halo_ + 1),
         size_(rows_ * pitch_ + w_.padding),
         room_(size_ + 2 * L),

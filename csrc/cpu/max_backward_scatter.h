@@ -119,7 +119,7 @@ class Scatter {
   }
   bool is_small() const { return size_ < at_once_; }
   int64_t rows_of_large() const {
-    const int64_t some = height_.stride ? (kPlaces + row_windows_ - 1) / row_windows_ : 1;
+    const int64_t some = height_.stride ? divide_up(kPlaces, row_windows_) : 1;
     return some < height_.outputs ? some : height_.outputs;
   }
 

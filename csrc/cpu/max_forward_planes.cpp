@@ -37,17 +37,17 @@ struct Bundle {
         segment(whole_registers(p.width)),
         planes(planes_of(p)),
         rows(planes > 1 ? power_of_two_from(p.height.length) : p.height.length),
-        size(((planes * segment + L + reach + L - 1) / L | 1) * L),
+        size((divide_up(planes * segment + L + reach, L) | 1) * L),
         count((p.planes() + planes - 1) / planes),
         all(p.planes()) {}
 
   int64_t whole_registers(const MaxAxis& width) const {
     int64_t columns = width.outputs + reach;
     if (phases) {
-      const int64_t touched = (width.length - width.start[0] + phases - 1) / phases;
+      const int64_t touched = divide_up(width.length - width.start[0], phases);
       if (touched > columns) columns = touched;
     }
-    return (columns + L - 1) / L * L;
+    return divide_up(columns, L) * L;
   }
   // As many as lie in the L1 cache; more than a few registers of them gain nothing.
   int64_t planes_of(const MaxWindows& p) const {

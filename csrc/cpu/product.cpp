@@ -30,7 +30,7 @@ void write_block(const Matrix<T>& c, int64_t row, int64_t rows, int64_t column, 
                  const acc_t<T>* from, int64_t stride) {
   if (c.columns.stride != 1) {
     for (int64_t r = 0; r < rows; r += kLanes<T>) {
-      const int lanes = static_cast<int>(product_least(kLanes<T>, rows - r));
+      const int lanes = static_cast<int>(smaller(kLanes<T>, rows - r));
       load_planes(from + r * stride, stride, lanes, columns,
                   [&](int64_t start, const Vec<T>* block, auto size) {
                     T* to = c.data + c.columns.at(column + start) + row + r;
@@ -130,25 +130,23 @@ template <typename T>
 void add_shares_turned(const Matrix<T>& c, int64_t shares, const acc_t<T>* sums) {
   const int64_t rows = c.rows.size, width = c.columns.size;
   const int64_t work = shares * rows * kLanes<T>;
-  parallel_for(product_blocks(width, kLanes<T>), 65'536 / work + 1,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t j = begin * kLanes<T>; j < product_least(end * kLanes<T>, width);
-                      j += kLanes<T>) {
-                   const int columns = static_cast<int>(product_least(kLanes<T>, width - j));
-                   for_each_vec<T>(rows, [&](int64_t row, int lanes) {
-                     Vec<T> block[kLanes<T>] = {};
-                     for (int r = 0; r < lanes; ++r) {
-                       const acc_t<T>* from = sums + (row + r) * width + j;
-                       block[r] = load_partial(from, columns);
-                       for (int64_t share = 1; share < shares; ++share)
-                         block[r] += load_partial(from + share * rows * width, columns);
-                     }
-                     transpose<T>(block);
-                     for (int k = 0; k < columns; ++k)
-                       store_partial(c.data + (j + k) * c.columns.stride + row, block[k], lanes);
-                   });
-                 }
-               });
+  parallel_for(divide_up(width, kLanes<T>), 65'536 / work + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin * kLanes<T>; j < smaller(end * kLanes<T>, width); j += kLanes<T>) {
+      const int columns = static_cast<int>(smaller(kLanes<T>, width - j));
+      for_each_vec<T>(rows, [&](int64_t row, int lanes) {
+        Vec<T> block[kLanes<T>] = {};
+        for (int r = 0; r < lanes; ++r) {
+          const acc_t<T>* from = sums + (row + r) * width + j;
+          block[r] = load_partial(from, columns);
+          for (int64_t share = 1; share < shares; ++share)
+            block[r] += load_partial(from + share * rows * width, columns);
+        }
+        transpose<T>(block);
+        for (int k = 0; k < columns; ++k)
+          store_partial(c.data + (j + k) * c.columns.stride + row, block[k], lanes);
+      });
+    }
+  });
 }
 
 }  // namespace
@@ -170,7 +168,7 @@ void multiply_matrices(const Product<T>& p) {
   const int64_t flops = 2 * rows.part * columns.part * (p.b.rows.size + 1);
   parallel_for(plan.blocks(), kProductGrain / flops + 1, [&](int64_t begin, int64_t end) {
     ProductUnit<T> unit(plan);
-    const Scratch<Acc> tiles(in_runs ? 0 : product_least(plan.blocks(), plan.kGroupBlocks) * size);
+    const Scratch<Acc> tiles(in_runs ? 0 : smaller(plan.blocks(), plan.kGroupBlocks) * size);
     plan.for_each_group(begin, end, [&](const ProductGroup& g) {
       const auto place = [&](int64_t i, int64_t j) -> Place<Acc> {
         if constexpr (std::is_same_v<T, Acc>) {
@@ -216,8 +214,8 @@ void multiply_by_shares(const Product<T>& p) {
   const RunParts& columns = plan.columns;
   // How wide blocks are may depend on the number of threads, shares must not.
   const int64_t blocks = plan.blocks();
-  const int64_t units = rows.count * product_blocks(columns.parts.size, plan.kColumns);
-  const int64_t shares = units ? product_least(product_blocks(kUnits, units), plan.depth.count) : 0;
+  const int64_t units = rows.count * divide_up(columns.parts.size, plan.kColumns);
+  const int64_t shares = units ? smaller(divide_up(kUnits, units), plan.depth.count) : 0;
   if (shares <= 1) return multiply_matrices(p);
   const int64_t width = p.c.columns.size, size = rows.size * width;
   const Scratch<Acc> sums(shares * size);
@@ -225,7 +223,7 @@ void multiply_by_shares(const Product<T>& p) {
   parallel_for(shares * blocks, kProductGrain / flops + 1, [&](int64_t begin, int64_t end) {
     ProductUnit<T> unit(plan);
     while (begin < end) {
-      const int64_t share = begin / blocks, last = product_least(end, (share + 1) * blocks);
+      const int64_t share = begin / blocks, last = smaller(end, (share + 1) * blocks);
       Acc* c = sums.get() + share * size;
       plan.for_each_group(
           begin - share * blocks, last - share * blocks, [&](const ProductGroup& g) {

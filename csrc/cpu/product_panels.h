@@ -23,7 +23,7 @@ void pack_turned_b(const Matrix<const T>& b, int64_t k, int64_t depth, int64_t c
   constexpr int64_t kWidth = kTileColumns<acc_t<T>>;
   const int64_t stride = panel_stride<T>(depth);
   for (int64_t j = 0; j < columns; j += kLanes<T>) {
-    const int lanes = static_cast<int>(product_least(kLanes<T>, columns - j));
+    const int lanes = static_cast<int>(smaller(kLanes<T>, columns - j));
     acc_t<T>* to = panels + j / kWidth * stride + j % kWidth;
     b.rows.for_each_run(k, k + depth, [&](int64_t first, int64_t offset, int64_t count) {
       acc_t<T>* run = to + (first - k) * kWidth;

@@ -10,19 +10,16 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-constexpr int64_t product_blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
-constexpr int64_t product_least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Equal parts of [0, size), in whole `unit`s and at most `longest`.
 struct Parts {
   int64_t size, count, part;
   Parts(int64_t size, int64_t longest, int64_t unit = 1)
       : size(size),
-        count(product_blocks(size, longest)),
-        part(count ? product_blocks(product_blocks(size, count), unit) * unit : 1) {
-    count = product_blocks(size, part);
+        count(divide_up(size, longest)),
+        part(count ? divide_up(divide_up(size, count), unit) * unit : 1) {
+    count = divide_up(size, part);
   }
-  int64_t begin(int64_t i) const { return product_least(i * part, size); }
+  int64_t begin(int64_t i) const { return smaller(i * part, size); }
 };
 
 // Parts of an axis, within runs where these are at least `shortest`: what lies in one run is read,
@@ -70,9 +67,9 @@ struct ProductPlan {
 
   explicit ProductPlan(const Product<T>& p)
       : p(p),
-        streams(kReadsTensors<T> && p.c.rows.size <= kStreamRows &&
-                p.b.columns.stride == 1 && p.b.rows.run == p.b.rows.size &&
-                p.b.columns.run == p.c.columns.run && p.b.columns.run >= kColumns / 2),
+        streams(kReadsTensors<T> && p.c.rows.size <= kStreamRows && p.b.columns.stride == 1 &&
+                p.b.rows.run == p.b.rows.size && p.b.columns.run == p.c.columns.run &&
+                p.b.columns.run >= kColumns / 2),
         rows(p.c.rows.size, kRows),
         columns(p.c.columns, longest_columns(), kWidth, kColumns / 2),
         depth(p.b.rows, streams ? stream_depth() : kDepth, 1, kDepth / 2) {}
@@ -90,7 +87,7 @@ struct ProductPlan {
     const int64_t part = Parts(p.c.columns.run, kStreamColumns, kWidth).part;
     if (p.c.rows.size >= kManyRows && p.b.rows.size * part <= kWholeStream) return kLongestStream;
     const int64_t depth = kStreamBlock / part;
-    return product_least(depth < kStreamDepth ? kStreamDepth : depth, kLongestStream);
+    return smaller(depth < kStreamDepth ? kStreamDepth : depth, kLongestStream);
   }
 
   int64_t blocks() const { return rows.count * columns.count; }
@@ -101,14 +98,14 @@ struct ProductPlan {
   void for_each_group(int64_t begin, int64_t end, const F& f) const {
     while (begin < end) {
       const int64_t first = begin / (kGroupRows * columns.count) * kGroupRows;
-      const int64_t height = product_least(kGroupRows, rows.count - first);
+      const int64_t height = smaller(kGroupRows, rows.count - first);
       const int64_t within = begin - first * columns.count, left = end - begin;
       const int64_t row = within % height, column = within / height;
-      const int64_t whole = product_least(streams ? 1 : kGroupColumns,
-                                          product_least(left / height, columns.count - column));
+      const int64_t whole =
+          smaller(streams ? 1 : kGroupColumns, smaller(left / height, columns.count - column));
       ProductGroup g{first, first + height, column, column + whole};
       if (row > 0 || whole == 0) {
-        g = {first + row, first + row + product_least(height - row, left), column, column + 1};
+        g = {first + row, first + row + smaller(height - row, left), column, column + 1};
       }
       f(g);
       begin += (g.row_end - g.row) * (g.column_end - g.column);

@@ -49,7 +49,7 @@ class Stream {
   }
   Share next() {
     if (rows_ == 0) return {from_, 0};
-    const int64_t rest = (columns_ - column_ + kPair - 1) / kPair;
+    const int64_t rest = divide_up(columns_ - column_, kPair);
     const Share share{from_ + column_, static_cast<int>(pairs_ < rest ? pairs_ : rest)};
     column_ += share.pairs * kPair;
     if (share.pairs == rest) {

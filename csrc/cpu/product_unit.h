@@ -29,10 +29,10 @@ class ProductUnit {
   explicit ProductUnit(const Plan& plan)
       : plan_(plan),
         p_(plan.p),
-        panels_size_(product_blocks(plan.columns.part, Plan::kWidth) * Plan::kWidth *
+        panels_size_(divide_up(plan.columns.part, Plan::kWidth) * Plan::kWidth *
                      (plan.depth.part + 1)),
-        part_size_(panels_size_ + product_blocks(plan.depth.part, Plan::kWidth) * Plan::kWidth),
-        b_(product_least(plan.columns.count, Plan::kGroupColumns) * part_size_),
+        part_size_(panels_size_ + divide_up(plan.depth.part, Plan::kWidth) * Plan::kWidth),
+        b_(smaller(plan.columns.count, Plan::kGroupColumns) * part_size_),
         a_(!along()     ? plan.depth.part * kPanelStride<Panel::columns>
            : copies_a() ? plan.rows.part * kPanelStride<Panel::rows>
                         : 1) {}
@@ -119,9 +119,9 @@ class ProductUnit {
     fetched_ = at(next_block, j);
     const int64_t width = plan_.columns.begin(j + 1) - plan_.columns.begin(j);
     const int64_t depth = plan_.depth.begin(next_block + 1) - plan_.depth.begin(next_block);
-    const int64_t tiles = product_blocks(plan_.rows.size, kTileRows);
+    const int64_t tiles = divide_up(plan_.rows.size, kTileRows);
     stream_ = {at(next_block, j), depth, width, p_.b.rows.stride,
-               tiles * product_blocks(width, Plan::kWidth)};
+               tiles * divide_up(width, Plan::kWidth)};
   }
   // The first block of B, which none before it has fetched, in the order of memory: a tile that
   // waits for its columns has a few lines under way at a time, as its multiply-adds fill the
@@ -186,12 +186,12 @@ class ProductUnit {
     const bool by_strips = strip >= 3 * kWidth;
     for (int64_t begin = 0, end; begin < columns; begin = end) {
       end = columns - begin < strip + kWidth ? columns : begin + strip;
-      const int64_t tiles_end = product_least(end, tiled);
+      const int64_t tiles_end = smaller(end, tiled);
       for_each_tile(rows, [&](int64_t index, int64_t first, int height) {
         const Acc* a = t.a + first * row_step;
         Acc* c = t.c + first * t.c_stride;
         for (int64_t j = begin; j < tiles_end; j += kWidth) {
-          const int64_t width = product_least(kWidth, tiles_end - j);
+          const int64_t width = smaller(kWidth, tiles_end - j);
           const int lanes = t.exact || plan_.streams
                                 ? static_cast<int>((width - 1) % kLanes<Acc> + 1)
                                 : kLanes<Acc>;

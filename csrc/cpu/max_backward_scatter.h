@@ -133,8 +133,11 @@ class Scatter {
   template <typename To>
   void clear(To* to, int64_t count) const {
     const int64_t bytes = count * int64_t{sizeof(To)};
-
-    sparse_ ? static_cast<void>(std::memset(to, 0, bytes)) : zero(to, bytes);
+    if (sparse_) {
+      std::memset(static_cast<void*>(to), 0, bytes);
+    } else {
+      zero(to, bytes);
+    }
   }
 
   template <typename To>

@@ -27,7 +27,8 @@ END = "<!-- performance: end -->"
 
 
 def section(files: Sequence[Path]) -> str:
-    """The Markdown of all result files: the newest first, those of other machines folded."""
+    """The Markdown of all result files: the newest day first, of a day the longest,
+    those of other machines folded."""
     reports = sorted(((load(file), file) for file in files), key=_age)
     newest = _machine(reports[0][0])
     shown = [_of_file(file, report) for report, file in reports if _machine(report) == newest]
@@ -39,9 +40,10 @@ def _machine(report: Report) -> tuple[str, str, str]:
     return where.gpu, where.cpu, where.isa
 
 
-def _age(item: tuple[Report, Path]) -> tuple[float, Path]:
+def _age(item: tuple[Report, Path]) -> tuple[int, int, Path]:
     report, file = item
-    return -datetime.fromisoformat(report.created).timestamp(), file
+    day = datetime.fromisoformat(report.created).toordinal()
+    return -day, -len(report.rows), file
 
 
 def _folded(report: Report, file: Path) -> str:

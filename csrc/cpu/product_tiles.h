@@ -21,7 +21,7 @@ namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
 constexpr bool kHasTensorTiles = kTileRows > 6;
-// Of float64, whose tiles would take 7 s to compile, operands are copied.
+// Of float64, whose tiles would take 5 s to compile, operands are copied.
 template <typename T> constexpr bool kReadsTensors = kHasTensorTiles && std::is_same_v<T, float>;
 
 // What one tile after the other fetches while it multiplies: a block of a tensor, in pairs of

@@ -76,9 +76,9 @@ class GradWeightPanels {
     const Axis& height = c_.height;
     for (int64_t tap = 0; tap < height.taps; ++tap) {
       const int64_t y = height.offset + patch.row * height.step + tap * height.tap_offset;
-      const Inside rows = inside(y, height.step, patch.rows, height.source_length);
-      const int64_t at = tap * chunks_most() + chunks_, first = rows.first * q_.pitch;
-      pairs_.get()[at] = (rows.last - rows.first) * q_.pitch / 2;
+      const Span rows = positions_inside(y, height.step, patch.rows, height.source_length);
+      const int64_t at = tap * chunks_most() + chunks_, first = rows.begin * q_.pitch;
+      pairs_.get()[at] = (rows.size()) * q_.pitch / 2;
       row_offsets_.get()[at] = index * q_.length + first;
       column_offsets_.get()[at] = (index * q_.pairs + (q_.shift(tap) + first) / 2) * kChunk;
     }
@@ -163,11 +163,11 @@ class GradWeightPanels {
       const bool exists = y >= 0 && y < c_.height.source_length;
       const bf16* line = exists ? group_line(patch, block.group, y, x) : nullptr;
       // Pairs whose windows lie inside.
-      const Inside whole =
+      const Span whole =
           exists && width.tap_offset == 1
-              ? inside(x, width.step, patch.columns, width.source_length - width.taps + 1)
-              : Inside{0, 0};
-      const int64_t begin = round_up(whole.first, 2), end = larger(begin, whole.last / 2 * 2);
+              ? positions_inside(x, width.step, patch.columns, width.source_length - width.taps + 1)
+              : Span{0, 0};
+      const int64_t begin = round_up(whole.begin, 2), end = larger(begin, whole.end / 2 * 2);
       bf16* pairs = to + first / 2 * kChunk;
       fill_pairs(patch, block, line, x, 0, begin, pairs);
       if (begin < end)
@@ -204,12 +204,12 @@ class GradWeightPanels {
     const auto run = [&](int64_t i, bf16* stage) -> Run {
       if (!line || i >= patch.columns) return {stage, 0, 0};
       const int64_t pixel = x + i * width.step;
-      const Inside taps = inside(pixel, width.tap_offset, width.taps, width.source_length);
+      const Span taps = positions_inside(pixel, width.tap_offset, width.taps, width.source_length);
       if (width.tap_offset == 1)
-        return {line + pixel * channels + column, taps.first * channels - column,
-                taps.last * channels - column};
+        return {line + pixel * channels + column, taps.begin * channels - column,
+                taps.end * channels - column};
       std::memset(static_cast<void*>(stage), 0, plan_.width * sizeof(bf16));
-      for (int64_t t = taps.first; t < taps.last; ++t)
+      for (int64_t t = taps.begin; t < taps.end; ++t)
         std::memcpy(stage + t * channels, line + (pixel + t * width.tap_offset) * channels,
                     channels * sizeof(bf16));
       return {stage + column, -column, plan_.width - column};

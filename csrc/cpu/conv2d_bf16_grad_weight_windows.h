@@ -127,21 +127,20 @@ class WindowPanels {
       if (y < 0 || y >= c.height.source_length) return;
       const bf16* line =
           input + (patch.image * c.height.source_length + y) * c.width.source_length * c.channels;
-      const Inside whole =
-          inside(x, c.width.step, patch.columns, c.width.source_length - c.width.taps + 1);
+      const Span whole = positions_inside(x, c.width.step, patch.columns,
+                                          c.width.source_length - c.width.taps + 1);
       Window* windows = windows_.get() + first;
       const auto find = [&](int64_t i) {
         const int64_t pixel = x + i * c.width.step;
-        const Inside taps = inside(pixel, 1, c.width.taps, c.width.source_length);
-        windows[i] = {line + pixel * c.channels, static_cast<int32_t>(taps.first * c.channels),
-                      static_cast<int32_t>(taps.last * c.channels)};
+        const Span taps = positions_inside(pixel, 1, c.width.taps, c.width.source_length);
+        windows[i] = {line + pixel * c.channels, static_cast<int32_t>(taps.begin * c.channels),
+                      static_cast<int32_t>(taps.end * c.channels)};
       };
-      const int64_t end = larger(whole.first, whole.last);
-      for (int64_t i = 0; i < whole.first; ++i) find(i);
-      const bf16* from = line + (x + whole.first * c.width.step) * c.channels;
-      for (int64_t i = whole.first; i < end; ++i, from += c.width.step * c.channels)
+      for (int64_t i = 0; i < whole.begin; ++i) find(i);
+      const bf16* from = line + (x + whole.begin * c.width.step) * c.channels;
+      for (int64_t i = whole.begin; i < whole.end; ++i, from += c.width.step * c.channels)
         windows[i] = {from, 0, static_cast<int32_t>(plan_.width)};
-      for (int64_t i = end; i < patch.columns; ++i) find(i);
+      for (int64_t i = whole.end; i < patch.columns; ++i) find(i);
     });
   }
   void turn_windows(bf16* to) const {

@@ -175,15 +175,15 @@ struct Patches {
 struct ImageLine {
   const bf16* row;  // null: all zeros
   int64_t x, step;
-  Inside valid;
+  Span valid;
 
   ImageLine(const bf16* row, int64_t x, int64_t step, int64_t count, int64_t length)
-      : row(row), x(x), step(step), valid(inside(x, step, count, length)) {}
+      : row(row), x(x), step(step), valid(positions_inside(x, step, count, length)) {}
 
   // Elements i to i + 31.
   __m512i load(int64_t i) const {
     if (!row) return _mm512_setzero_si512();
-    const int64_t first = valid.first - i, last = valid.last - i;
+    const int64_t first = valid.begin - i, last = valid.end - i;
     const bf16* from = row + x + i * step;
     if (step == 1) return load_masked(from, lanes_between(first, last));
     if (step == 2) {

@@ -49,14 +49,14 @@ struct PixelRows {
       const int64_t step = depth.overlaps ? 1 : c.width.step;
       const int64_t pixels = depth.overlaps ? positions * c.width.step : positions;
       const int64_t to_step = depth.overlaps ? depth.channels : stride;
-      const Inside valid = exists ? inside(x, step, pixels, length) : Inside{0, 0};
+      const Span valid = exists ? positions_inside(x, step, pixels, length) : Span{0, 0};
       const int64_t row = patch.image * c.height.source_length + y;
       bf16* line = to + first * stride;
-      zero(line, valid.first, to_step);
-      if (valid.first < valid.last)
-        copy(line + valid.first * to_step, source + (row * length + x + valid.first * step) * pixel,
-             step * pixel, valid.last - valid.first);
-      zero(line + valid.last * to_step, pixels - valid.last, to_step);
+      zero(line, valid.begin, to_step);
+      if (valid.begin < valid.end)
+        copy(line + valid.begin * to_step, source + (row * length + x + valid.begin * step) * pixel,
+             step * pixel, valid.size());
+      zero(line + valid.end * to_step, pixels - valid.end, to_step);
     });
   }
 

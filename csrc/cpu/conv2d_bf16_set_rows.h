@@ -15,7 +15,7 @@ namespace {
 // Positions [begin, end) of an axis, under which the same taps lie inside.
 struct Stretch {
   int64_t begin, end;
-  Inside taps;
+  Span taps;
 
   int64_t shared(int64_t first, int64_t count) const {
     return larger(smaller(end, first + count) - larger(begin, first), 0);
@@ -27,13 +27,14 @@ class Stretches {
  public:
   Stretches(const Axis& a, bool cut) {
     const int64_t reach = (a.taps - 1) * a.tap_offset;
-    const Inside whole = inside(a.offset, a.step, a.count, a.source_length - reach);
+    const Span whole = positions_inside(a.offset, a.step, a.count, a.source_length - reach);
     for (int64_t i = 0; cut && i < a.count; i = all_[count_ - 1].end) {
-      if (i == whole.first && whole.first < whole.last) {
-        cut = append({i, whole.last, {0, a.taps}});
+      if (i == whole.begin && whole.begin < whole.end) {
+        cut = append({i, whole.end, {0, a.taps}});
       } else {
         cut = append(
-            {i, i + 1, inside(i * a.step + a.offset, a.tap_offset, a.taps, a.source_length)});
+            {i, i + 1,
+             positions_inside(i * a.step + a.offset, a.tap_offset, a.taps, a.source_length)});
       }
     }
     if (!cut) all_[0] = {0, a.count, {0, a.taps}}, count_ = 1;
@@ -47,7 +48,7 @@ class Stretches {
   // False if there are too many.
   bool append(const Stretch& stretch) {
     const Stretch* last = count_ ? &all_[count_ - 1] : nullptr;
-    if (last && last->taps.first == stretch.taps.first && last->taps.last == stretch.taps.last) {
+    if (last && last->taps.begin == stretch.taps.begin && last->taps.end == stretch.taps.end) {
       all_[count_ - 1].end = stretch.end;
     } else if (count_ < kMost) {
       all_[count_++] = stretch;
@@ -73,7 +74,7 @@ class SetRows {
  public:
   struct Kind {
     int64_t begin, end;  // rows
-    Inside height, width;
+    Span height, width;
   };
 
   SetRows(const PairPlan& plan, const PixelRows& rows)
@@ -130,8 +131,8 @@ class SetRows {
     for (const Stretch& height : heights) {
       const int64_t rows = plan_.c.batch * (height.end - height.begin);
       for (const Stretch& width : widths)
-        sum += divide_up(rows * (width.end - width.begin), kHeight) *
-               (height.taps.last - height.taps.first) * (width.taps.last - width.taps.first);
+        sum += divide_up(rows * (width.end - width.begin), kHeight) * (height.taps.size()) *
+               (width.taps.size());
     }
     return sum;
   }
@@ -189,17 +190,17 @@ class InsideRuns {
     const PairDepth& depth = plan_.depth;
     const int64_t taps = depth.lines / larger(plan_.c.height.taps, 1);
     // Where windows overlap, a row of taps is one run, of which a part lies inside.
-    const Inside runs = depth.overlaps ? Inside{0, 1} : kind.width;
-    const Inside part =
-        depth.overlaps ? Inside{kind.width.first * depth.channels, kind.width.last * depth.channels}
-                       : Inside{0, depth.run};
+    const Span runs = depth.overlaps ? Span{0, 1} : kind.width;
+    const Span part = depth.overlaps
+                          ? Span{kind.width.begin * depth.channels, kind.width.end * depth.channels}
+                          : Span{0, depth.run};
     count_ = 0;
-    for (int64_t h = kind.height.first; h < kind.height.last; ++h) {
-      for (int64_t w = runs.first; w < runs.last; ++w, ++count_) {
+    for (int64_t h = kind.height.begin; h < kind.height.end; ++h) {
+      for (int64_t w = runs.begin; w < runs.end; ++w, ++count_) {
         const int64_t chunk = (h * taps + w) * depth.run_chunks;
-        source_.get()[count_] = plan_.source_offsets.get()[chunk] + shift + part.first;
-        weight_.get()[count_] = plan_.weight_offsets.get()[chunk] + part.first / 2 * kChunk;
-        pairs_.get()[count_] = divide_up(part.last - part.first, 2);
+        source_.get()[count_] = plan_.source_offsets.get()[chunk] + shift + part.begin;
+        weight_.get()[count_] = plan_.weight_offsets.get()[chunk] + part.begin / 2 * kChunk;
+        pairs_.get()[count_] = divide_up(part.size(), 2);
       }
     }
   }

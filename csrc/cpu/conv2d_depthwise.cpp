@@ -59,7 +59,8 @@ void correlate(const Correlation<scalar_t>& p, int64_t batch) {
   }
   const int64_t pixels = p.input.channels_last ? kStepPixels : kStepPlane;
   const int64_t step_rows = smaller(rows, divide_up(pixels, p.output.width));
-  const int64_t slab = slab_vectors(p, vectors, step_rows), slabs = divide_up(vectors, slab);
+  const int64_t bytes = Slab<scalar_t>::input_rows(p, 1, step_rows).bytes();
+  const int64_t slab = p.input.vectors_together(vectors, bytes), slabs = divide_up(vectors, slab);
   const int64_t row_work = p.output.width * slab * kLanes<scalar_t> * (taps + 8);
   parallel_for(batch * slabs * rows, kGrainTaps / row_work + 1, [&](int64_t begin, int64_t end) {
     Slab<scalar_t> worker(p, slab, step_rows);

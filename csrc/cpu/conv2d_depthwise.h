@@ -33,6 +33,7 @@ struct Rows {
   int64_t members, vectors, slots, left, width;  // columns [left, left + width)
 
   int64_t count() const { return members * vectors * slots * width * kLanes<acc>; }
+  int64_t bytes() const { return count() * int64_t{sizeof(acc)}; }
   int64_t vector_stride() const { return slots * width * kLanes<acc>; }
   // Column 0.
   acc* at(int64_t member, int64_t vector, int64_t row) const {
@@ -61,6 +62,13 @@ struct Image {
     const int64_t plane = height * width;
     if (plane > kSmallPlane) return 1;
     return kRunBytes / (kSize * members * plane * int64_t{sizeof(scalar_t)}) + 1;
+  }
+  // Of `vectors`, those that go through the working form together, in which one takes `bytes`: all
+  // where they fit L2, so that NHWC is read in long runs; few in NCHW.
+  int64_t vectors_together(int64_t vectors, int64_t bytes) const {
+    constexpr int64_t kRowsBytes = 192 * 1024;
+    if (!channels_last) return smaller(vectors, vectors_in_run());
+    return divide_up(vectors, divide_up(vectors, larger(1, kRowsBytes / bytes)));
   }
   int lanes(int64_t vector) const { return int(smaller(kSize, groups - vector * kSize)); }
   scalar_t* at(int64_t n, int64_t member, int64_t vector, int64_t y) const {
@@ -210,14 +218,6 @@ void unpack_weight(const acc_t<scalar_t>* packed, int64_t groups, int64_t member
                    int(smaller(size, groups - first)), taps, packed);
     }
   }
-}
-
-// Of `count` positions, `step` apart from `start` on, those in [0, length): taps at one output, or
-// outputs under one tap.
-inline Span positions_inside(int64_t start, int64_t step, int64_t count, int64_t length) {
-  const int64_t begin = start < 0 ? smaller(divide_up(-start, step), count) : 0;
-  const int64_t room = start < length ? divide_up(length - start, step) : 0;
-  return {begin, larger(begin, smaller(room, count))};
 }
 
 // One axis of a correlation. Output o = phases * u + phase, 0 <= phase < phases, is the sum over

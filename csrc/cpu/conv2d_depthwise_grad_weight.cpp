@@ -23,7 +23,6 @@ namespace {
 constexpr int kGradPixels = 2 * kStripPixels;  // of grad_output in registers
 constexpr int kStripTaps = 9;                  // taps whose sums stay in registers along a row
 constexpr int64_t kStepPixels = 64;            // output pixels between loads of rows
-constexpr int64_t kRowsBytes = 192 * 1024;     // rows in the working form: within L2
 constexpr int64_t kUnits = 16;                 // pieces of work, whatever the thread count
 // Sums of a slab. They need not stay in L1: within 16 KiB, as several slabs, 3x3 of 576 channels
 // took 1.1 times as long.
@@ -221,11 +220,10 @@ class Slab {
   void accumulate_any(int64_t v, int64_t y, const acc* grad_output, acc* sum) {
     const int64_t columns = p_.width.window.size, dilation = p_.height.window.dilation;
     const int64_t top = p_.height.window.start(y);
-    const int64_t above = top < 0 ? divide_up(-top, dilation) : 0;
-    const int64_t within = divide_up(larger(0, p_.input.height - top), dilation);
-    int64_t tap = above * columns;
-    const int64_t end = smaller(within, p_.height.window.size) * columns;
-    int64_t row = above, column = 0;
+    const Span inside = positions_inside(top, dilation, p_.height.window.size, p_.input.height);
+    int64_t tap = inside.begin * columns;
+    const int64_t end = inside.end * columns;
+    int64_t row = inside.begin, column = 0;
     while (tap < end) {
       const int64_t strips = divide_up(end - tap, kStripTaps), size = divide_up(end - tap, strips);
       const acc* inputs[kStripTaps];
@@ -279,16 +277,6 @@ struct NhwcSlab {
     }
   }
 };
-
-// Of the working form: all vectors at once where their rows fit L2 in NHWC, few in NCHW.
-template <typename scalar_t>
-int64_t slab_vectors(const GradWeight<scalar_t>& p, int64_t vectors, int64_t step_rows) {
-  if (!p.input.channels_last) return smaller(vectors, p.input.vectors_in_run());
-  const int64_t bytes =
-      Slab<scalar_t>::input_rows(p, 1, step_rows).count() * int64_t{sizeof(acc_t<scalar_t>)};
-  const int64_t slabs = divide_up(vectors, larger(1, kRowsBytes / bytes));
-  return divide_up(vectors, slabs);
-}
 
 // The output rows of the batch are cut into blocks that depend on the problem alone; each block
 // sums apart, and the blocks are added in order. make_worker() gives what sums slabs.
@@ -367,7 +355,8 @@ void grad_weight(const Conv2dGradWeightParams& params) {
   }
   const int64_t step_rows =
       larger(1, smaller(s.out_height, divide_up(kStepPixels, larger(1, s.out_width))));
-  const int64_t slab = slab_vectors(p, vectors, step_rows);
+  const int64_t bytes = Slab<scalar_t>::input_rows(p, 1, step_rows).bytes();
+  const int64_t slab = p.input.vectors_together(vectors, bytes);
   sum_blocks(p, s.batch, slab, result, [&] { return Slab<scalar_t>(p, slab, step_rows); });
 }
 

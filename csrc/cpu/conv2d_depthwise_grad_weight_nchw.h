@@ -127,10 +127,11 @@ class GradPlaneWorker {
     for (int64_t a = 0; a < height.window.size; ++a) {
       // The output rows under which this row of taps meets the image.
       const int64_t offset = a * height.window.dilation - height.window.padding;
-      const int64_t first = larger(begin, divide_up(larger(0, -offset), height.step));
-      const int64_t until = smaller(end, divide_up(larger(0, height.input - offset), height.step));
-      if (first >= until) continue;
-      t.count = until - first;
+      const Span met =
+          positions_inside(begin * height.step + offset, height.step, end - begin, height.input);
+      t.count = met.size();
+      if (t.count == 0) continue;
+      const int64_t first = begin + met.begin;
       t.input = rows_.at(first * height.step + offset);
       t.grad_output = grad_output + first * width.output;
       for (int64_t part = 0, k = 0; part < parts; ++part) {

@@ -180,8 +180,9 @@ class PlaneWorker {
     for (int64_t y = begin; y < end; y += step) {
       const int64_t top = height.window.start(y), dilation = height.window.dilation;
       const int64_t reach = height.window.size + (step - 1) * height.window.stride;
-      tile.begin = int(top < 0 ? divide_up(-top, dilation) : 0);
-      tile.end = int(smaller(divide_up(larger(0, height.input - top), dilation), reach));
+      const Span inside = positions_inside(top, dilation, reach, height.input);
+      tile.begin = int(inside.begin);
+      tile.end = int(inside.end);
       tile.count = smaller(step, end - y);
       tile.rest = (end - y) * width.output;
       const acc* row = rows_.at(top);

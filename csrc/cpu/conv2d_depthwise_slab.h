@@ -10,10 +10,9 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-constexpr int kStrip = 8;                   // output pixels in registers
-constexpr int64_t kStepPixels = 64;         // output pixels between loads of input rows,
-constexpr int64_t kStepPlane = 256;         // of NCHW, where small planes are read in one run
-constexpr int64_t kRowsBytes = 192 * 1024;  // input rows in the working form: within L2
+constexpr int kStrip = 8;            // output pixels in registers
+constexpr int64_t kStepPixels = 64;  // output pixels between loads of input rows,
+constexpr int64_t kStepPlane = 256;  // of NCHW, where small planes are read in one run
 
 // One row of taps: the input row under it, and its weights, for vector 0.
 template <typename acc>
@@ -236,17 +235,6 @@ class Slab {
   Scratch<TapRow<acc>> tap_rows_;
   Scratch<int64_t> tap_row_counts_;
 };
-
-// Channel vectors that go through the working form together: all of them where that fits L2, so
-// that NHWC is read in long runs; few in NCHW, where a vector is that many planes already.
-template <typename scalar_t>
-int64_t slab_vectors(const Correlation<scalar_t>& p, int64_t vectors, int64_t step_rows) {
-  if (!p.input.channels_last) return smaller(vectors, p.input.vectors_in_run());
-  const int64_t bytes =
-      Slab<scalar_t>::input_rows(p, 1, step_rows).count() * int64_t{sizeof(acc_t<scalar_t>)};
-  const int64_t slabs = divide_up(vectors, larger(1, kRowsBytes / bytes));
-  return divide_up(vectors, slabs);
-}
 
 }  // namespace
 }  // namespace torchops::cpu::TORCHOPS_ISA

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "core/integer.h"
+#include "core/span.h"
 #include "core/vec.h"
 #include "cpu/gemm.h"
 #include "ops/conv2d.h"
@@ -117,19 +118,11 @@ inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : value > high ? high : value;
 }
 
-// Of `count` elements, `step` apart from `start` on, those in [first, last) lie in [0, length).
-struct Inside { int64_t first, last; };
-inline Inside inside(int64_t start, int64_t step, int64_t count, int64_t length) {
-  // Most lie inside altogether: no division then.
-  if (start >= 0 && start + (count - 1) * step < length) return {0, count};
-  const int64_t first = start >= 0 ? 0 : divide_up(-start, step);
-  const int64_t last = start >= length ? 0 : divide_up(length - start, step);
-  return {clamp(first, 0, count), clamp(last, 0, count)};
-}
 // The positions in [begin, begin + count) that see an element of the source under a tap, counted
 // from the first of them.
-inline Inside positions_under(const Axis& a, int64_t tap, int64_t begin, int64_t count) {
-  return inside(a.offset + tap * a.tap_offset + begin * a.step, a.step, count, a.source_length);
+inline Span positions_under(const Axis& a, int64_t tap, int64_t begin, int64_t count) {
+  return positions_inside(a.offset + tap * a.tap_offset + begin * a.step, a.step, count,
+                          a.source_length);
 }
 
 // channels_last: panel[position * stride + k] = depth index begin + k of that position. `source`
@@ -154,21 +147,21 @@ void gather_channels_last(const Correlation& c, const T* source, int64_t begin, 
       const int64_t w = segments[s].width + tw * c.width.tap_offset;
       acc_t<T>* to = panel + segments[s].start * stride + r * run + low - begin;
       // Where the whole window lies inside, there is nothing to check.
-      const Inside whole = outside ? Inside{0, 0}
-                                   : inside(w, c.width.step, segments[s].length,
-                                            c.width.source_length - run_taps + 1);
+      const Span whole = outside ? Span{0, 0}
+                                 : positions_inside(w, c.width.step, segments[s].length,
+                                                    c.width.source_length - run_taps + 1);
       const T* from = source + (row_start + w) * pixel_stride + low;
       const int64_t from_step = c.width.step * pixel_stride;
       for (int64_t i = 0; i < segments[s].length; ++i, to += stride) {
-        if (i >= whole.first && i < whole.last) {
+        if (i >= whole.begin && i < whole.end) {
           copy_in(to, from + i * from_step, high - low, ahead);
           continue;
         }
         const int64_t column = w + i * c.width.step;
-        const Inside taps =
-            outside ? Inside{0, 0} : inside(column, 1, run_taps, c.width.source_length);
-        const int64_t first = clamp(taps.first * c.channels, low, high);
-        const int64_t last = clamp(taps.last * c.channels, first, high);
+        const Span taps =
+            outside ? Span{0, 0} : positions_inside(column, 1, run_taps, c.width.source_length);
+        const int64_t first = clamp(taps.begin * c.channels, low, high);
+        const int64_t last = clamp(taps.end * c.channels, first, high);
         fill_zero(to, first - low);
         copy_in(to + first - low, from + i * from_step + first - low, last - first, ahead);
         fill_zero(to + last - low, high - last);

@@ -210,11 +210,9 @@ class NarrowGroups {
       for (int64_t b = 0; b < (together ? 1 : taps.columns.taps); ++b) {
         const int64_t tap = taps_.get()[phase] + a * taps.columns.taps + b;
         const int64_t first = v * step + taps.columns.start + b * taps.columns.dilation;
-        const int64_t apart = together ? 1 : step;
+        const Span inside = positions_inside(first, together ? 1 : step, reach, maps.width);
         rows[count++] = {maps.pixel(n, line, 0) + first * maps.channels,
-                         weight_.get() + tap * p_.input_width * L,
-                         larger(0, divide_up(-first, apart)),
-                         smaller(reach, divide_up(larger(0, maps.width - first), apart))};
+                         weight_.get() + tap * p_.input_width * L, inside.begin, inside.end};
       }
     }
     return count;

@@ -35,8 +35,8 @@ inline bool parts_taps(const Correlation& c, bool channels_last) {
 inline double share_inside(const Axis& a) {
   int64_t met = 0;
   for (int64_t tap = 0; tap < a.taps; ++tap) {
-    const Inside under = positions_under(a, tap, 0, a.count);
-    met += under.last - under.first;
+    const Span under = positions_under(a, tap, 0, a.count);
+    met += under.size();
   }
   return static_cast<double>(met) / static_cast<double>(a.taps * a.count);
 }
@@ -159,15 +159,15 @@ class ImageGradWeight {
     t.step = lines_.step();
     for (int64_t plane = 0; plane < lines_.planes(); ++plane) {
       for (int64_t tap = 0; tap < c.height.taps; ++tap) {
-        const Inside down = positions_under(c.height, tap, y, rows);
-        t.lines = down.last - down.first;
-        const Acc* line = lines_.at(row + down.first, plane, tap);
+        const Span down = positions_under(c.height, tap, y, rows);
+        t.lines = down.size();
+        const Acc* line = lines_.at(row + down.begin, plane, tap);
         for (int64_t part = 0; part < plan_.parts; ++part, t.c += run * t.c_stride) {
-          const Inside across =
-              plan_.parts > 1 ? positions_under(c.width, part, 0, width) : Inside{0, width};
-          t.run = across.last - across.first;
-          t.a = line + part * run + across.first * t.step;
-          t.b = grads_.get() + (down.first * width + across.first) * t.b_stride;
+          const Span across =
+              plan_.parts > 1 ? positions_under(c.width, part, 0, width) : Span{0, width};
+          t.run = across.size();
+          t.a = line + part * run + across.begin * t.step;
+          t.b = grads_.get() + (down.begin * width + across.begin) * t.b_stride;
           t.b_gap = (width - t.run) * t.b_stride;
           t.more = fresh ? nullptr : t.c;
           if (fresh || t.lines * t.run > 0) multiply_lines<Acc, true>(t, run, vecs);

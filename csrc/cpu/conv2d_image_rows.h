@@ -34,7 +34,7 @@ class ImageRows {
         planes_(channels_last ? 1 : c.channels),
         pixel_(channels_last ? c.channels : 1),
         pixels_((c.width.count - 1) * c.width.step + c.width.taps),
-        valid_(inside(c.width.offset, 1, pixels_, c.width.source_length)),
+        valid_(positions_inside(c.width.offset, 1, pixels_, c.width.source_length)),
         stride_(line_stride(c, pixel_)),
         lines_(lines(c, rows)),
         data_(planes_ * lines_ * stride_) {
@@ -52,12 +52,12 @@ class ImageRows {
 
   // Turns to `rows` rows of the output from `row` on.
   void place(const T* source, int64_t image, int64_t row, int64_t rows) const {
-    const int64_t begin = valid_.first * pixel_, length = c_.width.source_length;
-    const int64_t count = (valid_.last - valid_.first) * pixel_;
+    const int64_t begin = valid_.begin * pixel_, length = c_.width.source_length;
+    const int64_t count = (valid_.size()) * pixel_;
     if (count <= 0) return;
     for (int64_t plane = 0; plane < planes_; ++plane) {
       const T* from = source + (image * planes_ + plane) * c_.source_plane() * pixel_ +
-                      (c_.width.offset + valid_.first) * pixel_;
+                      (c_.width.offset + valid_.begin) * pixel_;
       for (int64_t line = 0; line < lines(c_, rows); ++line) {
         acc_t<T>* to = data_.get() + (plane * lines_ + line) * stride_ + begin;
         const int64_t y = row * c_.height.step + c_.height.offset + line;
@@ -92,7 +92,7 @@ class ImageRows {
 
   const Correlation& c_;
   int64_t planes_, pixel_, pixels_;
-  Inside valid_;
+  Span valid_;
   int64_t stride_, lines_;
   Scratch<acc_t<T>> data_;
 };

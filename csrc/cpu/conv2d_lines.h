@@ -110,9 +110,9 @@ class Rows {
       start = divide_up(start + segment.length, align) * align;
       for (int64_t phase = 0; phase < phases_; ++phase) {
         const int64_t first = segment.width + phase, length = segment.length + reach_;
-        const Inside valid = inside(first, c_.width.step, length, c_.width.source_length);
-        runs_.get()[s * phases_ + phase] = {valid.first, first + valid.first * c_.width.step,
-                                            clamp(valid.last - valid.first, 0, length)};
+        const Span valid = positions_inside(first, c_.width.step, length, c_.width.source_length);
+        runs_.get()[s * phases_ + phase] = {valid.begin, first + valid.begin * c_.width.step,
+                                            valid.size()};
       }
     }
   }

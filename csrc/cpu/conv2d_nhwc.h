@@ -97,10 +97,10 @@ struct Sums {
 };
 
 // The rows of taps that lie inside the image for row y of the output; all of them where none does.
-inline Inside rows_of_taps(const Correlation& c, int64_t y) {
-  const Inside taps = inside(y * c.height.step + c.height.offset, c.height.tap_offset,
-                             c.height.taps, c.height.source_length);
-  return taps.first < taps.last ? taps : Inside{0, c.height.taps};
+inline Span rows_of_taps(const Correlation& c, int64_t y) {
+  const Span taps = positions_inside(y * c.height.step + c.height.offset, c.height.tap_offset,
+                                     c.height.taps, c.height.source_length);
+  return taps.begin < taps.end ? taps : Span{0, c.height.taps};
 }
 
 // Where some taps along the width meet positions outside the image, each is multiplied by itself,
@@ -111,8 +111,8 @@ inline int64_t first_tap(const Correlation& c) {
   int64_t first = -1;
   bool outside = false;
   for (int64_t tap = 0; tap < c.width.taps; ++tap) {
-    const Inside met = positions_under(c.width, tap, 0, c.width.count);
-    if (met.last - met.first == c.width.count) {
+    const Span met = positions_under(c.width, tap, 0, c.width.count);
+    if (met.size() == c.width.count) {
       first = tap;
     } else {
       outside = true;
@@ -132,17 +132,17 @@ class ImageRowProduct {
 
   // Positions of a row from `first` on, times one block of columns. `row` is counted from the first
   // one placed; `taps` are the rows of taps that meet the image there.
-  void multiply(int64_t row, int64_t first, int64_t count, const Inside& taps, const PanelBlock& b,
+  void multiply(int64_t row, int64_t first, int64_t count, const Span& taps, const PanelBlock& b,
                 const Sums<A>& sums) const {
     LineTile<A> t{};
     t.line_stride = lines_.tap_stride();
     t.step = lines_.step();
     t.c_stride = sums.stride;
     bool more = false;
-    const auto add = [&](int64_t tap_height, int64_t tap_width, const Inside& met) {
-      if (t.lines <= 0 || met.first >= met.last) return;
-      add_lines(t, row, tap_height, tap_width, {first + met.first, first + met.last}, b,
-                {sums.data + met.first * sums.stride, sums.stride, sums.bias}, more);
+    const auto add = [&](int64_t tap_height, int64_t tap_width, const Span& met) {
+      if (t.lines <= 0 || met.begin >= met.end) return;
+      add_lines(t, row, tap_height, tap_width, {first + met.begin, first + met.end}, b,
+                {sums.data + met.begin * sums.stride, sums.stride, sums.bias}, more);
       more = true;
     };
     if (first_tap_ >= 0) {
@@ -152,9 +152,9 @@ class ImageRowProduct {
       t.run = c_.channels;
       for (int64_t i = 0; i < c_.width.taps; ++i) {
         const int64_t tap = (first_tap_ + i) % c_.width.taps;
-        const Inside met = positions_under(c_.width, tap, first, count);
-        for (int64_t row_tap = taps.first; row_tap < taps.last; row_tap += most) {
-          t.lines = smaller(most, taps.last - row_tap);
+        const Span met = positions_under(c_.width, tap, first, count);
+        for (int64_t row_tap = taps.begin; row_tap < taps.end; row_tap += most) {
+          t.lines = smaller(most, taps.end - row_tap);
           add(row_tap, tap, met);
         }
       }
@@ -163,8 +163,8 @@ class ImageRowProduct {
     t.run = lines_.run();
     for (int64_t block = 0; block < depth_.count; ++block) {
       const int64_t begin = depth_.begin(block), end = begin + depth_.length(block);
-      const int64_t tap = larger(begin / t.run, taps.first);
-      t.lines = smaller(end / t.run, taps.last) - tap;
+      const int64_t tap = larger(begin / t.run, taps.begin);
+      t.lines = smaller(end / t.run, taps.end) - tap;
       add(tap, 0, {0, count});
     }
   }
@@ -172,10 +172,9 @@ class ImageRowProduct {
  private:
   // The product of runs from one tap on, at some positions of a row: the sums, or `more` of them.
   void add_lines(LineTile<A> t, int64_t row, int64_t tap_height, int64_t tap_width,
-                 const Inside& positions, const PanelBlock& b, const Sums<A>& sums,
-                 bool more) const {
+                 const Span& positions, const PanelBlock& b, const Sums<A>& sums, bool more) const {
     const int64_t tap = tap_width * c_.channels;
-    t.a = lines_.at(row, 0, tap_height) + tap + positions.first * t.step;
+    t.a = lines_.at(row, 0, tap_height) + tap + positions.begin * t.step;
     for (int64_t j = b.begin; j < b.end; ++j) {
       const int64_t column = weights_.column(j) - b.column;
       t.b = weights_.at(0, j, tap_height * lines_.run() + tap);
@@ -184,7 +183,7 @@ class ImageRowProduct {
       t.c = sums.data + column;
       t.more = more ? t.c : sums.bias ? sums.bias + column : nullptr;
       t.more_stride = more ? t.c_stride : 0;
-      multiply_lines<A, false>(t, positions.last - positions.first, weights_.panels.size(j));
+      multiply_lines<A, false>(t, positions.size(), weights_.panels.size(j));
     }
   }
 
@@ -215,7 +214,7 @@ void correlate_image_rows(const Problem<T>& p) {
   const auto multiply_part = [&](const ImageRowProduct<T>& product, int64_t row, int64_t slab_row,
                                  int64_t first, int64_t count, A* tile) {
     const int64_t position = row * width + first;
-    const Inside taps = rows_of_taps(c, row % c.height.count);
+    const Span taps = rows_of_taps(c, row % c.height.count);
     Segment segment;
     make_segments(c, position, position + count, &segment);
     for (int64_t block = 0; block < divide_up(weights.count(), kBlockPanels); ++block) {

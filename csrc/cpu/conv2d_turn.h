@@ -33,11 +33,11 @@ void turn_images(const T* from, T* to, int64_t images, int64_t rows, int64_t col
                });
 }
 
-// Planes brought into pixels.
+// Planes, brought into channels_last.
 template <typename T>
-struct Pixels {
+struct TurnedPlanes {
   const Scratch<T> data;
-  Pixels(const void* planes, int64_t images, int64_t channels, int64_t plane)
+  TurnedPlanes(const void* planes, int64_t images, int64_t channels, int64_t plane)
       : data(images * channels * plane) {
     turn_images(static_cast<const T*>(planes), data.get(), images, channels, plane);
   }
@@ -49,7 +49,7 @@ void conv2d_of_planes(const Conv2dParams& p, const F& run) {
   const Conv2dShape& s = p.shape;
   const Epilogue epilogue(p);
   const int64_t plane = s.out_height * s.out_width;
-  const Pixels<T> input(p.input, s.batch, s.in_channels, s.in_height * s.in_width);
+  const TurnedPlanes<T> input(p.input, s.batch, s.in_channels, s.in_height * s.in_width);
   const Scratch<T> output(s.batch * s.out_channels * plane);
   Conv2dParams turned = p;
   turned.shape.channels_last = true;
@@ -69,7 +69,8 @@ template <typename T, typename F>
 void conv2d_grad_input_of_planes(const Conv2dGradInputParams& p, const F& run) {
   const Conv2dShape& s = p.shape;
   const int64_t plane = s.in_height * s.in_width;
-  const Pixels<T> grad_output(p.grad_output, s.batch, s.out_channels, s.out_height * s.out_width);
+  const TurnedPlanes<T> grad_output(p.grad_output, s.batch, s.out_channels,
+                                    s.out_height * s.out_width);
   const Scratch<T> grad_input(s.batch * s.in_channels * plane);
   Conv2dGradInputParams turned = p;
   turned.shape.channels_last = true;
@@ -82,8 +83,9 @@ void conv2d_grad_input_of_planes(const Conv2dGradInputParams& p, const F& run) {
 template <typename T, typename F>
 void conv2d_grad_weight_of_planes(const Conv2dGradWeightParams& p, const F& run) {
   const Conv2dShape& s = p.shape;
-  const Pixels<T> input(p.input, s.batch, s.in_channels, s.in_height * s.in_width);
-  const Pixels<T> grad_output(p.grad_output, s.batch, s.out_channels, s.out_height * s.out_width);
+  const TurnedPlanes<T> input(p.input, s.batch, s.in_channels, s.in_height * s.in_width);
+  const TurnedPlanes<T> grad_output(p.grad_output, s.batch, s.out_channels,
+                                    s.out_height * s.out_width);
   Conv2dGradWeightParams turned = p;
   turned.shape.channels_last = true;
   turned.input = input.data.get();

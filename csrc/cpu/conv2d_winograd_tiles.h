@@ -91,7 +91,7 @@ class TileTransform {
            int64_t stride, int64_t point_stride) const {
     const int64_t height = source_.height, width = source_.width, channels = source_.channels;
     // Of the columns of the run's squares, those inside the image.
-    const Inside valid = inside(x, 1, 2 * run.length + kSize - 2, width);
+    const Span valid = positions_inside(x, 1, 2 * run.length + kSize - 2, width);
     for (int64_t j = 0; j < count; j += kLanes<float>) {
       const int lanes = static_cast<int>(smaller(kLanes<float>, count - j));
       const T* source = source_.data + run.image * channels * height * width;
@@ -109,9 +109,8 @@ class TileTransform {
         float* row = patch_.get() + r * row_size_;
         rows[r] = exists(r) ? row : nullptr;
         if (!exists(r)) continue;
-        load_planes(source + ((channel + j) * height + y + r) * width + x + valid.first,
-                    height * width, lanes, valid.last - valid.first,
-                    row + valid.first * kLanes<float>);
+        load_planes(source + ((channel + j) * height + y + r) * width + x + valid.begin,
+                    height * width, lanes, valid.size(), row + valid.begin * kLanes<float>);
       }
       transform_run(rows, kLanes<float>, kLanes<float>, valid, run.length, to + j, stride,
                     point_stride);
@@ -121,13 +120,13 @@ class TileTransform {
  private:
   // One vector of channels: rows[r] + column * pixel, or zero where there is no row.
   template <typename E>
-  void transform_run(const E* const* rows, int64_t pixel, int lanes, Inside valid, int64_t tiles,
+  void transform_run(const E* const* rows, int64_t pixel, int lanes, Span valid, int64_t tiles,
                      float* to, int64_t stride, int64_t point_stride) const {
     constexpr int kShared = kSize - 2;  // columns that are the next square's, too
     VecF32 square[kSize][4];            // by column
     const auto next = [&](int64_t column, VecF32* out) {
       VecF32 values[kSize] = {};
-      if (column >= valid.first && column < valid.last) {
+      if (column >= valid.begin && column < valid.end) {
         for (int r = 0; r < kSize; ++r) {
           if (rows[r]) values[r] = load_partial(rows[r] + column * pixel, lanes);
         }

@@ -83,7 +83,7 @@ class Scatter {
 
   void run(int64_t begin, int64_t end) const {
     for (int64_t image = begin, count; image < end; image += count) {
-      count = end - image < together_ ? end - image : together_;
+      count = smaller(together_, end - image);
       T* const to = grad_input_ + image * size_;
       if constexpr (kIsHalf) {
         if (has_sums_) {
@@ -115,12 +115,12 @@ class Scatter {
       if (is_empty(width_.inside[ow])) return 1;
     }
     const int64_t most = at_once_ / size_;
-    return most == 0 ? 1 : most < images ? most : images;
+    return larger(1, smaller(most, images));
   }
   bool is_small() const { return size_ < at_once_; }
   int64_t rows_of_large() const {
     const int64_t some = height_.stride ? divide_up(kPlaces, row_windows_) : 1;
-    return some < height_.outputs ? some : height_.outputs;
+    return smaller(some, height_.outputs);
   }
 
   static bool any(Unsigned lanes) {
@@ -150,10 +150,10 @@ class Scatter {
     int64_t zeroed = 0;
     const auto zero_up_to = [&](int64_t end) {
       if (end > zeroed) clear(to + zeroed * row_size_, (end - zeroed) * row_size_);
-      zeroed = end > zeroed ? end : zeroed;
+      zeroed = larger(zeroed, end);
     };
     for (int64_t oh = 0, rows; oh < height_.outputs; oh += rows) {
-      rows = height_.outputs - oh < rows_ ? height_.outputs - oh : rows_;
+      rows = smaller(rows_, height_.outputs - oh);
       for (int64_t row = oh; row < oh + rows; ++row)
         zero_up_to(height_.position(row, height_.inside[row].end - 1) + 1);
       const int64_t before = oh * row_windows_;
@@ -179,7 +179,7 @@ class Scatter {
     Place places[kPlaces];
     To values[kIsHalf ? kPlaces : 1];
     for (int64_t i = 0; i < count; i += kPlaces) {
-      const int64_t some = count - i < kPlaces ? count - i : kPlaces;
+      const int64_t some = smaller(kPlaces, count - i);
       Unsigned outside{};
       for_each_vec<T>(some, [&](int64_t k, int lanes) {
         const auto offset = bit_cast<Unsigned>(Taps<T, O>::load(offsets + i + k, lanes).numbers());

@@ -37,7 +37,7 @@ class Sparse {
     const int64_t size = p_.in_plane() * channels_, outputs = p_.out_plane() * channels_;
     const int64_t some = kZeroedBytes / (size * int64_t{sizeof(T)}) + 1;
     const auto range = [&](int64_t begin, int64_t end) {
-      const Scratch<int32_t> last(p_.in_plane());
+      const Scratch<int64_t> last(p_.in_plane());
       const Scratch<acc_t<T>> sums(p_.out_plane() + 1);
       last.zero();
       for (int64_t zeroed = begin, image = begin; image < end; ++image) {
@@ -55,7 +55,7 @@ class Sparse {
 
  private:
   // `last`: of each position one more than the last window that won it, all 0 before and after.
-  void scatter(const T* grad, const O* offset, T* to, int32_t* last, acc_t<T>* sums) const {
+  void scatter(const T* grad, const O* offset, T* to, int64_t* last, acc_t<T>* sums) const {
     const int64_t windows = p_.out_plane();
     int64_t position;
     sums[0] = 0;
@@ -66,7 +66,7 @@ class Sparse {
         // What is added to a zero is never a zero of negative sign.
         const acc_t<T> sum = sums[last[position]] + to_acc(grad[at]);
         sums[window + 1] = sum;
-        last[position] = static_cast<int32_t>(window + 1);
+        last[position] = window + 1;
         to[position * channels_ + c] = from_acc<T>(sum);
       }
       for (int64_t window = 0; window < windows; ++window) {

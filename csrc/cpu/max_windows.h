@@ -63,11 +63,8 @@ class AxisWindows {
       const int64_t step = o > 0 ? begin - start_.get()[o - 1] : 1;
       if (count != taps || (o > 1 && step != axis_.stride)) axis_.stride = 0;
       if (o == 1 && axis_.stride) axis_.stride = step;
-      const int64_t first = begin < 0 ? divide_up(-begin, dilation) : 0;
-      const int64_t room = divide_up(length - begin, dilation);
-      const int64_t last = room < count ? room : count;
       start_.get()[o] = begin;
-      inside_.get()[o] = {first, last > first ? last : first};
+      inside_.get()[o] = positions_inside(begin, dilation, count, length);
     }
   }
   const MaxAxis& axis() const { return axis_; }

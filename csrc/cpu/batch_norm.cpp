@@ -12,9 +12,9 @@
 // --dtype f32,bf16 --threads 1 --quick). On Granite Rapids
 // batch_norm:mb8_ic256ih28_act=relu reached 0.59 contiguous and 0.63 channels_last, in bf16 0.74
 // and 0.57. On Zen 4 batch_norm:mb8_ic256ih56 reached 1.09 and 0.95 (bench/results/zen4-1t.json).
-// Did not pay: prefetches, but in front of a curve, which is computed meanwhile; columns of
-// channels_last, strided, read at a fifth of the speed; small planes as backward takes them (a
-// fifth faster under a curve and for half types, up to a fifth slower otherwise).
+// Did not pay: prefetches of what is read, but in front of a curve, which is computed meanwhile;
+// columns of channels_last, strided, read at a fifth of the speed; small planes as backward takes
+// them (a fifth faster under a curve and for half types, up to a fifth slower otherwise).
 #include "cpu/batch_norm_moments.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -39,6 +39,8 @@ template <bool kPerLane, typename T, typename F>
 
 // ---- contiguous -----------------------------------------------------------------------------
 
+constexpr int64_t kStreamedRunBytes = 4096;
+
 // The second pass, over a run of channel c.
 template <typename T>
 void apply_run(const BatchNormParams& p, const Affine<T>& affine, int64_t c, int64_t offset,
@@ -55,22 +57,43 @@ void apply_run(const BatchNormParams& p, const Affine<T>& affine, int64_t c, int
   });
 }
 
+// f(k, offset, images, length) for runs that cover channels first + k, k < channels: those of
+// several images at once, because memory answers a few streams faster than one.
+template <int kImages, typename F>
+inline void for_each_run(const BatchNormShape& shape, int64_t first, int64_t channels, const F& f) {
+  const int64_t image = shape.channels * shape.pixels;
+  for (int64_t n = 0; n < shape.batch; n += kImages) {
+    const int64_t images = smaller(kImages, shape.batch - n);
+    for (int64_t k = 0; k < channels; ++k) {
+      const int64_t plane = n * image + (first + k) * shape.pixels;
+      for (int64_t i = 0; i < shape.pixels; i += kRunElements) {
+        f(k, plane + i, images, smaller(kRunElements, shape.pixels - i));
+      }
+    }
+  }
+}
+
 template <typename T>
 void train_planes(const BatchNormParams& p) {
   const BatchNormShape& shape = p.shape;
-  const int64_t slab = slab_channels<T>(shape), slabs = divide_up(shape.channels, slab);
-  const int64_t image = shape.channels * shape.pixels;
   const bool stream = past_cache<T>(shape, p.output, shape.pixels, 4);
+  const int64_t slab = slab_channels<T>(shape, stream ? kStreamedRunBytes : kRunBytes);
+  const int64_t slabs = divide_up(shape.channels, slab);
+  const int64_t image = shape.channels * shape.pixels;
   const auto* input = static_cast<const T*>(p.input);
   parallel_for(
       slabs, grain_for(slab * shape.batch * shape.pixels), [&](int64_t begin, int64_t end) {
         acc_t<T> numbers[3][kMaxSlabChannels];
         const Affine<T> affine{numbers[0], numbers[1], numbers[2]};
+        Moments moments[kMaxSlabChannels];
         for (int64_t first = begin * slab; first < smaller(end * slab, shape.channels);
              first += slab) {
           const int64_t channels = smaller(slab, shape.channels - first);
-          Moments moments[kMaxSlabChannels];
+          for (int64_t k = 0; k < channels; ++k) moments[k] = {};
           const auto add = [&](int64_t k, int64_t offset, int64_t images, int64_t length) {
+            if (!stream) {
+              prefetch_to_write(static_cast<T*>(p.output) + offset, images, image, length);
+            }
             if (images == kStreams) {
               return moments[k].merge(run_moments<kStreams>(input + offset, image, length));
             }

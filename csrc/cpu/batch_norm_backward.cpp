@@ -17,8 +17,8 @@
 // tensors are the host's: batch_norm:mb8_ic160ih7 takes 101 us contiguous, of which two
 // reads and one write are 57 (bench/results/granite-rapids-1t.json).
 // Did not pay: one image at a time instead of two, two rows instead of four, 5 to 15 % slower;
-// slabs of 256 to 2048 elements, also of whole lines; the next slab prefetched by the second pass,
-// 4 % (by the first: see add_rows; batch_norm:mb8_ic2048ih7 went from 899 us to 614 on Zen 4); a
+// slabs of 256 to 2048 elements, also of whole lines; of planes, what is read next prefetched, and
+// its first lines; of slabs, the next one by the second pass, 4 % (by the first: see add_rows); a
 // curve taken twice, in bf16 up to 50 % slower, in fp32 up to 30 %; h written into the cache though
 // the tensor is large.
 #include "cpu/batch_norm_gradients.h"
@@ -29,45 +29,61 @@ namespace {
 
 // ---- contiguous -----------------------------------------------------------------------------
 
-constexpr int kPairs = 2;  // images that are read at once
-
-// Over kImages runs of `length` elements, `stride` apart, of channel c.
-template <int kImages, typename T, typename F>
-[[gnu::noinline]] Sums run_sums(Sources<T, F> from, Affine<T> affine, int64_t c, int64_t stride,
-                                int64_t length, T* kept) {
+// Over `images` runs of `length` elements, `stride` apart, of channel c; memory answers two at once
+// faster than one after the other.
+template <typename T, typename F>
+[[gnu::noinline]] Sums run_sums(const Sources<T, F>& sources, const Affine<T>& affine, int64_t c,
+                                int64_t stride, int64_t images, int64_t length, T* kept) {
+  constexpr int kTogether = kIsCurve<F> ? 1 : 2;
   const AffineLanes<false, T> lanes(affine, c);
-  Vec<T> gradient[4] = {}, product[4] = {};
-  for_each_step<T>(length, [&](int64_t i, int n) __attribute__((always_inline)) {
+  Vec<T> gradient[2 * kTogether] = {}, product[2 * kTogether] = {};
+  int64_t offset = 0;
+  const auto add = [&](auto together) __attribute__((always_inline)) {
+    const Sources<T, F> from = sources.shifted(offset);
+    for_each_step<T>(length, [&](int64_t i, int n) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-    for (int s = 0; s < kImages; ++s) {
-      Vec<T> h[2], centered[2];
-      differentiate(from.shifted(s * stride), lanes, i, n, h, centered);
-      for (int u = 0; u < 2; ++u) {
-        gradient[2 * s + u] += h[u];
-        product[2 * s + u] += h[u] * centered[u];
+      for (int s = 0; s < together.value; ++s) {
+        Vec<T> h[2], centered[2];
+        differentiate(from.shifted(s * stride), lanes, i, n, h, centered);
+        for (int u = 0; u < 2; ++u) {
+          gradient[2 * s + u] += h[u];
+          product[2 * s + u] += h[u] * centered[u];
+        }
+        if (kept) store_some(kept + offset + s * stride + i, h, n, false);
       }
-      if (kept) store_some(kept + s * stride + i, h, n, false);
-    }
-  });
-  return {lane_sum<T>((gradient[0] + gradient[1]) + (gradient[2] + gradient[3])),
-          lane_sum<T>((product[0] + product[1]) + (product[2] + product[3]))};
+    });
+    offset += together.value * stride;
+  };
+  for (; images >= kTogether; images -= kTogether) add(std::integral_constant<int, kTogether>{});
+  if (images > 0) add(std::integral_constant<int, 1>{});
+  for (int i = 2; i < 2 * kTogether; ++i) {
+    gradient[i % 2] += gradient[i];
+    product[i % 2] += product[i];
+  }
+  return {lane_sum<T>(gradient[0] + gradient[1]), lane_sum<T>(product[0] + product[1])};
 }
 
+// Of the planes of a channel, whose numbers are in `slot`.
 template <typename T>
-void add_run_sums(const Call<T>& call, const Affine<T>& affine, int64_t c, int64_t offset,
-                  int64_t images, int64_t length, Sums& sums) {
-  const int64_t stride = call.p.shape.channels * call.p.shape.pixels;
-  if (!call.curve && images == kPairs) {
-    return call.with_sources(offset, false, [&](const auto& from) {
-      sums.add(run_sums<kPairs>(from, affine, c, stride, length, call.kept_at(offset)));
-    });
+Sums plane_sums(const Call<T>& call, const Affine<T>& affine, int64_t slot, int64_t channel,
+                bool fetch_output) {
+  const BatchNormShape& shape = call.p.shape;
+  const int64_t image = shape.channels * shape.pixels;
+  const int64_t together = larger(2, kRunElements / shape.pixels);
+  Sums sums;
+  for (int64_t n = 0; n < shape.batch; n += together) {
+    const int64_t images = smaller(together, shape.batch - n);
+    for (int64_t i = 0; i < shape.pixels; i += kRunElements) {
+      const int64_t offset = n * image + channel * shape.pixels + i;
+      const int64_t length = smaller(kRunElements, shape.pixels - i);
+      if (fetch_output) prefetch_to_write(call.grad_input + offset, images, image, length);
+      const auto add = [&](const auto& from) {
+        sums.add(run_sums(from, affine, slot, image, images, length, call.kept_at(offset)));
+      };
+      call.curve ? call.with_curve(offset, add) : call.with_sources(offset, false, add);
+    }
   }
-  for (int64_t n = 0; n < images; ++n, offset += stride) {
-    const auto add = [&](const auto& from) {
-      sums.add(run_sums<1>(from, affine, c, stride, length, call.kept_at(offset)));
-    };
-    call.curve ? call.with_curve(offset, add) : call.with_sources(offset, false, add);
-  }
+  return sums;
 }
 
 template <typename T>
@@ -76,37 +92,28 @@ void backward_planes(const Call<T>& call) {
   const BatchNormShape& shape = p.shape;
   const int64_t slab = slab_channels<T>(shape), slabs = divide_up(shape.channels, slab);
   const bool stream = call.streams_grad_input(shape.pixels, 4);
+  const bool fetch_output = call.grad_input && !stream;
   const double share = share_of_element(shape);
-  parallel_for(slabs, grain_for(slab * shape.batch * shape.pixels),
-               [&](int64_t begin, int64_t end) {
-                 acc_t<T> numbers[6 * kMaxSlabChannels];
-                 double invstds[kMaxSlabChannels];
-                 const Channels<T> channels(numbers, kMaxSlabChannels, invstds);
-                 for (int64_t first = begin * slab; first < smaller(end * slab, shape.channels);
-                      first += slab) {
-                   const int64_t count = smaller(slab, shape.channels - first);
-                   Sums sums[kMaxSlabChannels];
-                   for (int64_t k = 0; k < count; ++k) channels.prepare(p, k, first + k);
-                   if (call.first_pass) {
-                     for_each_run<kPairs>(
-                         shape, first, count,
-                         [&](int64_t k, int64_t offset, int64_t images, int64_t length) {
-                           add_run_sums(call, channels.affine, k, offset, images, length, sums[k]);
-                         });
-                   }
-                   for (int64_t k = 0; k < count; ++k)
-                     channels.finish(p, k, first + k, sums[k], share);
-                   if (!call.grad_input) continue;
-                   // The images that were read last are the likeliest to be in the cache.
-                   for (int64_t n = shape.batch; n-- > 0;) {
-                     for (int64_t k = 0; k < count; ++k) {
-                       const int64_t plane = n * shape.channels + first + k;
-                       second_pass(call, channels, k, plane * shape.pixels, shape.pixels, stream);
-                     }
-                   }
-                 }
-                 if (stream) finish_streams();
-               });
+  const auto range = [&](int64_t begin, int64_t end) {
+    acc_t<T> numbers[6 * kMaxSlabChannels];
+    double invstds[kMaxSlabChannels];
+    const Channels<T> channels(numbers, kMaxSlabChannels, invstds);
+    for (int64_t first = begin * slab; first < smaller(end * slab, shape.channels); first += slab) {
+      const int64_t count = smaller(slab, shape.channels - first);
+      for (int64_t k = 0; k < count; ++k) channels.prepare(p, k, first + k);
+      for (int64_t k = 0; k < count; ++k) {
+        Sums sums;
+        if (call.first_pass) {
+          sums = plane_sums(call, channels.affine, k, first + k, fetch_output);
+        }
+        channels.finish(p, k, first + k, sums, share);
+      }
+      if (!call.grad_input) continue;
+      for (int64_t k = 0; k < count; ++k) second_pass(call, channels, k, first + k, stream);
+    }
+    if (stream) finish_streams();
+  };
+  parallel_for(slabs, grain_for(slab * shape.batch * shape.pixels), range);
 }
 
 // ---- channels_last --------------------------------------------------------------------------
@@ -121,8 +128,10 @@ struct RowSums {
 // Adds `count` rows of each of kCount streams, `stride` apart. Behind a single row the next slab's
 // begins: too short to be read ahead by the hardware.
 template <int kCount, typename T, typename F>
-[[gnu::noinline]] void add_rows(Sources<T, F> from, Affine<T> affine, int64_t stride, int64_t count,
-                                int64_t length, T* kept, bool past_cache, RowSums<T> sums) {
+[[gnu::noinline]] void add_rows(const Sources<T, F>& sources, const Affine<T>& affine,
+                                int64_t stride, int64_t count, int64_t length, T* kept,
+                                bool past_cache, RowSums<T> sums) {
+  const Sources<T, F> from = sources;
   using A = acc_t<T>;
   const AffineLanes<true, T> lanes(affine, 0);
   for (int64_t row = 0; row < count; ++row) {
@@ -282,8 +291,10 @@ void slab_sums(const Call<T>& call, const Affine<T>& affine, const Slabs& slabs,
       if (n > 0) fold_sums<T>(slabs, count, sums, totals);
       for (int64_t i = 0; i < length; ++i) sums.gradient[i] = sums.product[i] = 0;
     }
-    add_row_sums(call, affine, n * image + first * slabs.pixels, smaller(kStreams, batch - n),
-                 image, 1, length, false, sums);
+    const int64_t offset = n * image + first * slabs.pixels;
+    const int64_t streams = smaller(kStreams, batch - n);
+    if (call.grad_input) prefetch_to_write(call.grad_input + offset, streams, image, length);
+    add_row_sums(call, affine, offset, streams, image, 1, length, false, sums);
   }
   fold_sums<T>(slabs, count, sums, totals);
 }

@@ -186,21 +186,29 @@ struct GradInputLanes {
   }
 };
 
-// The second pass, over a run of channel c.
+// The second pass, over `images` runs of channel c, `stride` apart. Those that were read last are
+// the likeliest to be in the cache.
 template <typename T, typename F>
-[[gnu::noinline]] void write_grad_input(Sources<T, F> from, const Channels<T>& channels, int64_t c,
-                                        T* output, int64_t length, bool training, bool past_cache) {
+[[gnu::noinline]] void write_grad_input(const Sources<T, F>& sources, const Channels<T>& channels,
+                                        int64_t c, T* output, int64_t stride, int64_t images,
+                                        int64_t length, bool training, bool past_cache) {
   const GradInputLanes<false, T> lanes(channels, c);
-  write_steps(output, length, past_cache, from.gradient == output,
-              [&](int64_t i, int n, Vec<T>(&v)[2])
-                  __attribute__((always_inline)) { lanes.value(from, i, n, training, v); });
+  while (images-- > 0) {
+    const Sources<T, F> from = sources.shifted(images * stride);
+    T* to = output + images * stride;
+    write_steps(to, length, past_cache, from.gradient == to,
+                [&](int64_t i, int n, Vec<T>(&v)[2])
+                    __attribute__((always_inline)) { lanes.value(from, i, n, training, v); });
+  }
 }
 
 // The same over rows of channels: `count` of each of kCount streams, `stride` apart.
 template <int kCount, typename T, typename F>
-[[gnu::noinline]] void write_grad_input_rows(Sources<T, F> from, const Channels<T>& channels,
-                                             T* output, int64_t stride, int64_t count,
-                                             int64_t length, bool training, bool past_cache) {
+[[gnu::noinline]] void write_grad_input_rows(const Sources<T, F>& sources,
+                                             const Channels<T>& channels, T* output, int64_t stride,
+                                             int64_t count, int64_t length, bool training,
+                                             bool past_cache) {
+  const Sources<T, F> from = sources;
   const GradInputLanes<true, T> lanes(channels, 0);
   write_rows<kCount>(
       output, stride, count, length, past_cache, from.gradient == output,
@@ -208,12 +216,15 @@ template <int kCount, typename T, typename F>
           __attribute__((always_inline)) { lanes.value(from.shifted(at), i, n, training, v); });
 }
 
+// Over the planes of a channel, whose numbers are in `slot`.
 template <typename T>
-void second_pass(const Call<T>& call, const Channels<T>& channels, int64_t c, int64_t offset,
-                 int64_t length, bool past_cache) {
+void second_pass(const Call<T>& call, const Channels<T>& channels, int64_t slot, int64_t channel,
+                 bool past_cache) {
+  const BatchNormShape& shape = call.p.shape;
+  const int64_t offset = channel * shape.pixels;
   const auto write = [&](const auto& from) {
-    write_grad_input(from, channels, c, call.grad_input + offset, length, call.p.training,
-                     past_cache);
+    write_grad_input(from, channels, slot, call.grad_input + offset, shape.channels * shape.pixels,
+                     shape.batch, shape.pixels, call.p.training, past_cache);
   };
   if (call.curve && !call.kept) return call.with_curve(offset, write);
   call.with_sources(offset, call.kept, write);

@@ -10,11 +10,12 @@ namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
 // Pixels of the largest. Wide registers are left half empty by more planes, but under a curve what
-// that costs is little beside the rest; and the numbers that stand for a slab serve once for each
-// image: the backward of batch_norm:mb2_ic72ih19 took 72 us as slabs, 57 as planes (Zen 4).
+// that costs is little beside the rest. The numbers that stand for a slab serve once for each
+// image: of few images only tiny planes are worth it. On Zen 4 the backward by torchops bench
+// batch_norm:mb2_ic480ih10 --layout contiguous --threads 1 --quick took 134 us as slabs, 100 as
+// planes.
 constexpr int64_t kSmallPlane = kVecBytes >= 64 ? 384 : 128, kSmallCurvedPlane = 128;
-constexpr int64_t kSmallPlaneOfFew = 128, kSmallPlaneAlone = 64;  // of so few images, and of one
-constexpr int64_t kFewImages = 4;
+constexpr int64_t kSmallPlaneOfFew = 32, kFewImages = 4;
 constexpr int64_t kSlabElements = 512;   // of a run, at most
 constexpr int64_t kImagesTogether = 64;  // until float sums join the float64 ones
 
@@ -34,9 +35,8 @@ struct Slabs {
 };
 
 inline bool takes_slabs(const BatchNormShape& shape, bool curve) {
-  if (shape.batch == 1) return shape.pixels <= kSmallPlaneAlone;
-  if (curve) return shape.pixels <= kSmallCurvedPlane;
-  return shape.pixels <= (shape.batch <= kFewImages ? kSmallPlaneOfFew : kSmallPlane);
+  if (shape.batch <= kFewImages) return shape.pixels <= kSmallPlaneOfFew;
+  return shape.pixels <= (curve ? kSmallCurvedPlane : kSmallPlane);
 }
 
 // numbers[k] for each of `channels` channels -> to[k * pixels + i] for each pixel, in registers,

@@ -69,7 +69,7 @@ Sums plane_sums(const Call<T>& call, const Affine<T>& affine, int64_t slot, int6
                 bool fetch_output) {
   const BatchNormShape& shape = call.p.shape;
   const int64_t image = shape.channels * shape.pixels;
-  const int64_t together = larger(2, kRunElements / shape.pixels);
+  const int64_t together = larger(2, kRunElements / shape.pixels / 2 * 2);
   Sums sums;
   for (int64_t n = 0; n < shape.batch; n += together) {
     const int64_t images = smaller(together, shape.batch - n);

@@ -27,10 +27,10 @@
 //   conv2d:mb2_ic32ih75oc48kh5ph2       0.95 / 0.92   1.04 / 0.91
 //   conv2d:mb8_ic3ih224oc96kh4sh4       1.07 / 1.10   2.48 / 2.39
 // On Zen 4:
-//   conv2d:mb8_ic64ih19oc64kh5ph2       0.96 / 1.02   0.95 / 0.97
-//   conv2d:mb8_ic48ih7oc64kh5ph2        1.02 / 1.10   1.07 / 1.21
-//   conv2d:mb8_ic128ih14oc200kh7ph3     0.97 / 1.06   1.03 / 1.13
-//   conv2d:mb2_ic32ih75oc48kh5ph2       0.98 / 0.99   1.05 / 1.01
+//   conv2d:mb8_ic64ih19oc64kh5ph2       0.97 / 0.98   0.93 / 0.98
+//   conv2d:mb8_ic48ih7oc64kh5ph2        1.04 / 1.11   1.05 / 1.15
+//   conv2d:mb8_ic128ih14oc200kh7ph3     0.97 / 1.06   0.99 / 1.08
+//   conv2d:mb2_ic32ih75oc48kh5ph2       0.98 / 0.98   1.05 / 1.02
 // Tried without gain: fetching the panel's lines for writing; gathering 32 positions at a time.
 #include "ops/conv2d.h"
 
@@ -297,8 +297,8 @@ struct Source {
 
 // Whether turning the images over takes less than the product gains by it, which reads rows of the
 // image in channels_last where they lie and leaves out taps above and below it. On Zen 4 forward by
-// torchops bench conv2d:mb8_ic64ih14oc64kh5ph2 --layout contiguous --threads 1 --quick took 2.8 ms
-// instead of 3.6. Rows of planes that fill less than half a register gain the most.
+// torchops bench conv2d:mb8_ic64ih14oc64kh5ph2 --layout contiguous --threads 1 --quick took 2.7 ms
+// instead of 3.7. Rows of planes that fill less than half a register gain the most.
 template <typename T>
 bool turns_planes(const Conv2dShape& s, int64_t columns) {
   constexpr int64_t kProducts = 192;  // per turned element

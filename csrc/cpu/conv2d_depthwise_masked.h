@@ -96,7 +96,8 @@ struct MaskedTileKernel {
   // Few sums of many terms wait for themselves.
   static constexpr bool kHalves = step > 1 && kernel > 3;
   // Weights in registers. Of 7x7 each is an operand in memory, 4 bytes that a multiply-add spreads:
-  // spilled as whole registers, 384 x 14 x 14 took 1.15 times as long on Zen 4.
+  // spilled as whole registers, torchops bench conv2d:mb8_g384ic384ih14oc384kh7ph3 --layout
+  // contiguous --direction fwd --threads 1 --quick took 0.92 ms on Zen 4 instead of 0.81.
   static constexpr int kHeld = kernel < 7 ? kernel * kernel : 0;
 
   static void run(const MaskedTile<T>& t) {

@@ -223,7 +223,8 @@ struct Columns {
   static constexpr bool is_inner(int column) { return column > left && column < count - right - 1; }
 
   // f(column, where it lies) of those that exist; column 0 lies at p. `ends`: see miss_ends. Asked
-  // of each column, 5x5 over small maps took a third longer.
+  // of each column, torchops bench conv2d:mb8_g576ic576ih14oc576kh5ph2 --layout channels_last
+  // --direction fwd --threads 1 --quick took 0.65 ms instead of 0.52 on Zen 4.
   template <bool ends, typename T, typename F>
   [[gnu::always_inline]] static void for_each(const T* p, int64_t stride, int64_t from, int64_t to,
                                               const F& f) {

@@ -21,8 +21,8 @@
 //   conv2d:mb8_g32ic256ih28oc256kh3ph1     1.24 / 1.14   1.37 / 1.20
 //   conv2d:mb8_g24ic72ih33iw75oc72kh3ph1   5.58 / 2.80   6.82 / 1.91
 // On Zen 4:
-//   conv2d:mb8_g8ic512ih7oc512kh3ph1       0.91 / 0.97   0.98 / 1.01
-//   conv2d:mb1_g8ic512ih7oc512kh3ph1       0.95 / 1.05   1.02 / 1.22
+//   conv2d:mb8_g8ic512ih7oc512kh3ph1       0.92 / 1.02   0.97 / 1.02
+//   conv2d:mb1_g8ic512ih7oc512kh3ph1       0.95 / 1.07   0.98 / 1.15
 //
 // Made no difference: 16 channels a unit in channels_last instead of 32. Did not pay: planes
 // loaded one after the other where their rows are on their way to the cache (1.05 to 1.08x slower).

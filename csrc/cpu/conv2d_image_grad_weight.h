@@ -16,8 +16,8 @@
 //   conv2d:mb8_ic3ih224oc64kh7sh2ph3_first  1.31 / 1.15, gathered 1.06 / 0.80
 //   conv2d:mb2_ic32ih75oc48kh5ph2           1.04 / 0.91, gathered 0.84 / 0.76
 // On Zen 4, this alone:
-//   conv2d:mb8_ic64ih7oc96kh5ph2_first      1.02 / 1.12, gathered 0.60 / 0.73
-//   conv2d:mb8_ic64ih14oc96kh7ph3_first     1.03 / 1.00, gathered 0.79 / 0.77
+//   conv2d:mb8_ic64ih7oc96kh5ph2_first      1.01 / 1.23, gathered 0.61 / 0.80
+//   conv2d:mb8_ic64ih14oc96kh7ph3_first     1.03 / 0.99, gathered 0.81 / 0.80
 #pragma once
 
 #include "core/parallel.h"

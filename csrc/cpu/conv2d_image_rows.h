@@ -100,7 +100,7 @@ class ImageRows {
 // Whether that pays: the weights are read once per row of the output, from L2 at best. On Granite
 // Rapids 512 channels over 7 x 7 outputs, whose weights take 9 MB, ran at 0.6 of the speed of
 // gathered panels; on Zen 4 forward by torchops bench conv2d:mb8_ic512ih14oc512kh3sh2ph1 --layout
-// channels_last --threads 1 --quick took 17.9 ms instead of 18.4.
+// channels_last --threads 1 --quick took 17 to 18 ms, gathered 19 to 23.
 inline bool reads_image_rows(const Correlation& c) {
   constexpr int64_t kWeightsInL2 = 262'144;
   const int64_t long_row = active_isa() == Isa::amx ? 24 : 7;

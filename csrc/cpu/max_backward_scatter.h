@@ -6,11 +6,11 @@
 //
 // Times of native over ours on Zen 4, fp32 / bf16, beside places found one by one (torchops bench
 // PROBLEM --dtype f32,bf16 --layout contiguous --direction bwd --threads 1 --quick):
-//   max_pool2d:mb8_ic72ih19kh3            0.96 / 1.26    0.90 / 0.86
-//   max_pool2d:mb8_ic480ih14kh3sh2        1.06 / 1.21    0.89 / 0.73
-//   max_pool2d:mb8_ic1280ih7kh3sh2        0.95 / 1.26    0.87 / 0.45
-//   max_pool2d:mb8_ic200ih33kh3sh2        1.09 / 1.35    1.07 / 1.14
-//   adaptive_max_pool2d:mb8_ic200ih33oh5  0.95 / -       0.51 / -
+//   max_pool2d:mb8_ic72ih19kh3            0.94 / 1.18    0.83 / 0.89
+//   max_pool2d:mb8_ic480ih14kh3sh2        1.03 / 1.18    0.95 / 0.80
+//   max_pool2d:mb8_ic1280ih7kh3sh2        1.02 / 1.25    0.85 / 0.46
+//   max_pool2d:mb8_ic200ih33kh3sh2        1.22 / 1.43    1.15 / 1.14
+//   adaptive_max_pool2d:mb8_ic200ih33oh5  0.92 / -       0.59 / -
 // No gain: gradients to all positions of a plane by permutations. Slower: places loaded behind
 // their store; places of thousands of windows before the first is added to, where memory is slow;
 // memset in front of windows that are not few, which leaves the lines outside the cache.

@@ -5,9 +5,10 @@
 // The gradients of a winner are summed in fp32 and in the order of windows, with a sum for each
 // window: it starts from that of the last window before it that won the place, and is written
 // there. Times of native over ours on Zen 4, contiguous, bf16, beside a search for the windows that
-// share a place (torchops bench PROBLEM --dtype bf16 --layout contiguous --threads 1 --quick):
-//   adaptive_max_pool2d:mb8_ic200ih33oh5   0.58   0.39
-//   adaptive_max_pool2d:mb8_ic256ih28oh3   0.74   0.64
+// share a place (torchops bench PROBLEM --dtype bf16 --layout contiguous --direction bwd --threads
+// 1 --quick):
+//   adaptive_max_pool2d:mb8_ic200ih33oh5   0.57   0.46
+//   adaptive_max_pool2d:mb8_ic256ih28oh3   0.58   0.54
 // The zeros take both the same time. Slower: gathers where windows overlap; zeros past the cache,
 // or 128 KB of them at once; on Zen 4, images scattered into in cache and streamed from there;
 // gradients where an offset is the pixel's and zeros elsewhere, in one go.

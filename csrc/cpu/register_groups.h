@@ -34,8 +34,8 @@ inline void for_each_few(int64_t count, const F& f) {
 }
 
 // f(0), ..., f(count - 1) without a loop: GCC 12 keeps arrays that loops go through in memory. All
-// in one expression: by recursion each level is compiled with all below it, at three times the
-// cost.
+// in one expression: by recursion each level is compiled with all below it, and
+// conv2d_depthwise.cpp with AVX-512 took 45 s instead of 35.
 template <int... i, typename F>
 [[gnu::always_inline]] inline void call_each(std::integer_sequence<int, i...>, const F& f) {
   (f(i), ...);

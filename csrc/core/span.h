@@ -19,17 +19,6 @@ constexpr Span span_of(const Window& w, int64_t o, int64_t length) {
   return {begin < length ? begin : length, end > begin ? end : (begin < length ? begin : length)};
 }
 
-// Of `count` positions, `step` apart from `start` on, those in [0, length): taps at one output, or
-// outputs under one tap.
-constexpr Span positions_inside(int64_t start, int64_t step, int64_t count, int64_t length) {
-  // Most lie inside altogether: no division then.
-  if (start >= 0 && start + (count - 1) * step < length) return {0, count};
-  const int64_t first = start < 0 ? (-start + step - 1) / step : 0;
-  const int64_t last = start < length ? (length - start + step - 1) / step : 0;
-  const int64_t begin = first < count ? first : count, end = last < count ? last : count;
-  return {begin, end > begin ? end : begin};
-}
-
 // The window of output o when `length` positions are shared out among `outputs`.
 constexpr Span adaptive_span(int64_t o, int64_t length, int64_t outputs) {
   return {o * length / outputs, ((o + 1) * length + outputs - 1) / outputs};

@@ -39,6 +39,9 @@ template <bool kPerLane, typename T, typename F>
 
 // ---- contiguous -----------------------------------------------------------------------------
 
+// What is written past the cache gains by longer runs: on Zen 4 forward by torchops bench
+// batch_norm:mb32_ic480ih14 --layout contiguous --threads 1 --quick took 1.39 ms, with kRunBytes
+// 1.69.
 constexpr int64_t kStreamedRunBytes = 4096;
 
 // The second pass, over a run of channel c.

@@ -102,10 +102,9 @@ void backward_planes(const Call<T>& call) {
       const int64_t count = smaller(slab, shape.channels - first);
       for (int64_t k = 0; k < count; ++k) channels.prepare(p, k, first + k);
       for (int64_t k = 0; k < count; ++k) {
-        Sums sums;
-        if (call.first_pass) {
-          sums = plane_sums(call, channels.affine, k, first + k, fetch_output);
-        }
+        const Sums sums = call.first_pass
+                              ? plane_sums(call, channels.affine, k, first + k, fetch_output)
+                              : Sums{};
         channels.finish(p, k, first + k, sums, share);
       }
       if (!call.grad_input) continue;

@@ -138,12 +138,14 @@ template <int kLevel, typename T>
 }
 
 // Asks for `runs` of memory that a second pass will write, while the first one waits for what it
-// reads: on Zen 4 torchops bench batch_norm:mb8_ic200ih24 --layout contiguous --threads 1 --quick
-// took 450 and 750 us, forward and backward, instead of 520 and 850.
+// reads: native's time over ours on Zen 4 by torchops bench batch_norm:mb8_ic200ih24 --layout
+// contiguous --threads 1 --quick, forward and backward, 3.6 and 1.56 instead of 2.9 and 1.36.
 template <typename T>
 inline void prefetch_to_write(T* p, int64_t runs, int64_t stride, int64_t length) {
   for (; runs > 0; --runs, p += stride) {
-    for (int64_t i = 0; i < length; i += 64 / int64_t{sizeof(T)}) __builtin_prefetch(p + i, 1, kL2);
+    for (int64_t i = 0; i < length; i += kCacheLine / int64_t{sizeof(T)}) {
+      __builtin_prefetch(p + i, 1, kL2);
+    }
   }
 }
 
@@ -168,7 +170,9 @@ inline bool past_cache(const BatchNormShape& shape, const void* output, int64_t 
 
 // contiguous: a slab of neighbouring channels, whose planes of one image make a run of memory, of
 // at least `run_bytes` where a channel's planes are small. All images of a slab are read twice, the
-// second time out of the cache.
+// second time out of the cache: of the nearest one, where runs are short. On Zen 4 forward by
+// torchops bench batch_norm:mb4_ic160ih14 --layout contiguous --threads 1 --quick took 63 us, with
+// runs of 4 KB 104.
 constexpr int64_t kMaxSlabChannels = 64;
 constexpr int64_t kRunBytes = 512;
 

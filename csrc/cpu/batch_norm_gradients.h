@@ -67,7 +67,8 @@ inline double share_of_element(const BatchNormShape& shape) {
 struct Straight {};
 
 // Where a pass takes the gradient before the activation from: grad_output and behind an activation,
-// or what has been computed of it.
+// or what has been computed of it. Passes take it by reference and copy it themselves: on its way
+// onto the stack, registers would be loaded from what has just been stored, and wait for it.
 template <typename T, typename F>
 struct Sources {
   const T* gradient;

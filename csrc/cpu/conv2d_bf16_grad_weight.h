@@ -78,7 +78,7 @@ class GradWeightPanels {
       const int64_t y = height.offset + patch.row * height.step + tap * height.tap_offset;
       const Span rows = positions_inside(y, height.step, patch.rows, height.source_length);
       const int64_t at = tap * chunks_most() + chunks_, first = rows.begin * q_.pitch;
-      pairs_.get()[at] = (rows.size()) * q_.pitch / 2;
+      pairs_.get()[at] = rows.size() * q_.pitch / 2;
       row_offsets_.get()[at] = index * q_.length + first;
       column_offsets_.get()[at] = (index * q_.pairs + (q_.shift(tap) + first) / 2) * kChunk;
     }

@@ -131,8 +131,8 @@ class SetRows {
     for (const Stretch& height : heights) {
       const int64_t rows = plan_.c.batch * (height.end - height.begin);
       for (const Stretch& width : widths)
-        sum += divide_up(rows * (width.end - width.begin), kHeight) * (height.taps.size()) *
-               (width.taps.size());
+        sum += divide_up(rows * (width.end - width.begin), kHeight) * height.taps.size() *
+               width.taps.size();
     }
     return sum;
   }

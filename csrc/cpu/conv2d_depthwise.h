@@ -10,10 +10,10 @@
 #include "core/dtype.h"
 #include "core/integer.h"
 #include "core/scratch.h"
-#include "core/span.h"
 #include "core/transpose.h"
 #include "core/vec.h"
 #include "core/window.h"
+#include "cpu/positions.h"
 #include "ops/conv2d.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {

@@ -8,9 +8,9 @@
 #pragma once
 
 #include "core/integer.h"
-#include "core/span.h"
 #include "core/vec.h"
 #include "cpu/gemm.h"
+#include "cpu/positions.h"
 #include "ops/conv2d.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {

@@ -35,8 +35,7 @@ inline bool parts_taps(const Correlation& c, bool channels_last) {
 inline double share_inside(const Axis& a) {
   int64_t met = 0;
   for (int64_t tap = 0; tap < a.taps; ++tap) {
-    const Span under = positions_under(a, tap, 0, a.count);
-    met += under.size();
+    met += positions_under(a, tap, 0, a.count).size();
   }
   return static_cast<double>(met) / static_cast<double>(a.taps * a.count);
 }

@@ -53,7 +53,7 @@ class ImageRows {
   // Turns to `rows` rows of the output from `row` on.
   void place(const T* source, int64_t image, int64_t row, int64_t rows) const {
     const int64_t begin = valid_.begin * pixel_, length = c_.width.source_length;
-    const int64_t count = (valid_.size()) * pixel_;
+    const int64_t count = valid_.size() * pixel_;
     if (count <= 0) return;
     for (int64_t plane = 0; plane < planes_; ++plane) {
       const T* from = source + (image * planes_ + plane) * c_.source_plane() * pixel_ +

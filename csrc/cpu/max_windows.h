@@ -8,6 +8,7 @@
 #include "core/integer.h"
 #include "core/scratch.h"
 #include "core/span.h"
+#include "cpu/positions.h"
 #include "cpu/register_groups.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {

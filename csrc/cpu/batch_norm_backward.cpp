@@ -166,8 +166,14 @@ void add_row_sums(const Call<T>& call, const Affine<T>& affine, int64_t offset, 
                   const RowSums<T>& sums) {
   if (!call.curve && streams == kStreams) {
     return call.with_sources(offset, false, [&](const auto& from) {
-      add_rows<kStreams>(from, affine, stride, count, length, call.kept_at(offset), past_cache,
-                         sums);
+      if (!call.residual) {
+        return add_rows<kStreams>(from, affine, stride, count, length, call.kept_at(offset),
+                                  past_cache, sums);
+      }
+      for (int64_t at = 0; at < kStreams * stride; at += 2 * stride) {
+        add_rows<2>(from.shifted(at), affine, stride, count, length, call.kept_at(offset + at),
+                    past_cache, sums);
+      }
     });
   }
   for (int64_t s = 0; s < streams; ++s, offset += stride) {

@@ -41,6 +41,7 @@ void correlate_nhwc(const Correlation<scalar_t>& p, int64_t batch, RowsKernel<sc
   const Turns pairs{p.height, batch, 2};
   const int64_t taps = p.height.window.size * p.width.window.size;
   const int64_t work = 2 * p.output.width * p.output.channels() * (taps + 8);
+  const bool stream = !p.epilogue && streams_pixels(p.output, batch);
   const Edge<scalar_t> edge(p.input.at(0, 0, 0, 0), p.input.at(batch, 0, 0, 0));
   parallel_for(pairs.count(), kGrainTaps / work + 1, [&](int64_t begin, int64_t end) {
     RowPair<scalar_t> rows{};
@@ -50,6 +51,7 @@ void correlate_nhwc(const Correlation<scalar_t>& p, int64_t batch, RowsKernel<sc
     rows.bias = p.bias;
     rows.output_pixel = rows.channels = p.output.channels();
     rows.output_width = p.output.width;
+    rows.past_cache = stream;
     for (int64_t pair = begin; pair < end; ++pair) {
       const int64_t n = pairs.image(pair), y = pairs.begin(pair);
       const bool two = pairs.end(pair) - y == 2;
@@ -57,13 +59,14 @@ void correlate_nhwc(const Correlation<scalar_t>& p, int64_t batch, RowsKernel<sc
       rows.outputs[0] = p.output.at(n, 0, 0, y);
       rows.outputs[1] = two ? p.output.at(n, 0, 0, y + 1) : nullptr;
       rows.ahead = pairs.ahead_in(p.input, pair, kStripPixels * p.width.step);
-      rows.ahead_output = pairs.ahead_out(p.output, pair, kStripPixels);
+      if (!stream) rows.ahead_output = pairs.ahead_out(p.output, pair, kStripPixels);
       kernel(rows);
       if (p.epilogue) {
         const int64_t width = p.output.width, row = n * p.output.height + y;
         p.epilogue->finish(row * width, (row + 1 + two) * width, 0, p.output.channels());
       }
     }
+    if (stream) finish_streams();
   });
 }
 
@@ -72,22 +75,25 @@ void upsample_nhwc(const Correlation<scalar_t>& p, int64_t batch, UpsampleKernel
   const Turns turns{p.height, batch, 1};
   const int64_t taps = p.height.window.size * p.width.window.size;
   const int64_t work = p.output.width * p.output.channels() * (taps / 4 + 8);
+  const bool stream = streams_pixels(p.output, batch);
   const Edge<scalar_t> edge(p.input.at(0, 0, 0, 0), p.input.at(batch, 0, 0, 0));
   parallel_for(turns.count(), kGrainTaps / work + 1, [&](int64_t begin, int64_t end) {
-    UpsampleRow<scalar_t> row;
+    UpsampleRow<scalar_t> row{};
     row.input = {0, p.input.width, p.input.channels(), edge.last_whole, edge.elements};
     row.padding = p.width.window.padding;
     row.weight = p.weight;
     row.output_pixel = row.channels = p.output.channels();
     row.output_width = p.output.width;
+    row.past_cache = stream;
     for (int64_t turn = begin; turn < end; ++turn) {
       const int64_t n = turns.image(turn), y = turns.begin(turn);
       row.find(p.height, y, [&](int64_t in) { return p.input.at(n, 0, 0, in); });
       row.output = p.output.at(n, 0, 0, y);
       row.ahead = turns.ahead_in(p.input, turn, kStripPixels);
-      row.ahead_output = turns.ahead_out(p.output, turn, 2 * kStripPixels);
+      if (!stream) row.ahead_output = turns.ahead_out(p.output, turn, 2 * kStripPixels);
       kernel(row);
     }
+    if (stream) finish_streams();
   });
 }
 

@@ -214,7 +214,7 @@ class Slab {
   }
 
   void upsample(int64_t first, int64_t v, int64_t y, acc* output) {
-    UpsampleRow<acc> row;
+    UpsampleRow<acc> row{};
     row.find(p_.height, y, [&](int64_t in) { return input_.at(0, v, in); });
     row.input = {input_.left, input_.left + input_.width, kSize, edge_.last_whole, edge_.elements};
     row.padding = p_.width.window.padding;

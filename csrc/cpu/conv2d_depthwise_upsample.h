@@ -24,6 +24,7 @@ struct UpsampleRow {
   const acc* weight;  // [vector][tap][lane]
   T* output;
   int64_t output_pixel, output_width, channels;
+  bool past_cache;  // see store_sums
 
   template <typename F>
   void find(const Axis& height, int64_t y, const F& at) {
@@ -72,11 +73,8 @@ template <typename T, int kernel, int odd, bool ends>
   const int lanes = int(smaller(size, p.channels - channel));
   const int64_t count = p.output_width - x0, step = p.output_pixel;
   T* const output = p.output + x0 * step + channel;
-  if (count >= Strip::pixels && lanes == size) {
-    repeat<Strip::pixels>(
-        [&](int j) __attribute__((always_inline)) { store_sum(output + j * step, sum[j], size); });
-    return;
-  }
+  if (count >= Strip::pixels && lanes == size)
+    return store_sums<Strip::pixels>(output, step, sum, p.past_cache);
   repeat<Strip::pixels>([&](int j) __attribute__((always_inline)) {
     if (j < count) store_sum(output + j * step, sum[j], lanes);
   });

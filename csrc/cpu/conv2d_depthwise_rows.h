@@ -101,10 +101,12 @@ struct WindowRows {
   }
 };
 
-// Into which cache rows are fetched, and how far in front of their use. AVX-512 has few loads, each
-// of a line: there it is the second, for misses of the first wait in too few places. NATIVE.
-constexpr int kLevel = kVecBytes == 64 ? 2 : 3;
-constexpr int64_t kLeadBytes = kVecBytes == 64 ? 8192 : 2048;
+constexpr int64_t kLeadBytes = 2048;  // between fetching and use
+
+// Of rows, and into which cache they go. AVX-512 loads a line at a time: there it is the second, for
+// misses of the first wait in too few places. NATIVE
+constexpr int64_t kRowLeadBytes = kVecBytes == 64 ? 8192 : kLeadBytes;
+constexpr int kRowLevel = kVecBytes == 64 ? 2 : 3;
 
 // Rows on their way to the cache: those that a turn adds to the ones before it, side by side, one
 // strip before they are needed, and behind their end those of the next turn. A strip goes through
@@ -134,7 +136,7 @@ class RowsAhead {
     }
     for (int i = 0; i < bytes; i += int(kCacheLine)) {
       const char* line = row_ + at_ + i;
-      for (int64_t r = 0; r < rows_; ++r, line += row_bytes_) __builtin_prefetch(line, 0, kLevel);
+      for (int64_t r = 0; r < rows_; ++r, line += row_bytes_) __builtin_prefetch(line, 0, kRowLevel);
     }
     at_ += bytes;
   }
@@ -181,7 +183,7 @@ struct Turns {
                          int64_t pixels) {
     const int64_t pixel = image.channels() * int64_t{sizeof(T)}, row = image.width * pixel;
     return {image.at(0, 0, 0, begin), row, end - begin, next - end,
-            smaller(row, larger(pixels * pixel, kLeadBytes))};
+            smaller(row, larger(pixels * pixel, kRowLeadBytes))};
   }
 };
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import torchops
 import torchops.functional as TF
@@ -146,6 +147,32 @@ def test_gradients_of_windows_that_share_a_winner(grads, dtype, memory_format):
         assert (found[..., 6, 8] == torch.tensor(grads).double().sum().to(dtype)).all()
         assert found.count_nonzero() == found[..., 6, 8].count_nonzero()
         assert not found.signbit().any() or sum(grads) < 0
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel_size", [2, 3])
+def test_winners_of_small_windows(kernel_size, stride, dtype, memory_format):
+    """Rows around half a register, one and two, of odd and even numbers of planes: native's bits
+    and indices among ties, NaNs and infinities, some rows of which have nothing else."""
+    values = torch.tensor([-1, -0.0, 0, 1, math.nan, math.inf, -math.inf])
+    odds = torch.tensor([[3, 2, 2, 2, 0, 0, 0], [9, 9, 9, 9, 1, 1, 9], [0, 0, 0, 0, 1, 0, 9.0]])
+    for width in [3, 4, 7, 8, 9, 15, 16, 17, 18, 31, 32, 33, 34, 35, 64, 65]:
+        for padding, ceil_mode in [(0, False), (0, True), (1, False), (1, True)]:
+            shape = (1, width % 2 + 2, 3 + width % 5, width)
+            picks = torch.multinomial(odds[torch.randint(3, (shape[1] * shape[2],))], width, True)
+            input = values[picks].view(shape).to(dtype).contiguous(memory_format=memory_format)
+            arguments = kernel_size, stride, padding, 1, ceil_mode
+            expected = F.max_pool2d(input, *arguments, return_indices=True)
+            with torchops.backend("own"):
+                found = TF.max_pool2d(input, *arguments, return_indices=True)
+                alone = TF.max_pool2d(input, *arguments)
+            assert torch.equal(found[1], expected[1])
+            for output in (found[0], alone):
+                torch.testing.assert_close(output, expected[0], rtol=0, atol=0, equal_nan=True)
+                signs = [x.signbit() & ~x.isnan() for x in (output, expected[0])]
+                assert torch.equal(*signs)
 
 
 @each_case

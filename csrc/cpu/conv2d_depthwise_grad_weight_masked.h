@@ -39,7 +39,7 @@ struct MaskedGradPlanes {
   const MaskedGradTile* tiles;
   int64_t tile_count;
   int64_t fetch_input, fetch_grad;  // bytes of each tensor that are fetched for each tile
-  acc_t<T>* sums;  // [tap][lane]
+  acc_t<T>* sums;                   // [tap][lane]
 };
 
 constexpr int64_t kTilesInSum = 32;

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "cpu/conv2d_depthwise_nchw.h"
+#include "cpu/lane_masks.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -76,13 +77,6 @@ struct MaskedTile {
   int64_t count;         // vectors to store
   uint16_t lanes, last;  // that are stored, of each and of the last
 };
-
-// Keeps a mask in its register; GCC 12 would load it at every use.
-template <typename M>
-[[gnu::always_inline]] inline M in_register(M mask) {
-  asm("" : "+Yk"(mask));
-  return mask;
-}
 
 // The rows under a tile: those of the padding are missing at the image's ends, of the first and
 // last vector perhaps in part.
@@ -181,13 +175,6 @@ class StreamAhead {
   const char *next_ = nullptr, *due_ = nullptr, *end_ = nullptr;
   int64_t step_ = 0;
 };
-
-// Lanes l < count with 0 <= start + l < size.
-inline uint32_t lanes_inside(int64_t start, int64_t count, int64_t size) {
-  const int64_t from = smaller(larger(0, -start), count);
-  const int64_t to = larger(from, smaller(size - start, count));
-  return uint32_t((uint64_t{1} << to) - (uint64_t{1} << from));
-}
 
 // The largest window of rows that share a vector: 7x7 of 7 x 7 took 1.3 times as long as in the
 // working form, with a load of a weight for each multiply-add.

@@ -103,8 +103,8 @@ struct WindowRows {
 
 constexpr int64_t kLeadBytes = 2048;  // between fetching and use
 
-// Of rows, and into which cache they go. AVX-512 loads a line at a time: there it is the second, for
-// misses of the first wait in too few places. NATIVE
+// Of rows, and into which cache they go. AVX-512 loads a line at a time: there it is the second,
+// for misses of the first wait in too few places. NATIVE
 constexpr int64_t kRowLeadBytes = kVecBytes == 64 ? 8192 : kLeadBytes;
 constexpr int kRowLevel = kVecBytes == 64 ? 2 : 3;
 
@@ -136,7 +136,8 @@ class RowsAhead {
     }
     for (int i = 0; i < bytes; i += int(kCacheLine)) {
       const char* line = row_ + at_ + i;
-      for (int64_t r = 0; r < rows_; ++r, line += row_bytes_) __builtin_prefetch(line, 0, kRowLevel);
+      for (int64_t r = 0; r < rows_; ++r, line += row_bytes_)
+        __builtin_prefetch(line, 0, kRowLevel);
     }
     at_ += bytes;
   }

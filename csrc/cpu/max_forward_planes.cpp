@@ -20,7 +20,7 @@
 // order.
 #include "core/parallel.h"
 #include "core/scratch.h"
-#include "cpu/max_best.h"
+#include "cpu/max_forward_masked.h"
 #include "cpu/phase_rows.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -340,6 +340,9 @@ class Pool {
 
 template <bool kOffsets, typename T, typename O>
 void forward(const MaxWindows& p, const T* input, T* output, O* offsets) {
+  if constexpr (kHasMaskedWindows<T, O>) {
+    if (fits_masked_windows(p)) return forward_masked<kOffsets>(p, input, output, offsets);
+  }
   const Bundle<T> bundle(p);
   parallel_for(bundle.count * p.height.outputs,
                max_grain(p.height.taps * p.width.taps * p.width.outputs * bundle.planes),

@@ -9,11 +9,13 @@
 // planes makes one long row, in which each plane has a segment of whole registers. These planes are
 // read one after the other, in the order of memory.
 //
-// Times of native over ours on Zen 4, fp32, beside those of planes one by one
-// (torchops bench PROBLEM --layout contiguous --direction fwd --threads 1 --quick):
-//   max_pool2d:mb8_ic832ih14kh2_ceil         5.6 to 7.4   4.1 to 4.4
-//   max_pool2d:mb8_ic832ih7kh3sh1ph1_ceil    11 to 12     6.9 to 7.5
-//   max_pool2d:mb8_ic16ih10kh2               1.2 to 1.3   0.88
+// Small windows have their own kernel with AVX-512 (max_forward_masked.h). Without it, times of
+// native over ours on Zen 4, fp32, beside those of planes one by one (TORCHOPS_CPU_ISA=avx2 torchops
+// bench PROBLEM --layout contiguous --direction fwd --threads 1 --quick):
+//   max_pool2d:mb8_ic832ih14kh2_ceil         7.3 to 8.5    3.6 to 3.7
+//   max_pool2d:mb8_ic832ih7kh3sh1ph1_ceil    12            4.7 to 5.4
+//   max_pool2d:mb8_ic200ih13kh5sh1ph2        17 to 18      14 to 15
+//   max_pool2d:mb8_ic16ih10kh2               1.5           0.8
 // Slower: reading the same row of these planes in step; filling the next planes evenly meanwhile.
 //
 // Registers reach beyond the end of a row wherever memory allows: a plane's rows are written in

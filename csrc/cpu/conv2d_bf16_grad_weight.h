@@ -123,7 +123,7 @@ class GradWeightPanels {
     const int64_t ahead = c_.groups > 1 ? larger(c_.columns, kChunk) : kChunk * c_.columns;
     const auto load_row = [&](int64_t position, int64_t r) {
       if (!pixels[position]) return _mm512_setzero_si512();
-      __builtin_prefetch(pixels[position] + r + ahead);
+      __builtin_prefetch(pixels[position] + r + ahead, 0, 2);
       return load_masked(pixels[position] + r, lanes_between(0, rows - r));
     };
     turn_positions(load_row, count, rows, to, row_stride_);
@@ -186,8 +186,8 @@ class GradWeightPanels {
       const __mmask32 mask = lanes_between(0, plan_.width - block.column - k);
       const bf16* from = line + block.column + k;
       for (int64_t i = 0; i < count; ++i, from += 2 * step) {
-        __builtin_prefetch(from + ahead);
-        __builtin_prefetch(from + ahead + step);
+        __builtin_prefetch(from + ahead, 0, 2);
+        __builtin_prefetch(from + ahead + step, 0, 2);
         store_pair(load_masked(from, mask), load_masked(from + step, mask), to + i * kChunk);
       }
     }
@@ -246,7 +246,7 @@ class GradWeightPanels {
     for (int64_t k = 0; k < channels; k += kChunk) {
       const __mmask32 mask = lanes_between(0, channels - k);
       for (int64_t i = larger(x, 0); i < smaller(last, length); ++i) {
-        __builtin_prefetch(from + i * pixel + k + ahead);
+        __builtin_prefetch(from + i * pixel + k + ahead, 0, 2);
         _mm512_mask_storeu_epi16(line_.get() + i * channels + k, mask,
                                  load_masked(from + i * pixel + k, mask));
       }

@@ -254,7 +254,7 @@ class PlanesAhead {
 
   void step() {
     for (int64_t i = 0; i < lines_ && planes_ > 0; ++i) {
-      __builtin_prefetch(plane_ + at_);
+      __builtin_prefetch(plane_ + at_, 0, 2);
       at_ += kCacheLine;
       if (at_ < bytes_) continue;
       at_ = 0;

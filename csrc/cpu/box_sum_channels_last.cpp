@@ -1,16 +1,97 @@
 // Sums over boxes of pixels in channels_last: lanes are channels.
 //
-// Separable: the rows of a box are added into one row of column sums in cache, then columns are
-// added. The order of additions depends on the problem only, never on the threads.
+// Boxes of up to 3x3 pixels are added in registers, pixel by pixel, while the rows that the next
+// boxes add are fetched, and go past the cache where they are large. Others are separable: the rows
+// of a box are added into one row of column sums in cache, then columns are added. The order of
+// additions depends on the problem only, never on the threads.
 //
-// Reached: see box_sum.cpp. Did not pay: small boxes pixel by pixel, in registers. Slower: a whole
-// image row by row, or some channels of a row at a time.
+// Reached: see box_sum.cpp. Slower: a whole image row by row, or some channels of a row at a time;
+// small boxes without fetching.
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "cpu/box_rows.h"
+#include "cpu/register_groups.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
+
+// ---- small boxes ------------------------------------------------------------------------------
+
+constexpr int64_t kSmallBox = 3;
+
+// Half types take the longer to convert the more boxes a pixel is in: backward, windows that
+// overlap go the other way.
+template <bool kBackward, typename T>
+bool has_small_boxes(const BoxSum<T>& p) {
+  constexpr int64_t kLargest = kBackward && sizeof(T) == 2 ? 1 : kSmallBox;
+  const auto small = [](const Span* boxes, int64_t targets) {
+    for (int64_t t = 0; t < targets; ++t) {
+      if (boxes[t].size() < 1 || boxes[t].size() > kLargest) return false;
+    }
+    return true;
+  };
+  return small(p.rows, p.target_height) && small(p.columns, p.target_width);
+}
+
+// The box of one target pixel, whose first pixel is at `from`; the same columns of `fetched` rows
+// behind it are asked for. Forward the sum is divided by *scales, backward each pixel has its own.
+template <bool kBackward, int kRows, int kColumns, typename T>
+void add_box(const T* from, int64_t row, int64_t channels, const acc_t<T>* scales, int64_t fetched,
+             T* to, bool stream) {
+  for_each_group<T>(channels, [&](int64_t c, auto registers, int lanes) {
+    Vec<T> total[registers];
+    repeat<registers>([&](int u) __attribute__((always_inline)) {
+      const T* pixel = from + c + u * kLanes<T>;
+      repeat<kColumns>([&](int x) __attribute__((always_inline)) {
+        Vec<T> column;
+        repeat<kRows>([&](int r) __attribute__((always_inline)) {
+          Vec<T> v = load_partial(pixel + r * row, lanes);
+          if (kBackward) v *= broadcast<T>(scales[r * kColumns + x]);
+          column = r == 0 ? v : column + v;
+        });
+        for (int64_t r = 0; r < fetched; ++r) __builtin_prefetch(pixel + (kRows + r) * row, 0, 2);
+        total[u] = x == 0 ? column : total[u] + column;
+        pixel += channels;
+      });
+      if (!kBackward) total[u] /= broadcast<T>(*scales);
+    });
+    store_channels<registers>(to + c, total, lanes, stream);
+  });
+}
+
+// f(count), as a compile-time constant.
+template <typename F>
+void with_count(int64_t count, const F& f) {
+  switch (count) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    default: return f(std::integral_constant<int, kSmallBox>{});
+  }
+}
+
+// A row of targets, whose boxes begin in row `source`.
+template <bool kBackward, typename T>
+void add_boxes(const BoxSum<T>& p, int64_t t, const T* source, T* target, int64_t fetched,
+               bool stream) {
+  const int64_t C = p.channels;
+  const Span rows = p.rows[t];
+  with_count(rows.size(), [&](auto height) {
+    for (int64_t u = 0; u < p.target_width; ++u) {
+      const Span columns = p.columns[u];
+      acc_t<T> scales[kSmallBox * kSmallBox] = {p.row_scale[t] * p.column_scale[u]};
+      for (int64_t i = 0; kBackward && i < rows.size() * columns.size(); ++i) {
+        scales[i] = p.row_scale[rows.begin + i / columns.size()] *
+                    p.column_scale[columns.begin + i % columns.size()];
+      }
+      with_count(columns.size(), [&](auto width) {
+        add_box<kBackward, height, width>(source + columns.begin * C, p.source_width * C, C, scales,
+                                          fetched, target + u * C, stream);
+      });
+    }
+  });
+}
+
+// ---- others -----------------------------------------------------------------------------------
 
 constexpr int64_t kColumnBudget = 6144;  // column sums that stay in the L1 cache with their sources
 
@@ -25,12 +106,15 @@ void add_rows(const BoxSum<T>& p, int64_t begin, int64_t end) {
   // A tile: some targets of a row and some channels, such that its column sums stay in cache.
   const int64_t fit = kColumnBudget / widest / 64 * 64;
   const int64_t block = C <= fit ? C : (fit > 64 ? fit : 64);
+  const bool small = has_small_boxes<kBackward>(p);
+  const int64_t targets = p.batch * p.target_height * p.target_width;
+  const bool stream = small && streams_channels(p.target, targets, C, C);
   Scratch<A> sums((kColumnBudget / block + widest + 1) * block + kLanes<T>);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / p.target_height, t = unit % p.target_height;
     const Span rows = p.rows[t];
     T* target = p.target + unit * target_row;
-    if (kBackward && unit > begin && t > 0 && rows.begin == p.rows[t - 1].begin &&
+    if (kBackward && !stream && unit > begin && t > 0 && rows.begin == p.rows[t - 1].begin &&
         rows.end == p.rows[t - 1].end) {
       std::memcpy(target, target - target_row, target_row * sizeof(T));
       continue;
@@ -39,6 +123,10 @@ void add_rows(const BoxSum<T>& p, int64_t begin, int64_t end) {
     const A* row_weights = kBackward ? p.row_scale + rows.begin : nullptr;
     // Rows that the next boxes begin with: those of the next image stand behind the last.
     const int64_t fetched = t + 1 < p.target_height ? p.rows[t + 1].end - rows.end : rows.size();
+    if (small) {
+      add_boxes<kBackward>(p, t, source, target, fetched, stream);
+      continue;
+    }
     for (int64_t c = 0; c < C; c += block) {
       const int64_t channels = C - c < block ? C - c : block;
       for (int64_t first = 0, last; first < p.target_width; first = last) {
@@ -76,6 +164,7 @@ void add_rows(const BoxSum<T>& p, int64_t begin, int64_t end) {
       }
     }
   }
+  if (stream) finish_streams();
 }
 
 constexpr int64_t kMostChannels = 2048;  // in a block: its sums stay in the L1 cache

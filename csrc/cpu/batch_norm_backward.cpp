@@ -170,6 +170,7 @@ void add_row_sums(const Call<T>& call, const Affine<T>& affine, int64_t offset, 
         return add_rows<kStreams>(from, affine, stride, count, length, call.kept_at(offset),
                                   past_cache, sums);
       }
+      // Twelve of reads and four of writes are more than memory answers well.
       for (int64_t at = 0; at < kStreams * stride; at += 2 * stride) {
         add_rows<2>(from.shifted(at), affine, stride, count, length, call.kept_at(offset + at),
                     past_cache, sums);

@@ -1,6 +1,7 @@
 // Sums over boxes of pixels: the forward and the backward of every averaging pool.
 //
-// channels_last has its own kernel (box_sum_channels_last.cpp). Contiguous is separable: the rows
+// channels_last has its own kernel (box_sum_channels_last.cpp), and so have small boxes two apart
+// with AVX-512 (box_sum_masked.h). Other contiguous ones are separable: the rows
 // of a box are added into one row of fp32 column sums (whole registers, whatever the window), then
 // columns are added: taps come from phase rows (strides 1 and 2), several planes side by side where
 // the map is small. The order of additions depends on the problem only, never on the threads.
@@ -15,8 +16,7 @@
 #include "core/scratch.h"
 #include "core/transpose.h"
 #include "cpu/box_rows.h"
-#include "cpu/phase_rows.h"
-#include "cpu/register_groups.h"
+#include "cpu/box_sum_masked.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -310,6 +310,9 @@ void box_sum(const BoxSum<T>& p) {
       else
         mean_planes(p, begin, end);
     });
+  }
+  if constexpr (!kBackward && kHasMaskedRows<T>) {
+    if (fits_masked_boxes(p)) return box_sum_masked(p, box_grain(input_plane / p.target_height));
   }
   const int64_t in_bundle = BundleShape<kBackward, T>(p).planes;
   parallel_for(divide_up(planes, in_bundle) * p.target_height,

@@ -151,14 +151,14 @@ def test_gradients_of_windows_that_share_a_winner(grads, dtype, memory_format):
 
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("kernel_size", [2, 3])
 def test_winners_of_small_windows(kernel_size, stride, dtype, memory_format):
     """Rows around half a register, one and two, of odd and even numbers of planes: native's bits
     and indices among ties, NaNs and infinities, some rows of which have nothing else."""
     values = torch.tensor([-1, -0.0, 0, 1, math.nan, math.inf, -math.inf])
     odds = torch.tensor([[3, 2, 2, 2, 0, 0, 0], [9, 9, 9, 9, 1, 1, 9], [0, 0, 0, 0, 1, 0, 9.0]])
-    for width in [3, 4, 7, 8, 9, 15, 16, 17, 18, 31, 32, 33, 34, 35, 64, 65]:
+    for width in [3, 4, 5, 7, 8, 9, 15, 16, 17, 18, 31, 32, 33, 34, 35, 64, 65]:
         for padding, ceil_mode in [(0, False), (0, True), (1, False), (1, True)]:
             shape = (1, width % 2 + 2, 3 + width % 5, width)
             picks = torch.multinomial(odds[torch.randint(3, (shape[1] * shape[2],))], width, True)
@@ -173,6 +173,26 @@ def test_winners_of_small_windows(kernel_size, stride, dtype, memory_format):
                 torch.testing.assert_close(output, expected[0], rtol=0, atol=0, equal_nan=True)
                 signs = [x.signbit() & ~x.isnan() for x in (output, expected[0])]
                 assert torch.equal(*signs)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel_size, stride, padding", [
+    (2, 1, 0), (2, 1, 1), (2, 2, 0), (3, 1, 0), (3, 1, 1), (3, 2, 0), (3, 2, 1), (3, 3, 0)
+])  # fmt: skip
+def test_a_nan_on_its_own(kernel_size, stride, padding, dtype, memory_format):
+    """Wherever it stands, in maps down to a single window: it is in the windows that see it."""
+    for height, width in [(3, 3), (4, 1), (5, 3), (4, 4), (5, 5), (3, 17), (3, 20)]:
+        if width + 2 * padding < kernel_size:
+            continue
+        for place in range(height * width):
+            input = torch.rand(1, 1, height, width)
+            input.view(-1)[place] = math.nan
+            input = input.to(dtype).contiguous(memory_format=memory_format)
+            expected = F.max_pool2d(input, kernel_size, stride, padding)
+            with torchops.backend("own"):
+                found = TF.max_pool2d(input, kernel_size, stride, padding)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @each_case

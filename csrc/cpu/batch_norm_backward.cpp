@@ -16,11 +16,11 @@
 // 0.51. On Zen 4 batch_norm:mb8_ic256ih56 reached 0.86 and 0.64 (bench/results/zen4-1t.json). Small
 // tensors are the host's: batch_norm:mb8_ic160ih7 takes 101 us contiguous, of which two
 // reads and one write are 57 (bench/results/granite-rapids-1t.json).
-// Did not pay: one image at a time instead of two, two rows instead of four, 5 to 15 % slower;
-// slabs of 256 to 2048 elements, also of whole lines; of planes, what is read next prefetched, and
-// its first lines; of slabs, the next one by the second pass, 4 % (by the first: see add_rows); a
-// curve taken twice, in bf16 up to 50 % slower, in fp32 up to 30 %; h written into the cache though
-// the tensor is large.
+// Did not pay: one image at a time instead of two, two rows instead of four (but with a residual,
+// see add_row_sums), 5 to 15 % slower; slabs of 256 to 2048 elements, also of whole lines; of
+// planes, what is read next prefetched, and its first lines; of slabs, the next one by the second
+// pass, 4 % (by the first: see add_rows); a curve taken twice, in bf16 up to 50 % slower, in fp32
+// up to 30 %; h written into the cache though the tensor is large.
 #include "cpu/batch_norm_gradients.h"
 #include "cpu/batch_norm_slabs.h"
 
@@ -170,7 +170,9 @@ void add_row_sums(const Call<T>& call, const Affine<T>& affine, int64_t offset, 
         return add_rows<kStreams>(from, affine, stride, count, length, call.kept_at(offset),
                                   past_cache, sums);
       }
-      // Twelve of reads and four of writes are more than memory answers well.
+      // Sixteen streams with those of writes are too many: torchops bench
+      // batch_norm:mb8_ic256ih56_act=relu_res --layout channels_last --direction bwd --threads 1
+      // --quick went from 1.29 to 1.51 of native's speed on Zen 4.
       for (int64_t at = 0; at < kStreams * stride; at += 2 * stride) {
         add_rows<2>(from.shifted(at), affine, stride, count, length, call.kept_at(offset + at),
                     past_cache, sums);

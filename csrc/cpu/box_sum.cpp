@@ -1,10 +1,10 @@
 // Sums over boxes of pixels: the forward and the backward of every averaging pool.
 //
 // channels_last has its own kernel (box_sum_channels_last.cpp), and so have small boxes two apart
-// with AVX-512 (box_sum_masked.h). Other contiguous ones are separable: the rows
-// of a box are added into one row of fp32 column sums (whole registers, whatever the window), then
-// columns are added: taps come from phase rows (strides 1 and 2), several planes side by side where
-// the map is small. The order of additions depends on the problem only, never on the threads.
+// with AVX-512 (box_sum_masked.h). Other contiguous ones are separable: the rows of a box are added
+// into one row of fp32 column sums (whole registers, whatever the window), then columns are added:
+// taps come from phase rows (strides 1 and 2), several planes side by side where the map is small.
+// The order of additions depends on the problem only, never on the threads.
 //
 // Reached on Zen 3, fp32, GB/s forward / backward of a copy's 12.6, contiguous then channels_last
 // (torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
@@ -17,6 +17,8 @@
 #include "core/transpose.h"
 #include "cpu/box_rows.h"
 #include "cpu/box_sum_masked.h"
+#include "cpu/phase_rows.h"
+#include "cpu/register_groups.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {

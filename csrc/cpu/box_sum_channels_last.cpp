@@ -20,6 +20,28 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
+// f(t, source, target, fetched) for rows [begin, end) of targets, counted through the batch: the
+// first row of target row t's boxes, and how many rows the next boxes add. With `copies`, backward,
+// what is in the same boxes as the row before is copied from there.
+template <bool kBackward, typename T, typename F>
+void for_each_row(const BoxSum<T>& p, int64_t begin, int64_t end, bool copies, const F& f) {
+  const int64_t target_row = p.target_width * p.channels;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t n = unit / p.target_height, t = unit % p.target_height;
+    const Span rows = p.rows[t];
+    T* target = p.target + unit * target_row;
+    if (kBackward && copies && unit > begin && t > 0 && rows.begin == p.rows[t - 1].begin &&
+        rows.end == p.rows[t - 1].end) {
+      std::memcpy(target, target - target_row, target_row * sizeof(T));
+      continue;
+    }
+    // The rows of the next image stand behind the last.
+    const int64_t fetched = t + 1 < p.target_height ? p.rows[t + 1].end - rows.end : rows.size();
+    const int64_t row = n * p.source_height + rows.begin;
+    f(t, p.source + row * p.source_width * p.channels, target, fetched);
+  }
+}
+
 // ---- small boxes ------------------------------------------------------------------------------
 
 constexpr int64_t kSmallBox = 3;
@@ -83,7 +105,8 @@ void add_boxes(const BoxSum<T>& p, int64_t t, const T* source, T* target, int64_
   with_count(rows.size(), [&](auto height) {
     for (int64_t u = 0; u < p.target_width; ++u) {
       const Span columns = p.columns[u];
-      acc_t<T> scales[kSmallBox * kSmallBox] = {p.row_scale[t] * p.column_scale[u]};
+      acc_t<T> scales[kSmallBox * kSmallBox];
+      if (!kBackward) scales[0] = p.row_scale[t] * p.column_scale[u];
       for (int64_t i = 0; kBackward && i < rows.size() * columns.size(); ++i) {
         scales[i] = p.row_scale[rows.begin + i / columns.size()] *
                     p.column_scale[columns.begin + i % columns.size()];
@@ -96,6 +119,17 @@ void add_boxes(const BoxSum<T>& p, int64_t t, const T* source, T* target, int64_
   });
 }
 
+template <bool kBackward, typename T>
+void add_small_boxes(const BoxSum<T>& p, int64_t begin, int64_t end) {
+  const int64_t targets = p.batch * p.target_height * p.target_width;
+  const bool stream = streams_channels(p.target, targets, p.channels, p.channels);
+  for_each_row<kBackward>(p, begin, end, !stream,
+                          [&](int64_t t, const T* source, T* target, int64_t fetched) {
+                            add_boxes<kBackward>(p, t, source, target, fetched, stream);
+                          });
+  if (stream) finish_streams();
+}
+
 // ---- others -----------------------------------------------------------------------------------
 
 constexpr int64_t kColumnBudget = 6144;  // column sums that stay in the L1 cache with their sources
@@ -103,7 +137,7 @@ constexpr int64_t kColumnBudget = 6144;  // column sums that stay in the L1 cach
 template <bool kBackward, typename T>
 void add_rows(const BoxSum<T>& p, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  const int64_t C = p.channels, source_row = p.source_width * C, target_row = p.target_width * C;
+  const int64_t C = p.channels, source_row = p.source_width * C;
   int64_t widest = 1;
   for (int64_t t = 0; t < p.target_width; ++t) {
     if (p.columns[t].size() > widest) widest = p.columns[t].size();
@@ -111,27 +145,10 @@ void add_rows(const BoxSum<T>& p, int64_t begin, int64_t end) {
   // A tile: some targets of a row and some channels, such that its column sums stay in cache.
   const int64_t fit = kColumnBudget / widest / 64 * 64;
   const int64_t block = C <= fit ? C : (fit > 64 ? fit : 64);
-  const bool small = has_small_boxes<kBackward>(p);
-  const int64_t targets = p.batch * p.target_height * p.target_width;
-  const bool stream = small && streams_channels(p.target, targets, C, C);
   Scratch<A> sums((kColumnBudget / block + widest + 1) * block + kLanes<T>);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t n = unit / p.target_height, t = unit % p.target_height;
+  const auto add = [&](int64_t t, const T* source, T* target, int64_t fetched) {
     const Span rows = p.rows[t];
-    T* target = p.target + unit * target_row;
-    if (kBackward && !stream && unit > begin && t > 0 && rows.begin == p.rows[t - 1].begin &&
-        rows.end == p.rows[t - 1].end) {
-      std::memcpy(target, target - target_row, target_row * sizeof(T));
-      continue;
-    }
-    const T* source = p.source + (n * p.source_height + rows.begin) * source_row;
     const A* row_weights = kBackward ? p.row_scale + rows.begin : nullptr;
-    // Rows that the next boxes begin with: those of the next image stand behind the last.
-    const int64_t fetched = t + 1 < p.target_height ? p.rows[t + 1].end - rows.end : rows.size();
-    if (small) {
-      add_boxes<kBackward>(p, t, source, target, fetched, stream);
-      continue;
-    }
     for (int64_t c = 0; c < C; c += block) {
       const int64_t channels = C - c < block ? C - c : block;
       for (int64_t first = 0, last; first < p.target_width; first = last) {
@@ -168,9 +185,11 @@ void add_rows(const BoxSum<T>& p, int64_t begin, int64_t end) {
         }
       }
     }
-  }
-  if (stream) finish_streams();
+  };
+  for_each_row<kBackward>(p, begin, end, true, add);
 }
+
+// ---- whole images -----------------------------------------------------------------------------
 
 constexpr int64_t kMostChannels = 2048;  // in a block: its sums stay in the L1 cache
 
@@ -263,8 +282,12 @@ void box_sum_channels_last(const BoxSum<T>& p) {
                           [&](int64_t begin, int64_t end) { mean_images(p, begin, end); });
     }
   }
+  const bool small = has_small_boxes<kBackward>(p);
   parallel_for(p.batch * p.target_height, box_grain(inputs / p.target_height),
-               [&](int64_t begin, int64_t end) { add_rows<kBackward>(p, begin, end); });
+               [&](int64_t begin, int64_t end) {
+                 small ? add_small_boxes<kBackward>(p, begin, end)
+                       : add_rows<kBackward>(p, begin, end);
+               });
 }
 
 template void box_sum_channels_last<false>(const BoxSum<double>&);

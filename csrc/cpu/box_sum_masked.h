@@ -2,13 +2,16 @@
 // from tensor to tensor (masked_windows.h).
 //
 // Times of native over ours on Zen 4, fp32 and bf16, beside those of box_sum.cpp's rows in cache
-// (torchops bench PROBLEM --layout contiguous --direction fwd --dtype f32,bf16 --threads 1 --quick):
+// (torchops bench PROBLEM --layout contiguous --direction fwd --dtype f32,bf16 --threads 1
+// --quick):
 //   avg_pool2d:mb8_ic64ih112kh3sh2ph1    6.6  11     5.0  12
 //   avg_pool2d:mb8_ic96ih56kh2sh2        6.4  11     4.2  6.7
 //   avg_pool2d:mb8_ic832ih14kh2sh2       3.5  8.1    1.5  3.4
 // Slower: boxes one apart, where 3x3 takes nine loads that cross a line.
 #pragma once
 
+#include "core/parallel.h"
+#include "core/scratch.h"
 #include "cpu/box_sum.h"
 #include "cpu/masked_windows.h"
 #include "cpu/register_groups.h"
@@ -45,7 +48,8 @@ class MaskedBoxes {
     T* const target = p_.target + plane * out_plane + t * p_.target_width;
     const Elements<T> zeros = Elements<T>::all(0);
     const Vec<T> row_divisor = broadcast<T>(p_.row_scale[t]);
-    prefetch<false>(source + rows.size() * W + kAhead, planes * kStride * W);
+    prefetch<false>(p_.source + plane * in_plane + planes * rows.begin * W + kAhead,
+                    planes * kStride * W);
     for (int64_t b = 0; b < blocks_.count; ++b) {
       const MaskedBlock block = blocks_[b];
       Vec<T> total = {};

@@ -1,7 +1,7 @@
 // Depthwise convolution in NHWC, and the gradient of its input: straight from tensor to tensor, one
 // read of the one and one write of the other (conv2d_depthwise_rows.h; the gradient of stride 2 in
 // conv2d_depthwise_upsample.h). While a strip is computed, what the next one needs is on its way to
-// the cache.
+// the cache. Large outputs in float32 go past it.
 #pragma once
 
 #include "core/parallel.h"

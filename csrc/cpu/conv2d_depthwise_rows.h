@@ -103,10 +103,10 @@ struct WindowRows {
 
 constexpr int64_t kLeadBytes = 2048;  // between fetching and use
 
-// The same of rows, and into which cache they go. AVX-512 loads a line at a time: there it is the
-// second, for misses of the first wait in too few places. Native's time over ours on Zen 4, forward
-// and backward, by torchops bench PROBLEM --layout channels_last --threads 1 --quick, with the
-// first cache and outputs through it, then as it is:
+// How far ahead rows are fetched (RowsAhead), at least, and into which cache. AVX-512 loads a line
+// at a time: there it is the second, for misses of the first wait in too few places. Native's time
+// over ours on Zen 4, forward and backward, by torchops bench PROBLEM --layout channels_last
+// --threads 1 --quick, with the first cache and outputs through it, then as it is:
 //   conv2d:mb8_g144ic144ih56oc144kh3ph1       1.97 1.73   2.56 2.84
 //   conv2d:mb8_g144ic144ih56oc144kh3sh2ph1    1.71 1.26   1.57 2.40
 //   conv2d:mb8_g960ic960ih7oc960kh3ph1        1.20 1.47   1.54 1.89

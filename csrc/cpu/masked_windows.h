@@ -92,7 +92,7 @@ struct MaskedBlock {
 };
 
 // The blocks of a plane; the last steps back to be a whole one. Windows have up to 3 taps, one of
-// them beside the row at most.
+// them in front of the row at most.
 class MaskedBlocks {
   static constexpr int64_t kSize = 16;
 

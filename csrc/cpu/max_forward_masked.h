@@ -11,10 +11,11 @@
 //   max_pool2d:mb1_ic200ih75kh3sh1ph1         30   51    23   28
 //   max_pool2d:mb8_ic832ih7kh3sh1ph1_ceil     19   21    13   13
 // Slower: columns of a register from top to bottom, with winners in registers, where rows are
-// longer than one: memory answers best in its own order. Four instead of one instruction for each
-// comparison, if each looks for a NaN.
+// longer than one: memory answers best in its own order. A look for NaNs in every comparison.
 #pragma once
 
+#include "core/parallel.h"
+#include "core/scratch.h"
 #include "cpu/masked_windows.h"
 #include "cpu/max_best.h"
 
@@ -138,10 +139,8 @@ class MaskedWindows {
                                    Elements<T>::all(-INFINITY), values + k);
     }
     if constexpr (!kNans) {
-      // Of stride 1, the middle tap of three is others' first or last.
-      constexpr int last = stride == 1 ? taps - 1 : 1;
-      find_nans(values[0], values[last], ordered);
-      if (stride == 2 && taps == 3) find_nans(values[2], values[2], ordered);
+      find_nans(values[0], values[1], ordered);
+      if (taps == 3) find_nans(values[2], values[2], ordered);
     }
     Winner best{values[0], {_mm_maskz_set1_epi8(block.late, 1)}};
     for (int k = 1; k < taps; ++k) see(best, {values[k], Numbers::all(k)});
@@ -155,12 +154,10 @@ class MaskedWindows {
 
   [[gnu::always_inline]] static void see(Winner& best, const Winner& next) {
     if constexpr (kNans) return best.see(next);
-    const __m512 value = bit_cast<__m512>(best.value), other = bit_cast<__m512>(next.value);
-    if constexpr (kOffsets) {
-      const __mmask16 take = _mm512_cmp_ps_mask(other, value, _CMP_GT_OQ);
-      best.offset = next.offset.where(take, best.offset);
-    }
-    best.value = bit_cast<Vec<T>>(_mm512_max_ps(other, value));  // of equal ones, the second
+    const Choice<T> take =
+        _mm512_cmp_ps_mask(bit_cast<__m512>(next.value), bit_cast<__m512>(best.value), _CMP_GT_OQ);
+    best.value = choose<T>(take, next.value, best.value);
+    if constexpr (kOffsets) best.offset = next.offset.where(take, best.offset);
   }
 
   [[gnu::always_inline]] void store(const MaskedBlock& block, int64_t at,
@@ -188,7 +185,7 @@ void forward_masked(const MaxWindows& p, const T* input, T* output, uint8_t* off
   const int64_t OH = p.height.outputs;
   const MaskedBlocks blocks(p.width.length, p.width.outputs, stride, -p.width.start[0]);
   const auto range = [&](int64_t begin, int64_t end) {
-    const KeptRows<kOffsets, T> kept(blocks.count);
+    const KeptRows<kOffsets, T> kept(taps > stride ? blocks.count : 0);
     while (begin < end) {
       const int64_t plane = begin / OH * blocks.planes, oh = begin % OH;
       const int64_t rows = smaller(OH - oh, end - begin), out = plane * p.out_plane();

@@ -4,12 +4,12 @@
 // Plan: NHWC runs straight from tensor to tensor, 3x3, 5x5 and 7x7 in float32 and bfloat16 by
 // kernels that know their window (conv2d_depthwise_nhwc.h), others tap by tap
 // (conv2d_depthwise_taps.h). NCHW with the same windows does so on AVX-512
-// (conv2d_depthwise_masked.h); without it, and for other windows, it runs plane by plane
-// (conv2d_depthwise_nchw.h), but for rows that leave much of a register idle and the gradient of
-// strides. Those, larger windows, several output channels per group, and NCHW in float16 and
-// float64 go through the working form (conv2d_depthwise_slab.h), small planes as a whole and asked
-// for in front of it: as many planes as a register has lanes are more streams than the hardware
-// foresees.
+// (conv2d_depthwise_masked.h, the gradient of stride 2 conv2d_depthwise_masked_upsample.h); without
+// it, and for other windows, it runs plane by plane (conv2d_depthwise_nchw.h), but for rows that
+// leave much of a register idle and the gradient of strides. Those, larger windows, several output
+// channels per group, and NCHW in float16 and float64 go through the working form
+// (conv2d_depthwise_slab.h), small planes as a whole and asked for in front of it: as many planes
+// as a register has lanes are more streams than the hardware foresees.
 //
 // Reached on Zen 3, one thread, float32 forward, NCHW / NHWC, of a copy in the same run (torchops
 // bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
@@ -21,11 +21,11 @@
 // On Zen 4, one thread, native's time over ours, forward and backward, in float32 and bfloat16
 // (torchops bench PROBLEM --dtype f32,bf16 --threads 1 --quick); in NCHW before and after masks, in
 // NHWC before and after strips that know which columns are missing:
-//   conv2d:mb8_g480ic480ih14oc480kh3ph1, NCHW    1.29 1.23  0.91 0.92   3.38 3.10  2.62 2.66
-//   conv2d:mb8_g1152ic1152ih7oc1152kh3ph1, NCHW  1.04 1.06  0.79 0.86   2.17 1.74  1.32 1.37
-//   conv2d:mb8_g144ic144ih56oc144kh3sh2ph1, NCHW 1.80 1.72  1.68 12.6   3.22 1.63  3.95 14.4
-//   conv2d:mb8_g672ic672ih14oc672kh5ph2, NHWC    0.87 6.30  0.89 16.2   1.18 6.51  1.20 18.5
-// The backward of strides in NCHW is mostly the working form's grad_input. Two threads take the
+//   conv2d:mb8_g480ic480ih14oc480kh3ph1, NCHW    1.29 1.23  0.91 0.92   3.38 3.18  2.41 2.35
+//   conv2d:mb8_g1152ic1152ih7oc1152kh3ph1, NCHW  1.04 1.06  0.79 0.86   2.17 1.83  1.29 1.34
+//   conv2d:mb8_g144ic144ih56oc144kh3sh2ph1, NCHW 1.80 1.72  1.68 12.6   3.62 2.36  4.23 19.4
+//   conv2d:mb8_g672ic672ih14oc672kh5ph2, NHWC    0.87 6.30  0.89 16.2   1.27 6.67  1.13 19.9
+// Two threads take the
 // gradient of a result above 32 MB, as of 96 x 112 x 112, only 1.2 to 1.7 times faster: glibc maps
 // it afresh each time, and half of the time goes to its page faults.
 //
@@ -36,7 +36,7 @@
 // by copied rows (1.3x slower than the working form; 1.1 to 3.5x on Zen 4); a plane's rows copied
 // while the one before it is multiplied.
 #include "core/parallel.h"
-#include "cpu/conv2d_depthwise_masked.h"
+#include "cpu/conv2d_depthwise_masked_upsample.h"
 #include "cpu/conv2d_depthwise_nhwc.h"
 #include "cpu/conv2d_depthwise_slab.h"
 #include "cpu/conv2d_depthwise_taps.h"
@@ -101,6 +101,7 @@ void correlate_planes(const void* input, void* output, const void* weight, const
                                weights.get(),
                                bias ? biases.get() : nullptr,
                                epilogue};
+  if (height.transposed) return upsample_masked(problem);
   fits_masks<scalar_t>(height, width) ? correlate_masked(problem) : correlate_nchw(problem);
 }
 
@@ -151,11 +152,12 @@ void grad_input(const Conv2dGradInputParams& params) {
   const Axis height = axis(s.window_height, s.in_height, s.out_height),
              width = axis(s.window_width, s.in_width, s.out_width);
   if constexpr (kHasWindowKernels<scalar_t>) {
-    if (!s.channels_last && members == 1 && dense &&
-        fits_planes<scalar_t>(s.in_width, height, width) &&
-        smaller(height.window.padding, width.window.padding) >= 0) {
+    const bool fits = dense ? fits_planes<scalar_t>(s.in_width, height, width) &&
+                                  smaller(height.window.padding, width.window.padding) >= 0
+                            : fits_masked_upsample<scalar_t>(s.window_height, s.window_width);
+    if (!s.channels_last && members == 1 && fits) {
       return correlate_planes<scalar_t>(params.grad_output, params.grad_input, params.weight,
-                                        nullptr, height, width, s, true, nullptr);
+                                        nullptr, height, width, s, dense, nullptr);
     }
   }
   Scratch<acc> weight(divide_up(s.groups, kLanes<acc>) * kLanes<acc> * members * taps);

@@ -25,9 +25,8 @@
 //   conv2d:mb8_g1152ic1152ih7oc1152kh3ph1, NCHW  1.04 1.06  0.79 0.86   2.17 1.83  1.29 1.34
 //   conv2d:mb8_g144ic144ih56oc144kh3sh2ph1, NCHW 1.80 1.72  1.68 12.6   3.62 2.36  4.23 19.4
 //   conv2d:mb8_g672ic672ih14oc672kh5ph2, NHWC    0.87 6.30  0.89 16.2   1.27 6.67  1.13 19.9
-// Two threads take the
-// gradient of a result above 32 MB, as of 96 x 112 x 112, only 1.2 to 1.7 times faster: glibc maps
-// it afresh each time, and half of the time goes to its page faults.
+// Two threads take the gradient of a result above 32 MB, as of 96 x 112 x 112, only 1.2 to 1.7
+// times faster: glibc maps it afresh each time, and half of the time goes to its page faults.
 //
 // Did not pay: NHWC through the working form, by whole rows (about 3x slower) or by slices of
 // channels (slower still; both timed under load); its lines loaded before a strip instead of

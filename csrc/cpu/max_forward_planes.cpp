@@ -10,8 +10,8 @@
 // read one after the other, in the order of memory.
 //
 // Small windows have their own kernel with AVX-512 (max_forward_masked.h). Without it, times of
-// native over ours on Zen 4, fp32, beside those of planes one by one (TORCHOPS_CPU_ISA=avx2 torchops
-// bench PROBLEM --layout contiguous --direction fwd --threads 1 --quick):
+// native over ours on Zen 4, fp32, beside those of planes one by one (TORCHOPS_CPU_ISA=avx2
+// torchops bench PROBLEM --layout contiguous --direction fwd --threads 1 --quick):
 //   max_pool2d:mb8_ic832ih14kh2_ceil         7.3 to 8.5    3.6 to 3.7
 //   max_pool2d:mb8_ic832ih7kh3sh1ph1_ceil    12            4.7 to 5.4
 //   max_pool2d:mb8_ic200ih13kh5sh1ph2        17 to 18      14 to 15

@@ -44,16 +44,22 @@ void for_each_row(const BoxSum<T>& p, int64_t begin, int64_t end, bool copies, c
 
 // ---- small boxes ------------------------------------------------------------------------------
 
-constexpr int64_t kSmallBox = 3;
+// Kernels for each size are slow to compile: types and machines where speed matters least do
+// without.
+template <typename T>
+constexpr bool kHasSmallBoxes =
+    kVecBytes > 16 && (std::is_same_v<T, float> || std::is_same_v<T, bf16>);
 
-// Half types take the longer to convert the more boxes a pixel is in: backward, windows that
-// overlap go the other way.
+// The largest, along an axis. Half types take the longer to convert the more boxes a pixel is in:
+// backward, windows that overlap go the other way.
+template <bool kBackward, typename T>
+constexpr int kSmallBox = kBackward && sizeof(T) == 2 ? 1 : 3;
+
 template <bool kBackward, typename T>
 bool has_small_boxes(const BoxSum<T>& p) {
-  constexpr int64_t kLargest = kBackward && sizeof(T) == 2 ? 1 : kSmallBox;
   const auto small = [](const Span* boxes, int64_t targets) {
     for (int64_t t = 0; t < targets; ++t) {
-      if (boxes[t].size() < 1 || boxes[t].size() > kLargest) return false;
+      if (boxes[t].size() < 1 || boxes[t].size() > kSmallBox<kBackward, T>) return false;
     }
     return true;
   };
@@ -86,32 +92,32 @@ void add_box(const T* from, int64_t row, int64_t channels, const acc_t<T>* scale
   });
 }
 
-// f(count), as a compile-time constant.
-template <typename F>
+// f(count), as a compile-time constant up to kMost.
+template <int kMost, typename F>
 void with_count(int64_t count, const F& f) {
-  switch (count) {
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    default: return f(std::integral_constant<int, kSmallBox>{});
+  if constexpr (kMost > 1) {
+    if (count < kMost) return with_count<kMost - 1>(count, f);
   }
+  f(std::integral_constant<int, kMost>{});
 }
 
 // A row of targets, whose boxes begin in row `source`.
 template <bool kBackward, typename T>
 void add_boxes(const BoxSum<T>& p, int64_t t, const T* source, T* target, int64_t fetched,
                bool stream) {
+  constexpr int kMost = kSmallBox<kBackward, T>;
   const int64_t C = p.channels;
   const Span rows = p.rows[t];
-  with_count(rows.size(), [&](auto height) {
+  with_count<kMost>(rows.size(), [&](auto height) {
     for (int64_t u = 0; u < p.target_width; ++u) {
       const Span columns = p.columns[u];
-      acc_t<T> scales[kSmallBox * kSmallBox];
+      acc_t<T> scales[kMost * kMost];
       if (!kBackward) scales[0] = p.row_scale[t] * p.column_scale[u];
       for (int64_t i = 0; kBackward && i < rows.size() * columns.size(); ++i) {
         scales[i] = p.row_scale[rows.begin + i / columns.size()] *
                     p.column_scale[columns.begin + i % columns.size()];
       }
-      with_count(columns.size(), [&](auto width) {
+      with_count<kMost>(columns.size(), [&](auto width) {
         add_box<kBackward, height, width>(source + columns.begin * C, p.source_width * C, C, scales,
                                           fetched, target + u * C, stream);
       });
@@ -282,12 +288,16 @@ void box_sum_channels_last(const BoxSum<T>& p) {
                           [&](int64_t begin, int64_t end) { mean_images(p, begin, end); });
     }
   }
-  const bool small = has_small_boxes<kBackward>(p);
-  parallel_for(p.batch * p.target_height, box_grain(inputs / p.target_height),
-               [&](int64_t begin, int64_t end) {
-                 small ? add_small_boxes<kBackward>(p, begin, end)
-                       : add_rows<kBackward>(p, begin, end);
-               });
+  const int64_t rows = p.batch * p.target_height, grain = box_grain(inputs / p.target_height);
+  if constexpr (kHasSmallBoxes<T>) {
+    if (has_small_boxes<kBackward>(p)) {
+      return parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
+        add_small_boxes<kBackward>(p, begin, end);
+      });
+    }
+  }
+  parallel_for(rows, grain,
+               [&](int64_t begin, int64_t end) { add_rows<kBackward>(p, begin, end); });
 }
 
 template void box_sum_channels_last<false>(const BoxSum<double>&);

@@ -4,9 +4,9 @@
 // Times of native over ours on Zen 4, fp32 and bf16, beside those of box_sum.cpp's rows in cache
 // (torchops bench PROBLEM --layout contiguous --direction fwd --dtype f32,bf16 --threads 1
 // --quick):
-//   avg_pool2d:mb8_ic64ih112kh3sh2ph1    6.6  11     5.0  12
-//   avg_pool2d:mb8_ic96ih56kh2sh2        6.4  11     4.2  6.7
-//   avg_pool2d:mb8_ic832ih14kh2sh2       3.5  8.1    1.5  3.4
+//   avg_pool2d:mb8_ic64ih112kh3sh2ph1    5.5  11     5.0  12
+//   avg_pool2d:mb8_ic96ih56kh2sh2        5.9  10     4.2  6.7
+//   avg_pool2d:mb8_ic832ih14kh2sh2       6.5  8.9    1.5  3.4
 // Slower: boxes one apart, where 3x3 takes nine loads that cross a line.
 #pragma once
 

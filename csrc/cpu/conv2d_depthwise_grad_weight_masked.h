@@ -78,9 +78,7 @@ struct MaskedGradKernel {
   }
 
   // Whatever comes there: of small planes, those of channels to come. Where arithmetic is the least
-  // of the work it goes into the second cache, for misses of the first wait in too few places: by
-  // torchops bench conv2d:mb8_g144ic144ih56oc144kh3sh2ph1 --layout contiguous --direction bwd
-  // --threads 1 --quick, native's time over ours went from 1.75 to 2.01 on Zen 4.
+  // of the work it goes into the second cache, for misses of the first wait in too few places.
   [[gnu::always_inline]] static void fetch(const T* from, int64_t bytes) {
     constexpr int kLevel = kernel == 3 && sizeof(T) > 2 ? 2 : 3;
     const char* at = reinterpret_cast<const char*>(from) + kLeadBytes;

@@ -5,11 +5,11 @@
 // Times of native over ours on Zen 4, fp32 and bf16, beside those of max_forward_planes.cpp's rows
 // in cache (torchops bench PROBLEM --layout contiguous --direction fwd --dtype f32,bf16 --threads 1
 // --quick):
-//   max_pool2d:mb8_ic64ih112kh3sh2ph1         23   47    17   22
-//   max_pool2d:mb8_ic832ih14kh2_ceil          19   31    7.7  8.2
-//   max_pool2d:mb8_ic480ih14kh3sh1ph1_ceil    26   33    17   23
-//   max_pool2d:mb1_ic200ih75kh3sh1ph1         30   51    23   28
-//   max_pool2d:mb8_ic832ih7kh3sh1ph1_ceil     19   21    13   13
+//   max_pool2d:mb8_ic64ih112kh3sh2ph1         21   37    17   22
+//   max_pool2d:mb8_ic832ih14kh2_ceil          19   28    7.7  8.2
+//   max_pool2d:mb8_ic480ih14kh3sh1ph1_ceil    23   27    17   23
+//   max_pool2d:mb1_ic200ih75kh3sh1ph1         28   42    23   28
+//   max_pool2d:mb8_ic832ih7kh3sh1ph1_ceil     18   21    13   13
 // Slower: columns of a register from top to bottom, with winners in registers, where rows are
 // longer than one: memory answers best in its own order. A look for NaNs in every comparison.
 #pragma once

@@ -1,21 +1,16 @@
 // Largest values of windows, backward: gradients to where the winners stood, summed in fp32.
 //
 // In contiguous planes windows scatter into zeros, in order (max_backward_scatter.h); those of few
-// taps that are 1 or 2 apart have their own kernels (max_backward_planes.cpp,
-// max_backward_pairs.cpp). In channels_last, where lanes are channels, each register of grad_input
-// gathers from the windows that cover it and is written once; few channels scatter, and so do
-// windows that are few beside the positions. Where those that cover it are many, separably:
-// a row's winner in the columns of a window is the same for every window row that takes in the row,
-// so the gradients of windows that differ by rows only are added first, and then gathered along the
-// row.
-//
-// In the order of max_forward.cpp, on Zen 3: 1.5 / 1.9, 1.2 / 4.3, 1.4 / 1.8 and 1.0 / 1.7; on
-// Granite Rapids: 2.0 / 2.5, 1.7 / 1.3, 2.1 / 2.0 and 1.3 / 1.7.
+// taps that are 1 or 2 apart have their own kernels (max_backward_planes.cpp and
+// max_backward_pairs.cpp; max_backward_pixels.cpp in channels_last). Elsewhere in channels_last,
+// where lanes are channels, each register of grad_input gathers from the windows that cover it and
+// is written once; few channels scatter, and so do windows that are few beside the positions. Where
+// those that cover it are many, separably: a row's winner in the columns of a window is the same
+// for every window row that takes in the row, so the gradients of windows that differ by rows only
+// are added first, and then gathered along the row.
 //
 // On Zen 4 what a scatter will make zero, and the row of windows that a gather will read next, are
 // fetched meanwhile; channels_last, beside without:
-//   max_pool2d:mb8_ic192ih28kh3sh1ph1_ceil   2.7   2.05
-//   max_pool2d:mb8_ic480ih14kh3sh1ph1_ceil   2.4   1.85
 //   max_pool2d:mb8_ic256ih28kh5sh1ph2        2.7   1.6
 #include "cpu/max_backward.h"
 
@@ -186,6 +181,9 @@ void backward(const MaxWindows& p, const T* grad_output, const O* offsets, T* gr
   };
   if (is_sparse(p)) return scatter(p.planes() / image_channels, image_channels);
   if (p.channels_last) {
+    if constexpr (kHasWalks<T, O>) {
+      if (walks_along_pixels(p)) return max_backward_pixels(p, grad_output, offsets, grad_input);
+    }
     const int64_t covering = above.most() * left.most();
     // Images go to threads. Alone, one is scattered only where a gather adds in the same order:
     // results must not depend on the threads.

@@ -60,4 +60,12 @@ constexpr bool kHasPairs = std::is_same_v<O, uint8_t> &&
 void max_backward_pairs(const MaxWindows&, const void* grad_output, const void* offsets,
                         void* grad_input);
 
+// channels_last, windows of 2x2 and 3x3, strides 1 and 2; see max_backward_pixels.cpp.
+bool walks_along_pixels(const MaxWindows&);
+template <typename T, typename O>
+constexpr bool kHasWalks =
+    std::is_same_v<O, uint8_t> && (std::is_same_v<T, float> || std::is_same_v<T, bf16>);
+void max_backward_pixels(const MaxWindows&, const void* grad_output, const void* offsets,
+                         void* grad_input);
+
 }  // namespace torchops::cpu::TORCHOPS_ISA

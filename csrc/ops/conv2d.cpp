@@ -48,12 +48,14 @@ Conv2dShape make_shape(const Tensor& like, const IntList& input, const IntList& 
                  "conv2d: given groups=", a.groups, ", expected weight to be at least ", a.groups,
                  " at dimension 0, and divisible by it, but got weight of size ",
                  to_string(weight));
-  TORCHOPS_CHECK(input[1] == weight[1] * a.groups, "conv2d: given groups=", a.groups,
-                 ", weight of size ", to_string(weight), ", expected input to have ",
-                 weight[1] * a.groups, " channels, but got input of size ", to_string(input));
+  // A product of sizes that belong to no tensor may overflow.
+  TORCHOPS_CHECK(input[1] % a.groups == 0 && input[1] / a.groups == weight[1],
+                 "conv2d: given groups=", a.groups, ", weight of size ", to_string(weight),
+                 ", expected input to have ", weight[1],
+                 " channels in each group, but got input of size ", to_string(input));
   TORCHOPS_CHECK(input[1] > 0, "conv2d: expected an input with channels, but got sizes ",
                  to_string(input));
-  TORCHOPS_CHECK(input[0] == 0 || input[2] * input[3] > 0,
+  TORCHOPS_CHECK(input[0] == 0 || (input[2] > 0 && input[3] > 0),
                  "conv2d: expected an input with at least one pixel, but got sizes ",
                  to_string(input));
   const Window2d window =

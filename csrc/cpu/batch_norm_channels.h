@@ -11,7 +11,7 @@
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "cpu/activation.h"
-#include "cpu/register_pairs.h"
+#include "cpu/register_groups.h"
 #include "ops/batch_norm.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -231,6 +231,7 @@ template <int kCount, typename T, typename F>
       const int64_t at = row * length + s * stride;
       Vec<T> v[2];
       f(at, i, n, v);
+      if (!past_cache) fetch_output(output + at + i, kStep<T>);
       store_some(output + at + i, v, n, past_cache);
     }
   };

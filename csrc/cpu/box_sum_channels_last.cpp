@@ -152,6 +152,10 @@ void add_rows(const BoxSum<T>& p, int64_t begin, int64_t end) {
   const int64_t fit = kColumnBudget / widest / 64 * 64;
   const int64_t block = C <= fit ? C : (fit > 64 ? fit : 64);
   Scratch<A> sums((kColumnBudget / block + widest + 1) * block + kLanes<T>);
+  const auto put = [](T* to, Vec<T> v, int lanes) {
+    fetch_output(to, lanes);
+    store_partial(to, v, lanes);
+  };
   const auto add = [&](int64_t t, const T* source, T* target, int64_t fetched) {
     const Span rows = p.rows[t];
     const A* row_weights = kBackward ? p.row_scale + rows.begin : nullptr;
@@ -181,12 +185,11 @@ void add_rows(const BoxSum<T>& p, int64_t begin, int64_t end) {
           T* to = target + u * C + c;
           if constexpr (kBackward) {
             add_up<true>(from, channels, columns.size(), p.column_scale + columns.begin, channels,
-                         [&](int64_t i, Vec<T> v, int lanes) { store_partial(to + i, v, lanes); });
+                         [&](int64_t i, Vec<T> v, int lanes) { put(to + i, v, lanes); });
           } else {
             const Vec<T> divisor = broadcast<T>(p.row_scale[t] * p.column_scale[u]);
-            add_up<false>(
-                from, channels, columns.size(), nullptr, channels,
-                [&](int64_t i, Vec<T> v, int lanes) { store_partial(to + i, v / divisor, lanes); });
+            add_up<false>(from, channels, columns.size(), nullptr, channels,
+                          [&](int64_t i, Vec<T> v, int lanes) { put(to + i, v / divisor, lanes); });
           }
         }
       }

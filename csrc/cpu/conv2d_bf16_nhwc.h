@@ -130,7 +130,7 @@ inline void multiply_patch(const TileState& state, const PairPlan& plan, const P
       const int64_t height = smaller(kBlock, length - row);
       plan.for_each_block(columns, g, [&](const PairBlock& block) {
         for (int64_t r = row; r < row + height; ++r) {
-          if (pixels[r]) __builtin_prefetch(pixels[r] + block.column, 1);
+          if (pixels[r]) __builtin_prefetch(pixels[r] + block.column, 0, 2);
         }
         if (patch.column + row + 2 * kBlock <= c.width.count)
           ahead.fetch(source + (row + kBlock) * stride, block.channel - columns.channel);

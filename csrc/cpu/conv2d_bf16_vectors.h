@@ -70,7 +70,7 @@ template <int kColumns, bool kBiased>
   clear_sums(sums);
 #pragma GCC unroll 8
   for (int r = 0; r < kHeight; ++r)
-    __builtin_prefetch(t.fetched[r] + t.column + k + columns - 1, 1);
+    __builtin_prefetch(t.fetched[r] + t.column + k + columns - 1, 0, 2);
   VectorProduct product = t.product;
   product.b.data += k / kTile * product.b.next;
   add_products<kColumns>(product, sums);

@@ -315,6 +315,18 @@ bool sum_winograd(Plan<T> plan) {
   return finite;
 }
 
+// Whether planes are turned over, because pixels are multiplied faster. With AVX-512 wide products
+// of long rows are not (0.9 of the time planes take): on Zen 4, gradients of the weight alone, 3x3
+// of stride 2, 8 x 1280 x 7 x 7 to 40 channels took 4.1 ms instead of 2.4, 512 x 7 x 7 26 instead
+// of 14; with AVX2 128 x 28 x 28 13 instead of 7.
+template <typename T>
+bool grad_turns_planes(const Correlation& c) {
+  constexpr int64_t kFewestChannels = 16, kMostColumns = 192;
+  if (grad_leaves_out_taps<T>(c)) return true;
+  return c.groups == 1 && c.width.taps > 1 && c.channels >= kFewestChannels &&
+         (kVecBytes < 64 || c.columns <= kMostColumns || 4 * c.width.count <= kLanes<T>);
+}
+
 }  // namespace
 
 void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
@@ -327,7 +339,7 @@ void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
     }
     if (plan.share_size() == 0) return;
     if (plan.c.positions() > 0) {
-      if (!p.shape.channels_last && grad_leaves_out_taps<T>(plan.c))
+      if (!p.shape.channels_last && grad_turns_planes<T>(plan.c))
         return conv2d_grad_weight_of_planes<T>(p, conv2d_grad_weight);
       if (grad_reads_image_rows<T>(plan.c, p.shape.channels_last)) return sum_image_rows(plan);
     }

@@ -26,8 +26,8 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-// A row of windows that cover a row of pixels: its gradients, its winners, and the tap of the first
-// column that is that row.
+// A row of windows over a row of pixels: its gradients, its winners, and the first of its taps that
+// are that row.
 template <typename T>
 struct WindowRow {
   const T* grads;

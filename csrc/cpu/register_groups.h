@@ -62,8 +62,10 @@ inline bool streams_channels(const T* output, int64_t pixels, int64_t channels, 
 }
 
 // Fetches what registers written one after the other, from p on, will reach soon: a store into the
-// cache reads its line first, and the hardware does not foresee it. The second cache: misses of the
-// first wait in too few places.
+// cache reads its line first, and among many streams the hardware does not foresee it. The second
+// cache: misses of the first wait in too few places. On Zen 4 pools in channels_last took up to 1.8
+// times as long without, batch-norm 1.1 times, where outputs were kept and smaller than what goes
+// past the cache. Contiguous pools, a row after the other, gain nothing or lose.
 template <typename T>
 [[gnu::always_inline]] inline void fetch_output(const T* p, int64_t count) {
   constexpr int64_t kAhead = 16384 / sizeof(T), kLine = kCacheLine / sizeof(T);

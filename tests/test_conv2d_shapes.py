@@ -104,6 +104,8 @@ CASES = [
     # tensor cores: stride and dilation that share a divisor, channels in whole chunks of 16 bytes
     (1, 16, 13, 21, (3, 4), (2, 4), (3, 2), (2, 6), 48, 2),
     (2, 64, 9, 7, (1, 1), (2, 2), (0, 0), (1, 1), 72, 1),
+    # bfloat16, contiguous: more than is turned over as a whole
+    (8, 64, 46, 47, (3, 3), (1, 1), (1, 1), (1, 1), 64, 1),
 ]
 TOLERANCE = {
     torch.float64: 4e-14,

@@ -177,6 +177,24 @@ def test_winners_of_small_windows(kernel_size, stride, dtype, memory_format):
 
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 64, 130, 129), (1, 160, 90, 91), (1, 200, 75, 150)], ids=str)
+@pytest.mark.parametrize("kernel_size, stride, padding", [(2, 2, 0), (3, 2, 1), (3, 1, 1)])
+def test_large_gradients_of_max_pools(kernel_size, stride, padding, shape, dtype, memory_format):
+    """More than goes through the cache, or would if its channels made whole lines; sums of small
+    integers are exact."""
+    input = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
+    grads = []
+    for pool, leaf in [(TF.max_pool2d, input), (F.max_pool2d, input.double())]:
+        output = pool(leaf.requires_grad_(), kernel_size, stride, padding)
+        torch.manual_seed(0)
+        grad_output = torch.randint(-4, 5, output.shape).to(output.dtype)
+        (grad,) = torch.autograd.grad(output, leaf, grad_output)
+        grads.append(grad.double())
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel_size, stride, padding", [
     (2, 1, 0), (2, 1, 1), (2, 2, 0), (3, 1, 0), (3, 1, 1), (3, 2, 0), (3, 2, 1), (3, 3, 0)
 ])  # fmt: skip

@@ -66,7 +66,7 @@ template <typename T, typename F>
 // Of the planes of a channel, whose numbers are in `slot`.
 template <typename T>
 Sums plane_sums(const Call<T>& call, const Affine<T>& affine, int64_t slot, int64_t channel,
-                bool fetch_output) {
+                bool asks_for_output) {
   const BatchNormShape& shape = call.p.shape;
   const int64_t image = shape.channels * shape.pixels;
   const int64_t together = larger(2, kRunElements / shape.pixels / 2 * 2);
@@ -76,7 +76,7 @@ Sums plane_sums(const Call<T>& call, const Affine<T>& affine, int64_t slot, int6
     for (int64_t i = 0; i < shape.pixels; i += kRunElements) {
       const int64_t offset = n * image + channel * shape.pixels + i;
       const int64_t length = smaller(kRunElements, shape.pixels - i);
-      if (fetch_output) prefetch_to_write(call.grad_input + offset, images, image, length);
+      if (asks_for_output) prefetch_to_write(call.grad_input + offset, images, image, length);
       const auto add = [&](const auto& from) {
         sums.add(run_sums(from, affine, slot, image, images, length, call.kept_at(offset)));
       };
@@ -92,7 +92,7 @@ void backward_planes(const Call<T>& call) {
   const BatchNormShape& shape = p.shape;
   const int64_t slab = slab_channels<T>(shape), slabs = divide_up(shape.channels, slab);
   const bool stream = call.streams_grad_input(shape.pixels, 4);
-  const bool fetch_output = call.grad_input && !stream;
+  const bool asks_for_output = call.grad_input && !stream;
   const double share = share_of_element(shape);
   const auto range = [&](int64_t begin, int64_t end) {
     acc_t<T> numbers[6 * kMaxSlabChannels];
@@ -103,7 +103,7 @@ void backward_planes(const Call<T>& call) {
       for (int64_t k = 0; k < count; ++k) channels.prepare(p, k, first + k);
       for (int64_t k = 0; k < count; ++k) {
         const Sums sums = call.first_pass
-                              ? plane_sums(call, channels.affine, k, first + k, fetch_output)
+                              ? plane_sums(call, channels.affine, k, first + k, asks_for_output)
                               : Sums{};
         channels.finish(p, k, first + k, sums, share);
       }

@@ -4,8 +4,9 @@
 // x a fixed share of the positions; it copies the input and grad_output of a few hundred positions
 // at a time into panels in L2. Shares are summed in order, so that the result does not depend on
 // threads; a single share is written from its tile. channels_last: both panels are copies, position
-// by position. contiguous: grad_output is transposed on its way into the panel. The rows run in the
-// order in which the weight lies in memory, so that the result is transposed by whole vectors.
+// by position. contiguous: most are turned over into channels_last (grad_turns_planes), of others
+// grad_output is transposed on its way into the panel. The rows run in the order in which the
+// weight lies in memory, so that the result is transposed by whole vectors.
 //
 // Long rows, small maps that windows reach beyond, and 3x3 of stride 1 go another way:
 // conv2d_image_grad_weight.h, conv2d_winograd_grad_weight.h; and bf16 where the CPU multiplies it:
@@ -315,10 +316,10 @@ bool sum_winograd(Plan<T> plan) {
   return finite;
 }
 
-// Whether planes are turned over, because pixels are multiplied faster. With AVX-512 wide products
-// of long rows are not (0.9 of the time planes take): on Zen 4, gradients of the weight alone, 3x3
-// of stride 2, 8 x 1280 x 7 x 7 to 40 channels took 4.1 ms instead of 2.4, 512 x 7 x 7 26 instead
-// of 14; with AVX2 128 x 28 x 28 13 instead of 7.
+// Whether planes are turned over, because pixels are multiplied faster: on Zen 4 3x3 of stride 2,
+// batch 8, from 1280 x 7 x 7 to 40 channels took 2.4 ms instead of 4.1, from 512 x 7 x 7 to 512 14
+// instead of 26, with AVX2 from 128 x 28 x 28 to 128 7 instead of 13. With AVX-512 planes are the
+// faster ones where output channels are many and rows are not short, by a tenth.
 template <typename T>
 bool grad_turns_planes(const Correlation& c) {
   constexpr int64_t kFewestChannels = 16, kMostColumns = 192;
@@ -327,32 +328,39 @@ bool grad_turns_planes(const Correlation& c) {
          (kVecBytes < 64 || c.columns <= kMostColumns || 4 * c.width.count <= kLanes<T>);
 }
 
+// The sum itself, without Winograd's algorithm.
+template <typename T>
+void sum_products(const Conv2dGradWeightParams& p) {
+  const Plan<T> plan(p);
+  if (plan.share_size() == 0) return;
+  if (plan.c.positions() > 0) {
+    if (!p.shape.channels_last && grad_turns_planes<T>(plan.c))
+      return conv2d_grad_weight_of_planes<T>(p, sum_products<T>);
+    if (grad_reads_image_rows<T>(plan.c, p.shape.channels_last)) return sum_image_rows(plan);
+  }
+  const int64_t size = writes_tiles(plan) ? 0 : plan.shares * plan.share_size();
+  const Scratch<acc_t<T>> sums(size + kLanes<T>);
+  fill_zero(sums.get() + size, kLanes<T>);
+  const int64_t units = plan.shares * plan.c.groups * plan.row_blocks * plan.column_blocks;
+  const int64_t flops = 2 * plan.c.positions() * plan.share_size() / (units + 1) + 1;
+  parallel_for(units, kGrainFlops / flops + 1, [&](int64_t begin, int64_t end) {
+    Workspace<T> work(plan);
+    for (int64_t unit = begin; unit < end; ++unit) sum_share(plan, work, unit, sums.get());
+  });
+  if (!writes_tiles(plan)) combine(plan, sums.get());
+}
+
 }  // namespace
 
 void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
   if (conv2d_bf16_grad_weight(p)) return;
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Plan<T> plan(p);
     if constexpr (kHasWinograd<T>) {
+      const Plan<T> plan(p);
       if (winograd_pays(plan.c) && sum_winograd(plan)) return;
     }
-    if (plan.share_size() == 0) return;
-    if (plan.c.positions() > 0) {
-      if (!p.shape.channels_last && grad_turns_planes<T>(plan.c))
-        return conv2d_grad_weight_of_planes<T>(p, conv2d_grad_weight);
-      if (grad_reads_image_rows<T>(plan.c, p.shape.channels_last)) return sum_image_rows(plan);
-    }
-    const int64_t size = writes_tiles(plan) ? 0 : plan.shares * plan.share_size();
-    const Scratch<acc_t<T>> sums(size + kLanes<T>);
-    fill_zero(sums.get() + size, kLanes<T>);
-    const int64_t units = plan.shares * plan.c.groups * plan.row_blocks * plan.column_blocks;
-    const int64_t flops = 2 * plan.c.positions() * plan.share_size() / (units + 1) + 1;
-    parallel_for(units, kGrainFlops / flops + 1, [&](int64_t begin, int64_t end) {
-      Workspace<T> work(plan);
-      for (int64_t unit = begin; unit < end; ++unit) sum_share(plan, work, unit, sums.get());
-    });
-    if (!writes_tiles(plan)) combine(plan, sums.get());
+    sum_products<T>(p);
   });
 }
 

@@ -166,6 +166,9 @@ void gather(const MaxWindows& p, const Covering& above, const Covering& left, co
 
 template <typename T, typename O>
 void backward(const MaxWindows& p, const T* grad_output, const O* offsets, T* grad_input) {
+  if constexpr (kHasWalks<T, O>) {
+    if (walks_along_pixels(p)) return max_backward_pixels(p, grad_output, offsets, grad_input);
+  }
   const Covering above(p.height), left(p.width);
   const bool overlap = above.most() > 1 || left.most() > 1;
   const int64_t inputs = p.in_plane(), outputs = p.out_plane();
@@ -181,9 +184,6 @@ void backward(const MaxWindows& p, const T* grad_output, const O* offsets, T* gr
   };
   if (is_sparse(p)) return scatter(p.planes() / image_channels, image_channels);
   if (p.channels_last) {
-    if constexpr (kHasWalks<T, O>) {
-      if (walks_along_pixels(p)) return max_backward_pixels(p, grad_output, offsets, grad_input);
-    }
     const int64_t covering = above.most() * left.most();
     // Images go to threads. Alone, one is scattered only where a gather adds in the same order:
     // results must not depend on the threads.

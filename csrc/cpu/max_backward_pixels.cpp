@@ -90,7 +90,7 @@ class Walk {
         // The row of pixels below.
         for (int u = 0; u < registers && !stream_; ++u)
           __builtin_prefetch(output + length * pixel + u * L, 0, 2);
-        store_channels<registers>(output, sums[k], lanes, stream_);
+        put_channels<registers>(output, sums[k], lanes, stream_);
       });
       repeat<kPending>([&](int k) __attribute__((always_inline)) {
         for (int u = 0; u < registers; ++u) sums[k][u] = sums[k + stride][u];
@@ -121,8 +121,9 @@ void backward_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, const Co
   const int64_t C = p.channels, H = p.height.length, W = p.width.length;
   const int64_t OH = p.height.outputs, OW = p.width.outputs;
   // A line is written at once, or not past the cache.
-  const bool lines = C * sizeof(T) % kCacheLine == 0 &&
-                     (kVecBytes == kCacheLine || blocks.size % (kGroup * kLanes<T>) == 0);
+  constexpr int64_t kTogether = kVecBytes == kCacheLine ? 1 : kGroup * kLanes<T>;
+  const bool lines =
+      C * sizeof(T) % kCacheLine == 0 && C % kTogether == 0 && blocks.size % kTogether == 0;
   const bool stream = lines && streams_channels(grad_input, p.batch * p.in_plane(), C, blocks.size);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t ih = unit % H;
@@ -171,8 +172,9 @@ bool walks_along_pixels(const MaxWindows& p) {
   const MaxAxis &h = p.height, &w = p.width;
   // With fewer a scatter is faster.
   const int64_t fewest = p.dtype == DType::f32 ? 8 : 32;
-  return p.channels >= fewest && (w.taps == 2 || w.taps == 3) && (w.stride == 1 || w.stride == 2) &&
-         w.dilation == 1 && h.taps == w.taps && h.stride == w.stride && h.dilation == 1;
+  return p.channels_last && !is_sparse(p) && p.channels >= fewest && (w.taps == 2 || w.taps == 3) &&
+         (w.stride == 1 || w.stride == 2) && w.dilation == 1 && h.taps == w.taps &&
+         h.stride == w.stride && h.dilation == 1;
 }
 
 void max_backward_pixels(const MaxWindows& p, const void* grad_output, const void* offsets,

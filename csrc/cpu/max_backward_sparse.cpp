@@ -39,7 +39,7 @@ class Sparse {
     const int64_t some = kZeroedBytes / (size * int64_t{sizeof(T)}) + 1;
     const auto range = [&](int64_t begin, int64_t end) {
       const Scratch<int64_t> last(p_.in_plane());
-      const Scratch<acc_t<T>> sums(p_.out_plane() + 1);
+      const Scratch<acc_t<T>> sums(p_.out_plane());
       last.zero();
       for (int64_t zeroed = begin, image = begin; image < end; ++image) {
         if (image == zeroed) {
@@ -67,8 +67,8 @@ class Sparse {
         if (!winners_.find(bases_.get()[window], offset[at], &position)) continue;
         // What is added to a zero is never a zero of negative sign.
         const int64_t earlier = last[position] - before;
-        const acc_t<T> sum = (earlier > 0 ? sums[earlier] : 0) + to_acc(grad[at]);
-        sums[window + 1] = sum;
+        const acc_t<T> sum = (earlier > 0 ? sums[earlier - 1] : 0) + to_acc(grad[at]);
+        sums[window] = sum;
         last[position] = before + window + 1;
         to[position * channels_ + c] = from_acc<T>(sum);
       }

@@ -2,6 +2,7 @@
 // them is shared.
 #pragma once
 
+#include "core/scratch.h"
 #include "cpu/register_pairs.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -61,6 +62,21 @@ inline bool streams_channels(const T* output, int64_t pixels, int64_t channels, 
          can_stream<T>(output, channels, kVecBytes);
 }
 
+// Registers of a pixel's channels, the last of which has `lanes`; see streams_channels.
+template <int registers, typename T>
+inline void put_channels(T* p, const Vec<T>* v, int lanes, bool stream) {
+  if constexpr (registers % 2 == 0) {
+    for (int u = 0; u < registers; u += 2) {
+      const Vec<T> pair[2] = {v[u], v[u + 1]};
+      store_two(p + u * kLanes<T>, pair, stream);
+    }
+  } else if (stream && sizeof(T) > 2) {
+    stream_register(p, v[0]);
+  } else {
+    store_partial(p, v[0], lanes);
+  }
+}
+
 // Fetches what registers written one after the other, from p on, will reach soon: a store into the
 // cache reads its line first, and among many streams the hardware does not foresee it. The second
 // cache: misses of the first wait in too few places. On Zen 4 pools in channels_last took up to 1.8
@@ -72,20 +88,11 @@ template <typename T>
   for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(p + kAhead + i, 0, 2);
 }
 
-// Registers of a pixel's channels, the last of which has `lanes`; see streams_channels.
+// put_channels, of pixels in the order of memory.
 template <int registers, typename T>
 inline void store_channels(T* p, const Vec<T>* v, int lanes, bool stream) {
   if (!stream) fetch_output(p, registers * kLanes<T>);
-  if constexpr (registers % 2 == 0) {
-    for (int u = 0; u < registers; u += 2) {
-      const Vec<T> pair[2] = {v[u], v[u + 1]};
-      store_two(p + u * kLanes<T>, pair, stream);
-    }
-  } else if (stream && sizeof(T) > 2) {
-    stream_register(p, v[0]);
-  } else {
-    store_partial(p, v[0], lanes);
-  }
+  put_channels<registers>(p, v, lanes, stream);
 }
 
 }  // namespace

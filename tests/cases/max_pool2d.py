@@ -25,6 +25,11 @@ SAMPLES_2D = [
     sample((0, 3, 8, 8), 2),
     sample((2, 200, 1, 1), 1),
     sample((2, 3, 7, 8), 3, stride=2, padding=1, return_indices=True),
+    # Registers of channels, of which the last steps back; one row of windows; blocks of channels.
+    sample((1, 72, 9, 11), 3, stride=2, padding=1),
+    sample((1, 72, 6, 7), 2, stride=1, padding=1),
+    sample((1, 40, 4, 9), 3, stride=(2, 1)),
+    sample((1, 520, 3, 140), 3, stride=1, padding=1),
 ]
 
 CASES = [

@@ -143,8 +143,8 @@ template <int kCount, typename T, typename F>
         const int64_t at = row * length + s * stride;
         Vec<T> h[2], centered[2];
         if (!kIsCurve<F> && count == 1) {
-          prefetch_step<kL2>(from.gradient + at + i + length);
-          prefetch_step<kL2>(from.input + at + i + length);
+          prefetch<kL2>(from.gradient + at + i + length, kStep<T>);
+          prefetch<kL2>(from.input + at + i + length, kStep<T>);
         }
         differentiate(from.shifted(at), lanes, i, n, h, centered);
         for (int u = 0; u < 2; ++u) {

@@ -92,15 +92,6 @@ void add_box(const T* from, int64_t row, int64_t channels, const acc_t<T>* scale
   });
 }
 
-// f(count), as a compile-time constant up to kMost.
-template <int kMost, typename F>
-void with_count(int64_t count, const F& f) {
-  if constexpr (kMost > 1) {
-    if (count < kMost) return with_count<kMost - 1>(count, f);
-  }
-  f(std::integral_constant<int, kMost>{});
-}
-
 // A row of targets, whose boxes begin in row `source`.
 template <bool kBackward, typename T>
 void add_boxes(const BoxSum<T>& p, int64_t t, const T* source, T* target, int64_t fetched,
@@ -152,10 +143,7 @@ void add_rows(const BoxSum<T>& p, int64_t begin, int64_t end) {
   const int64_t fit = kColumnBudget / widest / 64 * 64;
   const int64_t block = C <= fit ? C : (fit > 64 ? fit : 64);
   Scratch<A> sums((kColumnBudget / block + widest + 1) * block + kLanes<T>);
-  const auto put = [](T* to, Vec<T> v, int lanes) {
-    fetch_output(to, lanes);
-    store_partial(to, v, lanes);
-  };
+  const auto put = [](T* to, Vec<T> v, int lanes) { store_channels<1>(to, &v, lanes, false); };
   const auto add = [&](int64_t t, const T* source, T* target, int64_t fetched) {
     const Span rows = p.rows[t];
     const A* row_weights = kBackward ? p.row_scale + rows.begin : nullptr;

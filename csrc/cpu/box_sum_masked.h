@@ -48,8 +48,8 @@ class MaskedBoxes {
     T* const target = p_.target + plane * out_plane + t * p_.target_width;
     const Elements<T> zeros = Elements<T>::all(0);
     const Vec<T> row_divisor = broadcast<T>(p_.row_scale[t]);
-    prefetch<false>(p_.source + plane * in_plane + planes * rows.begin * W + kAhead,
-                    planes * kStride * W);
+    prefetch<kL1>(p_.source + plane * in_plane + planes * rows.begin * W + kAhead,
+                  planes * kStride * W);
     for (int64_t b = 0; b < blocks_.count; ++b) {
       const MaskedBlock block = blocks_[b];
       Vec<T> total = {};

@@ -19,9 +19,13 @@
 // contiguous plane fills registers by itself. They may lie anywhere: neither the positions between
 // two rows nor the taps outside the image are summed, and chunks are as long as the channels are.
 // Contiguous images of several taps are turned over as a whole (conv2d_turn.h), which takes copies
-// of both tensors, as it does in oneDNN: the gradient of the input 1.0 to 1.7 times as fast as with
-// a panel at a time, most where each phase of a stride would turn over its own; forward small
-// images, 1.0 to 1.8 times, large ones would be 0.9 times as fast.
+// of both tensors, as it does in oneDNN: small ones forward, and all for the gradient of the input,
+// where each phase of a stride would turn over its own. Times of native over ours on Zen 4, forward
+// and backward, beside a panel at a time (torchops bench PROBLEM --dtype bf16 --layout contiguous
+// --threads 1 --quick):
+//   conv2d:mb8_ic1280ih7oc40kh3sh2ph1    0.81   1.66 to 1.69   0.42   1.38
+//   conv2d:mb8_ic32ih33oc64kh3sh2ph1     0.96   1.26 to 1.28   0.88   1.05
+//   conv2d:mb8_ic64ih112oc128kh3sh2ph1      -   1.03 to 1.06      -   0.94
 //
 // Reached on Granite Rapids with AMX, native's time over ours, forward and backward with both
 // gradients, geometric means and worst of ResNet-50's shapes at batch 8 (torchops bench --suite

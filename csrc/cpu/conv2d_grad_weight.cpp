@@ -316,16 +316,20 @@ bool sum_winograd(Plan<T> plan) {
   return finite;
 }
 
-// Whether planes are turned over, because pixels are multiplied faster: on Zen 4 3x3 of stride 2,
-// batch 8, from 1280 x 7 x 7 to 40 channels took 2.4 ms instead of 4.1, from 512 x 7 x 7 to 512 14
-// instead of 26, with AVX2 from 128 x 28 x 28 to 128 7 instead of 13. With AVX-512 planes are the
-// faster ones where output channels are many and rows are not short, by a tenth.
+// Whether planes are turned over: pixels are multiplied faster, but where output channels are many.
+// Times of native over ours on Zen 4, beside planes as they are (torchops bench PROBLEM --layout
+// contiguous --direction bwd --threads 1 --quick):
+//   conv2d:mb8_ic1280ih7oc40kh3sh2ph1    1.13 to 1.16    0.97
+//   conv2d:mb8_ic512ih7oc64kh3sh2ph1     1.20            1.01 to 1.04
+//   conv2d:mb8_ic128ih28oc128kh3sh2ph1   1.08            1.03 to 1.05
+//   the same, TORCHOPS_CPU_ISA=avx2      0.87            0.60
+// Turned over, conv2d:mb8_ic512ih7oc512kh3sh2ph1 reached 0.84 to 0.86 instead of 1.02 to 1.05.
 template <typename T>
 bool grad_turns_planes(const Correlation& c) {
   constexpr int64_t kFewestChannels = 16, kMostColumns = 192;
   if (grad_leaves_out_taps<T>(c)) return true;
   return c.groups == 1 && c.width.taps > 1 && c.channels >= kFewestChannels &&
-         (kVecBytes < 64 || c.columns <= kMostColumns || 4 * c.width.count <= kLanes<T>);
+         c.columns <= kMostColumns;
 }
 
 // The sum itself, without Winograd's algorithm.
@@ -357,8 +361,7 @@ void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if constexpr (kHasWinograd<T>) {
-      const Plan<T> plan(p);
-      if (winograd_pays(plan.c) && sum_winograd(plan)) return;
+      if (winograd_pays(forward_correlation(p.shape)) && sum_winograd(Plan<T>(p))) return;
     }
     sum_products<T>(p);
   });

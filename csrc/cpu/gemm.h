@@ -101,7 +101,9 @@ template <typename T, int kRows, int kVecs>
 
 // Fetches a row of a tile that is going to be written. With AVX-512 it takes two lines: what is
 // stored while lines come from L3 holds up all stores after it. Into the second cache: misses of
-// the first wait in too few places (3 to 5 % of a pointwise convolution, on Zen 4).
+// the first wait in too few places. Native's time over ours on Zen 4 by torchops bench
+// conv2d:mb8_ic64ih56oc64kh1 --layout channels_last --threads 1 --quick went from 1.19 forward and
+// 1.23 backward to 1.32 and 1.30.
 template <typename T, int kVecs>
 [[gnu::always_inline]] inline void fetch_row(const T* c) {
   __builtin_prefetch(c, 0, 2);

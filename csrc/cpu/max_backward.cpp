@@ -16,7 +16,6 @@
 
 #include "core/parallel.h"
 #include "core/thread_count.h"
-#include "cpu/channel_blocks.h"
 #include "cpu/max_backward_scatter.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -147,8 +146,6 @@ void gather_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, const Cove
 
 // ---- entry --------------------------------------------------------------------------------------
 
-constexpr int64_t kGatherBudget = 256 << 10;  // bytes of rows gathered from: they stay in L2
-constexpr int64_t kFewestChannels = 128;      // in a block: fewer make for short runs of memory
 constexpr int64_t kFewestGathered = 64, kNarrow = 128;  // below, a pixel costs much
 
 template <typename T, typename O>
@@ -156,8 +153,7 @@ void gather(const MaxWindows& p, const Covering& above, const Covering& left, co
             const O* offsets, T* grad_input) {
   const int64_t pixel =
       above.most() * int64_t{sizeof(T) + sizeof(O)} + 2 * int64_t{sizeof(acc_t<T>)};
-  const int64_t fit = kGatherBudget / (pixel * p.width.outputs + 1);
-  const ChannelBlocks<T> blocks(p.batch, p.channels, fit > kFewestChannels ? fit : kFewestChannels);
+  const auto blocks = gathered_blocks<T>(p, pixel);
   parallel_for(blocks.count() * p.height.length, max_grain(blocks.size * p.width.length),
                [&](int64_t begin, int64_t end) {
                  gather_rows(p, blocks, above, left, grad_output, offsets, grad_input, begin, end);

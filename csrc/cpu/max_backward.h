@@ -1,6 +1,7 @@
 // What the backward kernels of max-pools share: the windows that cover each position.
 #pragma once
 
+#include "cpu/channel_blocks.h"
 #include "cpu/max_taps.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -36,6 +37,15 @@ class Covering {
   Scratch<Tap> taps_;
   int64_t most_ = 0;
 };
+
+// Blocks of channels of which the rows gathered from, `pixel` bytes for each window along the row
+// and channel, stay in the L2 cache.
+template <typename T>
+ChannelBlocks<T> gathered_blocks(const MaxWindows& p, int64_t pixel) {
+  constexpr int64_t kBudget = 256 << 10, kFewestChannels = 128;  // fewer make for short runs
+  const int64_t fit = kBudget / (pixel * p.width.outputs + 1);
+  return {p.batch, p.channels, larger(fit, kFewestChannels)};
+}
 
 }  // namespace
 

@@ -20,7 +20,6 @@
 // Slower: windows in registers, a sum for each pixel from those that cover it (out of registers); a
 // few pixels of all channels at a time.
 #include "core/parallel.h"
-#include "cpu/channel_blocks.h"
 #include "cpu/max_backward.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -67,8 +66,8 @@ class Walk {
     Vec<T> sums[taps][registers] = {};
     for (int64_t w = 0; w < end; ++w) {
       const int64_t at = w * pixel;
-      for (int u = 0; u < registers; ++u) __builtin_prefetch(next_.grads + c + at + u * L, 0, 2);
-      __builtin_prefetch(next_.winners + c + at, 0, 2);
+      prefetch<kL2>(next_.grads + c + at, registers * L);
+      prefetch<kL2>(next_.winners + c + at, registers * L);
       repeat<stride>([&](int k) __attribute__((always_inline)) {
         for (int u = 0; u < registers; ++u) sums[kPending + k][u] = Vec<T>{};
       });
@@ -88,8 +87,7 @@ class Walk {
         if (x < 0 || x >= length) return;
         T* const output = to + x * pixel;
         // The row of pixels below.
-        for (int u = 0; u < registers && !stream_; ++u)
-          __builtin_prefetch(output + length * pixel + u * L, 0, 2);
+        if (!stream_) prefetch<kL2>(output + length * pixel, registers * L);
         put_channels<registers>(output, sums[k], lanes, stream_);
       });
       repeat<kPending>([&](int k) __attribute__((always_inline)) {
@@ -120,6 +118,7 @@ void backward_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, const Co
                    int64_t end) {
   const int64_t C = p.channels, H = p.height.length, W = p.width.length;
   const int64_t OH = p.height.outputs, OW = p.width.outputs;
+  constexpr int kMostRows = (taps + stride - 1) / stride;  // of windows over a row of pixels
   // A line is written at once, or not past the cache.
   constexpr int64_t kTogether = kVecBytes == kCacheLine ? 1 : kGroup * kLanes<T>;
   const bool lines =
@@ -134,31 +133,28 @@ void backward_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, const Co
       const int64_t at = of.element(OH, OW, C, oh);
       return WindowRow<T>{grad_output + at, winners + at, tap * taps};
     };
-    WindowRow<T> windows[3];
+    WindowRow<T> windows[kMostRows];
     for (int64_t h = 0; h < count; ++h)
       windows[h] = row(block, covering[h].output, covering[h].tap);
     // What the next row of pixels will see first.
     const int64_t below = count > 0 ? covering[count - 1].output + 1 : OH;
     const WindowRow<T> next = below < OH ? row(block, below, 0) : row(blocks[unit / H + 1], 0, 0);
     T* const to = grad_input + block.element(H, W, C, ih);
-    if (count == 0) zero_pixels(p, to, block.channels);
-    if (count == 1) Walk<T, taps, stride, 1>(p, windows, next, stream).run(to, block.channels);
-    if constexpr (taps > stride)
-      if (count == 2) Walk<T, taps, stride, 2>(p, windows, next, stream).run(to, block.channels);
-    if constexpr (taps > 2 * stride)
-      if (count == 3) Walk<T, taps, stride, 3>(p, windows, next, stream).run(to, block.channels);
+    if (count == 0) {
+      zero_pixels(p, to, block.channels);
+    } else {
+      with_count<kMostRows>(count, [&](auto rows) {
+        Walk<T, taps, stride, rows>(p, windows, next, stream).run(to, block.channels);
+      });
+    }
   }
   if (stream) finish_streams();
 }
 
-constexpr int64_t kBudget = 256 << 10;    // bytes of rows gathered from: they stay in L2
-constexpr int64_t kFewestChannels = 128;  // in a block: fewer make for short runs of memory
-
 template <typename T, int taps, int stride>
 void backward(const MaxWindows& p, const T* grad_output, const uint8_t* winners, T* grad_input) {
   const Covering above(p.height);
-  const int64_t fit = kBudget / (above.most() * int64_t{sizeof(T) + 1} * p.width.outputs + 1);
-  const ChannelBlocks<T> blocks(p.batch, p.channels, larger(fit, kFewestChannels));
+  const auto blocks = gathered_blocks<T>(p, above.most() * int64_t{sizeof(T) + 1});
   parallel_for(blocks.count() * p.height.length, max_grain(blocks.size * p.width.length),
                [&](int64_t begin, int64_t end) {
                  backward_rows<T, taps, stride>(p, blocks, above, grad_output, winners, grad_input,

@@ -102,7 +102,7 @@ class MaskedWindows {
   // As much as a row of windows adds, some rows ahead.
   void fetch(int64_t oh) const {
     constexpr int64_t kAhead = 4096 / sizeof(T);
-    prefetch<false>(input_ + planes * oh * stride * row_ + kAhead, planes * stride * row_);
+    prefetch<kL1>(input_ + planes * oh * stride * row_ + kAhead, planes * stride * row_);
   }
 
   // Returns the lanes that saw no NaN. `kept`: the row of windows before was found, too.

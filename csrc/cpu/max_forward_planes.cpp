@@ -155,7 +155,7 @@ class TapRows {
     int64_t i = filled();
     for (; i < until; ++i) {
       const T* row = input + i * W;
-      prefetch<false>(row + kAhead, W);
+      prefetch<kL1>(row + kAhead, W);
       A* to = elements + ((at.bundle * rows + at.row) & slots) * size + at.plane * segment;
       if constexpr (kPhases > 0) {
         split_phases(row, W, padding, kPhases, to, pitch, -A(INFINITY), readable - i * W);

@@ -62,7 +62,7 @@ void max_of_planes(const MaxWindows& p, const T* input, T* output, O* offsets, i
   for (int l = 0; l < L; ++l) lane[l] = l;
   for (int64_t plane = begin; plane < end; ++plane) {
     const T* from = input + plane * size;
-    prefetch<false>(from + kAhead, size < kAhead ? size : 0);
+    prefetch<kL1>(from + kAhead, size < kAhead ? size : 0);
     const auto load_some = [&](int64_t i) {
       return load_filled(from + i, size - i, all - plane * size - i, nothing);
     };
@@ -115,7 +115,7 @@ void max_of_image(const Winners<kOffsets, T, O>& winners, const T* input, int64_
                   int64_t pitch, int64_t channels, T* output, O* offsets) {
   constexpr int64_t kAhead = 4096 / sizeof(T);
   for (int64_t pixel = 0; pixel < pixels; ++pixel, input += pitch) {
-    prefetch<false>(input + kAhead, channels);
+    prefetch<kL1>(input + kAhead, channels);
     const auto at = Taps<T, O>::all(pixel);
     for_each_vec<T>(channels, [&](int64_t c, int lanes) {
       const Best<T, kOffsets, O> here{load_partial(input + c, lanes), at};

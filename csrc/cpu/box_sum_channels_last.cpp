@@ -7,9 +7,9 @@
 //
 // Times of native over ours on Zen 4, fp32 forward and backward, beside those of separable boxes
 // (torchops bench PROBLEM --layout channels_last --threads 1 --quick):
-//   avg_pool2d:mb8_ic64ih112kh3sh2ph1    1.7   2.4    1.1   1.4
-//   avg_pool2d:mb8_ic192ih56kh3sh1ph1    2.4   3.4    1.5   1.8
-//   avg_pool2d:mb8_ic832ih14kh2sh2       1.4   1.1    0.88  0.72
+//   avg_pool2d:mb8_ic64ih112kh3sh2ph1    1.7          2.2           1.1   1.4
+//   avg_pool2d:mb8_ic192ih56kh3sh1ph1    1.8 to 2.1   2.6 to 2.9    1.5   1.8
+//   avg_pool2d:mb8_ic832ih14kh2sh2       1.1          1.1           0.88  0.72
 // Slower: a whole image row by row, or some channels of a row at a time; small boxes without
 // fetching.
 #include "core/parallel.h"

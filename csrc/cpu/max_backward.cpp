@@ -11,7 +11,7 @@
 //
 // On Zen 4 what a scatter will make zero, and the row of windows that a gather will read next, are
 // fetched meanwhile; channels_last, beside without:
-//   max_pool2d:mb8_ic256ih28kh5sh1ph2        2.7   1.6
+//   max_pool2d:mb8_ic256ih28kh5sh1ph2        2.4 to 2.6   1.6
 #include "cpu/max_backward.h"
 
 #include "core/parallel.h"

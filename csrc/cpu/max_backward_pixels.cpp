@@ -12,11 +12,11 @@
 // Times of native over ours on Zen 4, channels_last, fp32 and bf16, beside pixel by pixel
 // as max_backward.cpp does (torchops bench PROBLEM --layout channels_last --direction bwd
 // --dtype f32,bf16 --threads 1 --quick):
-//   max_pool2d:mb8_ic64ih112kh3sh2ph1         2.5 to 3.0   3.2 to 3.5   1.6   1.7
-//   max_pool2d:mb8_ic192ih28kh3sh1ph1_ceil    3.2 to 3.4   4.1 to 4.6   2.5   3.3
-//   max_pool2d:mb8_ic480ih14kh3sh1ph1_ceil    3.1          4.4 to 4.7   2.5   4.1
-//   max_pool2d:mb8_ic832ih14kh2_ceil          2.3          3.4          2.1   3.2
-//   max_pool2d:mb1_ic200ih75kh3sh2ph1         1.9 to 2.1   2.4 to 2.5   1.5   2.0
+//   max_pool2d:mb8_ic64ih112kh3sh2ph1         3.2 to 3.3   3.5 to 3.8   1.6   1.7
+//   max_pool2d:mb8_ic192ih28kh3sh1ph1_ceil    3.4 to 3.7   4.1 to 4.3   2.5   3.3
+//   max_pool2d:mb8_ic480ih14kh3sh1ph1_ceil    3.0 to 3.2   4.6          2.5   4.1
+//   max_pool2d:mb8_ic832ih14kh2_ceil          2.3          3.3 to 3.4   2.1   3.2
+//   max_pool2d:mb1_ic200ih75kh3sh2ph1         1.8          2.6          1.5   2.0
 // Slower: windows in registers, a sum for each pixel from those that cover it (out of registers); a
 // few pixels of all channels at a time.
 #include "core/parallel.h"

@@ -17,10 +17,10 @@
 // The second, channels_last, moves 7.8 GB/s on Zen 3, where a copy moves 12.6.
 // Rows that windows will see next are fetched meanwhile, from which Zen 4 gains most: the same,
 // channels_last, beside without:
-//   max_pool2d:mb8_ic192ih56kh3sh2_ceil      2.8   1.45
-//   max_pool2d:mb8_ic480ih28kh3sh2_ceil      2.1   1.2
-//   max_pool2d:mb8_ic192ih28kh3sh1ph1_ceil   3.7   2.2
-//   max_pool2d:mb8_ic256ih56kh2              1.1   0.76
+//   max_pool2d:mb8_ic192ih56kh3sh2_ceil      1.7 to 2.1   1.45
+//   max_pool2d:mb8_ic480ih28kh3sh2_ceil      1.9 to 2.0   1.2
+//   max_pool2d:mb8_ic192ih28kh3sh1ph1_ceil   3.3 to 3.5   2.2
+//   max_pool2d:mb8_ic256ih56kh2              1.1 to 1.2   0.76
 // Slower: converting half types into rows of fp32 first; wide windows one pixel at a time, in the
 // order of memory, or the whole window in registers; fetching the next pixels of each row.
 #include "core/parallel.h"

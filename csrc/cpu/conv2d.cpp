@@ -320,12 +320,7 @@ void conv2d(const Conv2dParams& p) {
     using T = typename decltype(tag)::type;
     const Conv2dShape& s = p.shape;
     if (turns_planes<T>(s, s.out_channels)) {
-      const WeightByTaps<T> weight(s, p.weight);
-      return conv2d_of_planes<T>(p, [&](Conv2dParams turned) {
-        turned.weight = weight.data;
-        turned.shape.weight_channels_last = true;
-        conv2d(turned);
-      });
+      return conv2d_of_planes<T>(p, conv2d);
     }
     const Source<T> source(s, p.input, s.in_channels, s.in_height * s.in_width, s.out_channels);
     const Epilogue epilogue(p);

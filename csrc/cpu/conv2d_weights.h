@@ -78,6 +78,12 @@ struct DepthWalk {
     }
     return true;
   }
+  // The same, though taps lie side by side that the depth runs over last.
+  bool dense_by_taps() const {
+    const auto &[channel, width, height] = digits;
+    return width.stride == 1 && height.stride == width.size &&
+           channel.stride == height.stride * height.size;
+  }
   void next() {
     for (Digit& d : digits) {
       offset += d.stride;
@@ -87,6 +93,27 @@ struct DepthWalk {
     }
   }
 };
+
+// Weights of columns that lie side by side by taps, all of the depth, for a product in
+// channels_last, whose depth runs over the channels of a tap: what lies in the order of memory is
+// transposed in registers, and these go to rows a tap apart.
+template <typename T>
+void pack_taps(const T* from, int64_t stride, int64_t columns, int64_t taps, int64_t channels,
+               int64_t width, acc_t<T>* to) {
+  for (int64_t j = 0; j < columns; j += kLanes<T>) {
+    const int lanes = static_cast<int>(smaller(kLanes<T>, columns - j));
+    load_planes(from + j * stride, stride, lanes, taps * channels,
+                [&](int64_t start, const Vec<T>* block, auto size) {
+                  int64_t channel = start / taps, tap = start % taps;
+#pragma GCC unroll 16
+                  for (int k = 0; k < kLanes<T>; ++k) {
+                    if (k >= size) break;
+                    store<acc_t<T>>(to + (tap * channels + channel) * width + j, block[k]);
+                    if (++tap == taps) tap = 0, ++channel;
+                  }
+                });
+  }
+}
 
 // to[k * width + j] = weight of column + j at depth index begin + k; width is in whole vectors.
 // Lanes beyond the columns hold copies or zeros; they only reach lanes of the product that no one
@@ -110,6 +137,11 @@ void pack_weights(const Problem<T>& p, int64_t group, int64_t column, int64_t co
                   });
     }
     return;
+  }
+  const int64_t depth = p.c.depth();
+  if (p.channels_last && length == depth && walk.dense_by_taps()) {
+    return pack_taps(from + walk.offset, stride, columns, depth / p.c.channels, p.c.channels, width,
+                     to);
   }
   walk.skip(begin);
   for (int64_t k = 0; k < length; ++k, to += width, walk.next()) {
@@ -141,7 +173,9 @@ void copy_weights(const Problem<T>& p, const T* from, int64_t begin, int64_t len
 // lie side by side, columns share cache lines and pages.
 template <typename T>
 int64_t packed_chunk(const Problem<T>& p, int64_t depth) {
-  return depth > 64 && !DepthWalk(p).dense() ? 64 : depth > 0 ? depth : 1;
+  const DepthWalk walk(p);
+  const bool dense = walk.dense() || (p.channels_last && walk.dense_by_taps());
+  return depth > 64 && !dense ? 64 : depth > 0 ? depth : 1;
 }
 
 // The weight as the forward convolution reads it.

@@ -273,28 +273,6 @@ void correlate(const Problem<T>& p) {
   correlate_contiguous(p);
 }
 
-// The source of a product, contiguous where channels_last would leave most lanes of its vectors of
-// output channels empty.
-template <typename T>
-struct Source {
-  const T* data;
-  bool channels_last, pixels;
-  Scratch<T> planes;
-
-  Source(const Conv2dShape& s, const void* source, int64_t channels, int64_t pixels_per_image,
-         int64_t columns)
-      : data(static_cast<const T*>(source)),
-        channels_last(s.channels_last),
-        pixels(s.channels_last && s.groups == 1 && s.window_width.size > 1 &&
-               columns <= kTileRows / 2),
-        planes(pixels ? s.batch * channels * pixels_per_image : 0) {
-    if (!pixels) return;
-    channels_last = false;
-    turn_images(data, planes.get(), s.batch, pixels_per_image, channels);
-    data = planes.get();
-  }
-};
-
 // Whether turning the images over takes less than the product gains by it, which reads rows of the
 // image in channels_last where they lie and leaves out taps above and below it. On Zen 4 forward by
 // torchops bench conv2d:mb8_ic64ih14oc64kh5ph2 --layout contiguous --threads 1 --quick took 2.7 ms
@@ -312,6 +290,32 @@ bool turns_planes(const Conv2dShape& s, int64_t columns) {
   return 2 * s.out_width <= kLanes<T> || out_size * depth >= kProducts * (in_size + out_size);
 }
 
+// The source of a product, in planes where channels_last would leave most lanes of its vectors of
+// output channels empty, and in channels_last where turning it over pays.
+template <typename T>
+struct Source {
+  const T* data;
+  bool channels_last;
+  Scratch<T> turned;
+
+  Source(const Conv2dShape& s, const void* source, int64_t channels, int64_t plane, int64_t columns)
+      : data(static_cast<const T*>(source)),
+        channels_last(s.channels_last),
+        turned(turns(s, columns) ? s.batch * channels * plane : 0) {
+    if (!turns(s, columns)) return;
+    channels_last = !s.channels_last;
+    channels_last ? turn_images(data, turned.get(), s.batch, channels, plane)
+                  : turn_images(data, turned.get(), s.batch, plane, channels);
+    data = turned.get();
+  }
+
+ private:
+  static bool turns(const Conv2dShape& s, int64_t columns) {
+    const bool few = s.groups == 1 && s.window_width.size > 1 && columns <= kTileRows / 2;
+    return s.channels_last ? few : turns_planes<T>(s, columns);
+  }
+};
+
 }  // namespace
 
 void conv2d(const Conv2dParams& p) {
@@ -319,14 +323,11 @@ void conv2d(const Conv2dParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Conv2dShape& s = p.shape;
-    if (turns_planes<T>(s, s.out_channels)) {
-      return conv2d_of_planes<T>(p, conv2d);
-    }
     const Source<T> source(s, p.input, s.in_channels, s.in_height * s.in_width, s.out_channels);
     const Epilogue epilogue(p);
     correlate<T>({forward_correlation(s), forward_weights<T>(s, p.weight), source.data,
                   static_cast<const T*>(p.bias), static_cast<T*>(p.output), source.channels_last,
-                  source.pixels, epilogue.get()});
+                  s.channels_last, epilogue.get()});
   });
 }
 
@@ -334,6 +335,7 @@ void conv2d_grad_input(const Conv2dGradInputParams& p) {
   if (conv2d_bf16_grad_input(p) || conv2d_patches_grad_input(p)) return;
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
+    // Here products write rows of the image with gaps, and turning these over is cheaper by images.
     if (turns_planes<T>(p.shape, p.shape.in_channels)) {
       return conv2d_grad_input_of_planes<T>(p, conv2d_grad_input);
     }
@@ -347,7 +349,7 @@ void conv2d_grad_input(const Conv2dGradInputParams& p) {
     for (int64_t h = 0; h < smaller(s.window_height.stride, s.in_height); ++h) {
       for (int64_t w = 0; w < smaller(s.window_width.stride, s.in_width); ++w) {
         correlate<T>({grad_input_correlation(s, h, w), weights, source.data, nullptr,
-                      static_cast<T*>(p.grad_input), source.channels_last, source.pixels});
+                      static_cast<T*>(p.grad_input), source.channels_last, s.channels_last});
       }
     }
   });

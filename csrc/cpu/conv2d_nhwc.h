@@ -15,10 +15,34 @@ namespace {
 constexpr int64_t kGrainFlops = 2'000'000;  // about 30 us
 constexpr int64_t kRowStride = kPanelStride<Panel::rows>;
 
-// Adds the bias and writes rows of `columns` channels, from the tile to the output's pixels.
+// Adds the bias and writes rows of `columns` channels, from the tile to the output's planes: whole
+// rows of positions, as forward products have them.
+template <typename T>
+void store_turned(const Problem<T>& p, const Segment* segments, int64_t count, int64_t channel,
+                  int64_t columns, const acc_t<T>* tile, int64_t tile_stride) {
+  const int64_t plane = p.c.out_plane(), others = p.c.out_channels() - 1;
+  for (int64_t s = 0; s < count; ++s) {
+    // segment.out counts pixels over all images of one channel.
+    T* to = p.out + (segments[s].image * others + channel) * plane + segments[s].out;
+    for_each_vec<T>(segments[s].length, [&](int64_t i, int lanes) {
+      load_planes(tile + (segments[s].start + i) * tile_stride, tile_stride, lanes, columns,
+                  [&](int64_t j, const Vec<T>* block, auto size) {
+#pragma GCC unroll 16
+                    for (int k = 0; k < kLanes<T>; ++k) {
+                      if (k >= size) break;
+                      const acc_t<T> bias = p.bias ? to_acc(p.bias[channel + j + k]) : acc_t<T>{};
+                      store_partial(to + (j + k) * plane + i, block[k] + bias, lanes);
+                    }
+                  });
+    });
+  }
+}
+
+// The same to the output's pixels.
 template <typename T>
 void store_pixels(const Problem<T>& p, const Segment* segments, int64_t count, int64_t channel,
                   int64_t columns, const acc_t<T>* tile, int64_t tile_stride) {
+  if (!p.pixels) return store_turned(p, segments, count, channel, columns, tile, tile_stride);
   const int64_t pixel_stride = p.c.groups * p.c.columns;
   for (int64_t s = 0; s < count; ++s) {
     for (int64_t i = 0; i < segments[s].length; ++i) {
@@ -204,7 +228,8 @@ void correlate_image_rows(const Problem<T>& p) {
   const ColumnPanels<T> weights(c);
   pack_columns(p, weights);
   // Whole registers of sums need no tile on their way.
-  const bool direct = std::is_same_v<T, A> && c.columns % kLanes<A> == 0 && c.width.out_step == 1;
+  const bool direct =
+      std::is_same_v<T, A> && p.pixels && c.columns % kLanes<A> == 0 && c.width.out_step == 1;
   const int64_t width = c.width.count, run = c.width.taps * c.channels;
   const DepthBlocks depth(c.depth(), run, run > kLongest ? run : kLongest);
   const int64_t flops = 2 * width * c.columns * (c.depth() + 1);

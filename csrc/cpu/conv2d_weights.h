@@ -41,8 +41,8 @@ struct Problem {
   const T* source;
   const T* bias;  // null, or one per output channel
   T* out;
-  bool channels_last;
-  bool pixels;  // the output is channels_last, though the source is not
+  bool channels_last;  // the source
+  bool pixels;         // the output is channels_last
   const Epilogue* epilogue = nullptr;
 };
 
@@ -80,7 +80,7 @@ struct DepthWalk {
   }
   // The same, though taps lie side by side that the depth runs over last.
   bool dense_by_taps() const {
-    const auto &[channel, width, height] = digits;
+    const auto& [channel, width, height] = digits;
     return width.stride == 1 && height.stride == width.size &&
            channel.stride == height.stride * height.size;
   }

@@ -168,7 +168,7 @@ void multiply_matrices(const Product<T>& p) {
   const int64_t flops = 2 * rows.part * columns.part * (p.b.rows.size + 1);
   parallel_for(plan.blocks(), kProductGrain / flops + 1, [&](int64_t begin, int64_t end) {
     ProductUnit<T> unit(plan);
-    const Scratch<Acc> tiles(in_runs ? 0 : smaller(plan.blocks(), plan.kGroupBlocks) * size);
+    const Scratch<Acc> tiles(in_runs ? 0 : plan.group_rows() * plan.group_columns() * size);
     plan.for_each_group(begin, end, [&](const ProductGroup& g) {
       const auto place = [&](int64_t i, int64_t j) -> Place<Acc> {
         if constexpr (std::is_same_v<T, Acc>) {
@@ -218,13 +218,21 @@ void multiply_by_shares(const Product<T>& p) {
   const int64_t shares = units ? smaller(divide_up(kUnits, units), plan.depth.count) : 0;
   if (shares <= 1) return multiply_matrices(p);
   const int64_t width = p.c.columns.size, size = rows.size * width;
-  const Scratch<Acc> sums(shares * size);
+  // The first share is summed in C itself, unless that lies turned.
+  const bool in_place = std::is_same_v<T, Acc> && p.c.columns.stride == 1;
+  const Scratch<Acc> sums((in_place ? shares - 1 : shares) * size);
+  const auto sums_of = [&](int64_t share) -> Acc* {
+    if constexpr (std::is_same_v<T, Acc>) {
+      if (in_place && share == 0) return p.c.data;
+    }
+    return sums.get() + (share - in_place) * size;
+  };
   const int64_t flops = 2 * rows.part * columns.part * p.b.rows.size / shares;
   parallel_for(shares * blocks, kProductGrain / flops + 1, [&](int64_t begin, int64_t end) {
     ProductUnit<T> unit(plan);
     while (begin < end) {
       const int64_t share = begin / blocks, last = smaller(end, (share + 1) * blocks);
-      Acc* c = sums.get() + share * size;
+      Acc* c = sums_of(share);
       plan.for_each_group(
           begin - share * blocks, last - share * blocks, [&](const ProductGroup& g) {
             unit.run(
@@ -241,10 +249,9 @@ void multiply_by_shares(const Product<T>& p) {
   if (p.c.columns.stride != 1) return add_shares_turned(p.c, shares, sums.get());
   parallel_for(size, 65'536 / shares, [&](int64_t begin, int64_t end) {
     for_each_vec<T>(end - begin, [&](int64_t i, int lanes) {
-      const Acc* from = sums.get() + begin + i;
-      Vec<T> sum = load_partial(from, lanes);
+      Vec<T> sum = load_partial(sums_of(0) + begin + i, lanes);
       for (int64_t share = 1; share < shares; ++share)
-        sum += load_partial(from + share * size, lanes);
+        sum += load_partial(sums_of(share) + begin + i, lanes);
       store_partial(p.c.data + begin + i, sum, lanes);
     });
   });

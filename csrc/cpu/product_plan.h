@@ -55,9 +55,8 @@ struct ProductPlan {
   // All of the depth at a time, an eighth of L2, spares many rows a second pass over C. Few rows
   // would wait for its fetching.
   static constexpr int64_t kManyRows = 128, kWholeStream = 64 * 1024;
-  // Blocks that share copies.
+  // Blocks that share copies, at most.
   static constexpr int64_t kGroupRows = 8, kGroupColumns = 4;
-  static constexpr int64_t kGroupBlocks = kGroupRows * kGroupColumns;
 
   const Product<T>& p;
   // B's columns are read where they lie: see product_tiles.h.
@@ -91,6 +90,8 @@ struct ProductPlan {
   }
 
   int64_t blocks() const { return rows.count * columns.count; }
+  int64_t group_rows() const { return smaller(kGroupRows, rows.count); }
+  int64_t group_columns() const { return smaller(streams ? 1 : kGroupColumns, columns.count); }
 
   // Cuts blocks [begin, end) of C into groups, as large as may be. Blocks are in order of groups
   // of rows, columns, and rows.
@@ -102,7 +103,7 @@ struct ProductPlan {
       const int64_t within = begin - first * columns.count, left = end - begin;
       const int64_t row = within % height, column = within / height;
       const int64_t whole =
-          smaller(streams ? 1 : kGroupColumns, smaller(left / height, columns.count - column));
+          smaller(group_columns(), smaller(left / height, columns.count - column));
       ProductGroup g{first, first + height, column, column + whole};
       if (row > 0 || whole == 0) {
         g = {first + row, first + row + smaller(height - row, left), column, column + 1};

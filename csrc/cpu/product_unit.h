@@ -32,7 +32,7 @@ class ProductUnit {
         panels_size_(divide_up(plan.columns.part, Plan::kWidth) * Plan::kWidth *
                      (plan.depth.part + 1)),
         part_size_(panels_size_ + divide_up(plan.depth.part, Plan::kWidth) * Plan::kWidth),
-        b_(smaller(plan.columns.count, Plan::kGroupColumns) * part_size_),
+        b_(plan.group_columns() * part_size_),
         a_(!along()     ? plan.depth.part * kPanelStride<Panel::columns>
            : copies_a() ? plan.rows.part * kPanelStride<Panel::rows>
                         : 1) {}

@@ -140,6 +140,7 @@ inline void multiply_rows(const PairPlan& plan, const PairWeights& weights) {
   const bool planes = plan.depth.turned;
   const Patches& patches = plan.patches;
   const PixelRows rows(c, plan.depth, plan.slice, patches);
+  const bool in_place = !planes && rows.in_place(patches.at(0));  // as all of them
   plan.place_chunks(rows.stride, plan.depth.chunk, weights.chunk_size());
   // Rows of few products are written at once, and fetched while the ones before are summed.
   const int64_t ahead = plan.depth.size() * plan.block_channels <= 32 * 1024 ? kHeight : 0;
@@ -147,7 +148,7 @@ inline void multiply_rows(const PairPlan& plan, const PairWeights& weights) {
   const int64_t pass = planes ? smaller(fit, kStagedColumns) : fit;
   const int64_t staged = planes ? pass + kTile : 0;
   parallel_for(plan.units(), plan.grain(), [&](int64_t begin, int64_t end) {
-    const Scratch<bf16> panels(plan.set * rows.size);
+    const Scratch<bf16> panels(in_place ? 0 : plan.set * rows.size);
     const Scratch<bf16> sums(plan.set * patches.rows * patches.part * staged + kBlock);
     const Scratch<bf16> turned(planes ? kBlock * round_up(patches.rows * patches.part, kChunk) : 0);
     const Stage stage{sums.get(), staged};
@@ -160,7 +161,7 @@ inline void multiply_rows(const PairPlan& plan, const PairWeights& weights) {
         bf16* panel = panels.get() + i * rows.size;
         for (int64_t g = 0; planes && g < plan.slice; ++g)
           rows.turn(patches, patch, plan.p.source, group + g, panel + g * rows.next_group);
-        if (!planes && !rows.in_place(patch)) rows.fill(patches, patch, source, panel);
+        if (!planes && !in_place) rows.fill(patches, patch, source, panel);
       }
       set.place(first, count, source, panels.get(), stage);
     };

@@ -1,9 +1,9 @@
 // The products of matrices behind 1x1 convolutions and patches, see product.h.
 //
-// Plan: C is cut into blocks of rows x columns, and threads get groups of up to 8 x 4 of them. For
+// Plan: C is cut into blocks of rows x columns, and threads get groups of up to 8 x 2 of them. For
 // at most 256 steps of depth at a time a group copies its blocks of B into panels, and multiplies
 // them by A, read in place where its rows lie along the depth and in different cache sets, with
-// the results added to C in place. So B is copied once, and A once for 4 blocks of columns. What
+// the results added to C in place. So B is copied once, and A once for 2 blocks of columns. What
 // needs conversion, lies across images or transposed goes through panels of A and blocks of C. One
 // column that is left over, of 7 x 7 pixels for one, is a product of rows: its sums are made in
 // lanes. Otherwise the order of summation depends on nothing but the depth and how it is cut.

@@ -56,7 +56,7 @@ struct ProductPlan {
   // would wait for its fetching.
   static constexpr int64_t kManyRows = 128, kWholeStream = 64 * 1024;
   // Blocks that share copies, at most.
-  static constexpr int64_t kGroupRows = 8, kGroupColumns = 4;
+  static constexpr int64_t kGroupRows = 8, kGroupColumns = 2;
 
   const Product<T>& p;
   // B's columns are read where they lie: see product_tiles.h.

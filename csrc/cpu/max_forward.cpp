@@ -26,6 +26,7 @@
 #include "core/parallel.h"
 #include "cpu/channel_blocks.h"
 #include "cpu/max_best.h"
+#include "cpu/max_keys.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -83,15 +84,20 @@ void max_row(const MaxWindows& p, int64_t oh, const B* window, int64_t channels,
              O* offsets, bool stream) {
   const Span rows = p.height.inside[oh];
   const int64_t taps = p.width.taps, C = p.channels;
+  const int64_t row_step = p.height.dilation * p.width.length * C;
   for (int64_t ow = 0; ow < p.width.outputs; ++ow) {
     const Span columns = p.width.inside[ow];
     O* offsets_to = kOffsets ? offsets + ow * C : nullptr;
+    if (rows.size() == 0 || columns.size() == 0) {
+      max_of_nothing<kOffsets>(channels, output + ow * C, offsets_to);
+      continue;
+    }
     const B* first = window + p.width.position(ow, columns.begin) * C;
     const bool whole = columns.size() == taps && rows.size() == taps && p.height.taps == taps;
     const auto run = whole && taps == 2   ? max_pixel<kOffsets, 2, B, O>
                      : whole && taps == 3 ? max_pixel<kOffsets, 3, B, O>
                                           : max_pixel<kOffsets, 0, B, O>;
-    run(first, p.width.length * C, C, rows.size(), columns.size(),
+    run(first, row_step, p.width.dilation * C, rows.size(), columns.size(),
         rows.begin * taps + columns.begin, taps, channels, output + ow * C, offsets_to, stream);
   }
 }
@@ -158,7 +164,7 @@ class RowWinners {
                              offsets_.get() + slot * size_, pitch_);
   }
   // The winners of the windows of output row oh among the winners of their rows.
-  void combine(int64_t oh, int64_t channels, B* output, O* offsets, bool stream) const {
+  bool combine(int64_t oh, int64_t channels, const B*, B* output, O* offsets, bool stream) const {
     constexpr int64_t L = kLanes<B>;
     const Span rows = p_.height.inside[oh];
     for (int64_t r = rows.begin; r < rows.end; ++r)
@@ -180,6 +186,7 @@ class RowWinners {
         store_best<registers>(to + c, offsets_to + c, best, lanes, stream);
       });
     }
+    return true;
   }
 
  private:
@@ -210,23 +217,31 @@ bool takes_windows(const MaxWindows& p) {
          w.length >= w.taps;
 }
 
+// Whether half types are compared as keys: positions are seen by two windows or more, and windows
+// have not so many taps that separable winners are fewer.
+bool takes_keys(const MaxWindows& p) {
+  constexpr int64_t kMostTaps = 49;
+  const int64_t taps = p.height.taps * p.width.taps;
+  return taps <= kMostTaps && taps * p.out_plane() >= 2 * p.in_plane();
+}
+
 constexpr int64_t kRingBudget = 320 << 10;  // bytes of a ring of rows: it stays in the L2 cache
 constexpr int64_t kFewestChannels = 128;    // in a block: fewer make for short runs of memory
 
+// `row`: bytes that a ring keeps of a channel for one row.
 template <typename T>
-int64_t block_of_channels(const MaxWindows& p, bool separable) {
-  if (!separable) return p.channels;
-  const int64_t pixels = ((p.height.taps - 1) * p.height.dilation + 1) * p.width.outputs;
-  const int64_t fit = kRingBudget / (pixels * int64_t{2 * sizeof(acc_t<T>)} + 1);
-  return fit > kFewestChannels ? fit : kFewestChannels;
+ChannelBlocks<T> blocks_in_cache(const MaxWindows& p, int64_t row) {
+  const int64_t slots = (p.height.taps - 1) * p.height.dilation + 1;
+  return {p.batch, p.channels, larger(kFewestChannels, kRingBudget / (slots * row + 1))};
 }
 
-template <bool kOffsets, typename T, typename O>
-void forward_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, bool separable,
-                  const T* input, T* output, O* offsets, int64_t begin, int64_t end) {
+// `ringed`: by way of a ring of rows, where that has an answer.
+template <bool kOffsets, typename Ring, typename T, typename O>
+void forward_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, bool ringed, const T* input,
+                  T* output, O* offsets, int64_t begin, int64_t end) {
   const int64_t C = p.channels, H = p.height.length, W = p.width.length, OH = p.height.outputs;
   const bool stream = streams_channels(output, p.batch * p.out_plane(), C, blocks.size);
-  RowWinners<kOffsets, O, T> ring(p, separable ? blocks.size : 0);
+  Ring ring(p, ringed ? blocks.size : 0);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t oh = unit % OH;
     const ChannelBlock block = blocks[unit / OH];
@@ -237,26 +252,42 @@ void forward_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, bool sepa
     const auto row = [&](int64_t r) {
       return input + block.element(H, W, C, p.height.position(oh, r));
     };
-    if (separable) {
+    if (ringed) {
       for (int64_t r = inside.begin; r < inside.end; ++r)
         ring.find(p.height.position(oh, r), row(r), block.channels);
-      ring.combine(oh, block.channels, output + at, offsets_to, stream);
-    } else {
-      max_row<kOffsets>(p, oh, row(inside.begin), block.channels, output + at, offsets_to, stream);
+      if (ring.combine(oh, block.channels, row(inside.end), output + at, offsets_to, stream))
+        continue;
     }
+    max_row<kOffsets>(p, oh, row(inside.begin), block.channels, output + at, offsets_to, stream);
   }
   if (stream) finish_streams();
 }
 
-template <bool kOffsets, typename T, typename O>
-void forward(const MaxWindows& p, const T* input, T* output, O* offsets) {
-  const bool separable = !takes_windows(p);
-  const ChannelBlocks<T> blocks(p.batch, p.channels, block_of_channels<T>(p, separable));
+template <bool kOffsets, typename Ring, typename T, typename O>
+void forward_blocks(const MaxWindows& p, const ChannelBlocks<T>& blocks, bool ringed,
+                    const T* input, T* output, O* offsets) {
   const int64_t taps = p.height.taps * p.width.taps * p.width.outputs;
   parallel_for(blocks.count() * p.height.outputs, max_grain(taps * blocks.size),
                [&](int64_t begin, int64_t end) {
-                 forward_rows<kOffsets>(p, blocks, separable, input, output, offsets, begin, end);
+                 forward_rows<kOffsets, Ring>(p, blocks, ringed, input, output, offsets, begin,
+                                              end);
                });
+}
+
+template <bool kOffsets, typename T, typename O>
+void forward(const MaxWindows& p, const T* input, T* output, O* offsets) {
+  if constexpr (kHasKeys<T, O>) {
+    if (takes_keys(p)) {
+      const auto blocks = blocks_in_cache<T>(p, p.width.length * int64_t{sizeof(T)});
+      return forward_blocks<kOffsets, KeyRows<kOffsets, O, T>>(p, blocks, true, input, output,
+                                                               offsets);
+    }
+  }
+  const bool separable = !takes_windows(p);
+  const ChannelBlocks<T> whole(p.batch, p.channels, p.channels);
+  const auto parts = blocks_in_cache<T>(p, p.width.outputs * int64_t{2 * sizeof(acc_t<T>)});
+  forward_blocks<kOffsets, RowWinners<kOffsets, O, T>>(p, separable ? parts : whole, separable,
+                                                       input, output, offsets);
 }
 
 }  // namespace

@@ -149,6 +149,19 @@ def test_gradients_of_windows_that_share_a_winner(grads, dtype, memory_format):
         assert not found.signbit().any() or sum(grads) < 0
 
 
+def assert_native_winners(input, *arguments):
+    """max_pool2d gives native's bits and indices, and the same bits where no indices are asked."""
+    expected = F.max_pool2d(input, *arguments, return_indices=True)
+    with torchops.backend("own"):
+        found = TF.max_pool2d(input, *arguments, return_indices=True)
+        alone = TF.max_pool2d(input, *arguments)
+    assert torch.equal(found[1], expected[1])
+    for output in (found[0], alone):
+        torch.testing.assert_close(output, expected[0], rtol=0, atol=0, equal_nan=True)
+        signs = [x.signbit() & ~x.isnan() for x in (output, expected[0])]
+        assert torch.equal(*signs)
+
+
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -164,15 +177,28 @@ def test_winners_of_small_windows(kernel_size, stride, dtype, memory_format):
             picks = torch.multinomial(odds[torch.randint(3, (shape[1] * shape[2],))], width, True)
             input = values[picks].view(shape).to(dtype).contiguous(memory_format=memory_format)
             arguments = kernel_size, stride, padding, 1, ceil_mode
-            expected = F.max_pool2d(input, *arguments, return_indices=True)
-            with torchops.backend("own"):
-                found = TF.max_pool2d(input, *arguments, return_indices=True)
-                alone = TF.max_pool2d(input, *arguments)
-            assert torch.equal(found[1], expected[1])
-            for output in (found[0], alone):
-                torch.testing.assert_close(output, expected[0], rtol=0, atol=0, equal_nan=True)
-                signs = [x.signbit() & ~x.isnan() for x in (output, expected[0])]
-                assert torch.equal(*signs)
+            assert_native_winners(input, *arguments)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@each_dtype
+@pytest.mark.parametrize("kernel_size, stride, padding, dilation, ceil_mode", [
+    (2, 1, 1, 1, False), (3, 1, 1, 1, False), (3, 2, 0, 1, True), (3, 2, 1, 2, False),
+    ((2, 5), (1, 2), (1, 2), (3, 1), True), (5, 3, 2, 1, True), (7, 1, 3, 1, False),
+    (8, 2, 4, 1, False),
+])  # fmt: skip
+def test_winners_over_many_channels(
+    kernel_size, stride, padding, dilation, ceil_mode, dtype, memory_format
+):
+    """Around one register of any kind and several: native's bits and indices, whether no value is
+    out of the order of numbers or one is."""
+    arguments = kernel_size, stride, padding, dilation, ceil_mode
+    for channels in [1, 15, 31, 33, 72, 130, 200]:
+        for value in [1, math.nan, -0.0, -math.inf, 1e-7]:
+            input = torch.randint(-2, 3, (2, channels, 15, 13)).to(dtype)
+            input.view(-1)[torch.randint(input.numel(), ())] = value
+            input = input.contiguous(memory_format=memory_format)
+            assert_native_winners(input, *arguments)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)

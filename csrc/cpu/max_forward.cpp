@@ -2,11 +2,11 @@
 // offsets.
 //
 // Contiguous planes have their own kernel (max_forward_planes.cpp), and so has a window that is the
-// whole plane (max_whole.cpp). In channels_last, lanes are channels. Small windows that hardly
-// overlap are read as they are. Else separable: the winners of each row's columns are found once
-// and kept, with their offsets, in a ring in cache; an output row is then the winners of some of
-// those rows. A row's first maximum is the same for every window that takes in the row, and rows
-// are compared in order, so ties and NaNs come out as in one scan.
+// whole plane (max_whole.cpp). In channels_last, lanes are channels, of half types twice as many
+// (max_keys.h). Small windows that hardly overlap are read as they are. Else separable: the winners
+// of each row's columns are found once and kept, with their offsets, in a ring in cache; an output
+// row is then the winners of some of those rows. A row's first maximum is the same for every window
+// that takes in the row, and rows are compared in order, so ties and NaNs come out as in one scan.
 //
 // Times of native over ours on Zen 3, then on Granite Rapids, fp32, contiguous / channels_last
 // (torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):

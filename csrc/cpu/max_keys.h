@@ -1,5 +1,5 @@
-// Largest values of windows of half types in channels_last, forward, as integers that order as the
-// values do: 32 lanes to a register, and a tap takes a comparison and two choices.
+// Largest values of windows of half types in channels_last, forward, as 16-bit integers that order
+// as the values do: twice as many lanes, and a tap takes a comparison and two choices.
 //
 // Rows of the image become keys once, for all windows that see them, in a ring in cache; while
 // these are compared, memory fetches the rows that come next. NaNs and zeros of negative sign have
@@ -17,20 +17,109 @@
 // key for one use; fp32, as rows of itself that are known to hold no NaN.
 #pragma once
 
-#include "cpu/lane_masks.h"
 #include "cpu/max_best.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-#if defined(__AVX512BW__)
 template <typename T, typename O> constexpr bool kHasKeys = sizeof(T) == 2 && sizeof(O) == 1;
+constexpr int kKeys = kVecBytes / 2;  // in a register
+
+typedef int16_t VecI16 __attribute__((vector_size(kVecBytes)));
+typedef uint16_t VecU16 __attribute__((vector_size(kVecBytes)));
 
 // A half's bits as a number that grows with its value, and back.
-[[gnu::always_inline]] inline __m512i key_of(__m512i bits) {
-  const __m512i negative = _mm512_srai_epi16(bits, 15);
-  return _mm512_ternarylogic_epi32(bits, negative, _mm512_set1_epi16(0x7fff), 0x78);  // a ^ (b & c)
+[[gnu::always_inline]] inline VecI16 key_of(VecI16 bits) { return bits ^ ((bits >> 15) & 0x7fff); }
+
+template <typename V>
+[[gnu::always_inline]] inline V larger_of(V a, V b) {
+#if defined(__AVX512BW__)
+  // GCC 12 compares, and chooses by the mask.
+  const __m512i left = bit_cast<__m512i>(a), right = bit_cast<__m512i>(b);
+  return bit_cast<V>(std::is_same_v<V, VecI16> ? _mm512_max_epi16(left, right)
+                                               : _mm512_max_epu16(left, right));
+#else
+  return a > b ? a : b;
+#endif
 }
+
+// Loads and stores of the first `count` lanes, or all; and offsets of as many windows.
+#if defined(__AVX512BW__)
+
+inline __mmask32 first_keys(int64_t count) { return (__mmask32{1} << count) - 1; }
+template <typename T>
+[[gnu::always_inline]] inline VecI16 load_bits(const T* p, int64_t count = kKeys) {
+  return bit_cast<VecI16>(count < kKeys ? _mm512_maskz_loadu_epi16(first_keys(count), p)
+                                        : _mm512_loadu_si512(p));
+}
+template <typename T>
+[[gnu::always_inline]] inline void store_bits(T* p, VecI16 bits, int64_t count) {
+  if (count < kKeys)
+    _mm512_mask_storeu_epi16(p, first_keys(count), bit_cast<__m512i>(bits));
+  else
+    std::memcpy(p, &bits, sizeof(bits));
+}
+
+// Bytes, which a mask chooses as well as wider lanes.
+struct KeyOffsets {
+  __m256i bytes;
+
+  static KeyOffsets all(int64_t tap) { return {_mm256_set1_epi8(static_cast<char>(tap))}; }
+  void see(KeyOffsets next, VecI16 key, VecI16 best) {
+    const __mmask32 larger =
+        _mm512_cmpgt_epi16_mask(bit_cast<__m512i>(key), bit_cast<__m512i>(best));
+    bytes = _mm256_mask_mov_epi8(bytes, larger, next.bytes);
+  }
+  void store(uint8_t* p, int64_t count) const {
+    if (count < kKeys)
+      _mm256_mask_storeu_epi8(p, first_keys(count), bytes);
+    else
+      std::memcpy(p, &bytes, sizeof(bytes));
+  }
+};
+
+#else
+
+template <typename T>
+[[gnu::always_inline]] inline VecI16 load_bits(const T* p, int64_t count = kKeys) {
+  VecI16 bits = {};
+  if (count < kKeys)
+    copy_few(&bits, p, count * sizeof(T));
+  else
+    std::memcpy(&bits, p, sizeof(bits));
+  return bits;
+}
+template <typename T>
+[[gnu::always_inline]] inline void store_bits(T* p, VecI16 bits, int64_t count) {
+  if (count < kKeys)
+    copy_few(p, &bits, count * sizeof(T));
+  else
+    std::memcpy(p, &bits, sizeof(bits));
+}
+
+struct KeyOffsets {
+  VecI16 words;
+
+  static KeyOffsets all(int64_t tap) { return {VecI16{} + static_cast<int16_t>(tap)}; }
+  void see(KeyOffsets next, VecI16 key, VecI16 best) { words = key > best ? next.words : words; }
+  void store(uint8_t* p, int64_t count) const {
+    uint8_t buffer[kKeys];
+    uint8_t* to = count < kKeys ? buffer : p;
+#if defined(__AVX2__)
+    // GCC 12 takes vectors of words apart lane by lane.
+    const __m256i lanes = bit_cast<__m256i>(words);
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(lanes, lanes), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(bytes));
+#else
+    typedef uint8_t Bytes __attribute__((vector_size(kKeys)));
+    const Bytes bytes = __builtin_convertvector(words, Bytes);
+    std::memcpy(to, &bytes, sizeof(bytes));
+#endif
+    if (count < kKeys) copy_few(p, buffer, count);
+  }
+};
+
+#endif
 
 // Rows of the image as keys, kept while windows need them.
 template <bool kOffsets, typename O, typename B>
@@ -89,7 +178,6 @@ class KeyRows {
   }
 
  private:
-  static constexpr int64_t kKeys = 32;  // in a register
   static constexpr int kMostRegisters = 4;
 
   struct Window {
@@ -98,25 +186,30 @@ class KeyRows {
     const B* next;  // what windows will see
   };
 
-  static uint32_t lanes(int64_t count) { return lanes_inside(0, kKeys, count); }
-
   // False where a NaN or a zero of negative sign is among them.
   bool turn(const B* from, int64_t channels, int16_t* to) const {
     constexpr uint16_t kInfinity = std::is_same_v<B, bf16> ? 0x7f80 : 0x7c00;
-    __m512i lowest = _mm512_setzero_si512(), largest = lowest;
+    VecU16 largest = {};
+    VecI16 inverse = {};
     for (int64_t w = 0; w < p_.width.length; ++w, from += p_.channels, to += pitch_) {
       for (int64_t c = 0; c < channels; c += kKeys) {
-        const __m512i bits = channels - c < kKeys
-                                 ? _mm512_maskz_loadu_epi16(lanes(channels - c), from + c)
-                                 : _mm512_loadu_si512(from + c);
-        lowest = _mm512_min_epi16(lowest, bits);
-        largest = _mm512_max_epu16(largest, _mm512_add_epi16(bits, bits));  // without the sign
-        _mm512_storeu_si512(to + c, key_of(bits));
+        const VecI16 bits = load_bits(from + c, channels - c);
+        const VecU16 twice = bit_cast<VecU16>(bits + bits);  // without the sign
+        largest = larger_of(largest, twice);
+        inverse = larger_of(inverse, ~bits);
+        const VecI16 keys = key_of(bits);
+        std::memcpy(to + c, &keys, sizeof(keys));
       }
     }
-    return !_mm512_cmpeq_epi16_mask(lowest, _mm512_set1_epi16(INT16_MIN)) &&
-           !_mm512_cmpgt_epu16_mask(largest,
-                                    _mm512_set1_epi16(static_cast<int16_t>(2 * kInfinity)));
+    // In arrays, that the registers need not be in memory all along.
+    uint16_t twice[kKeys];
+    int16_t inverted[kKeys];
+    std::memcpy(twice, &largest, sizeof(twice));
+    std::memcpy(inverted, &inverse, sizeof(inverted));
+    bool ordered = true;
+    for (int l = 0; l < kKeys; ++l)
+      ordered &= twice[l] <= 2 * kInfinity && inverted[l] != INT16_MAX;
+    return ordered;
   }
 
   // One pixel of the output. kTaps fixes rows and columns where it is not 0.
@@ -142,37 +235,32 @@ class KeyRows {
       for (int64_t w = 0; w < p_.width.stride; ++w)
         prefetch<kL2>(window.next + h * line + w * p_.channels + c, registers * kKeys);
     }
-    __m512i best[registers];
-    [[maybe_unused]] __m256i at[registers];
+    VecI16 best[registers];
+    [[maybe_unused]] KeyOffsets at[registers];
     for (int64_t r = 0; r < rows; ++r, tap += taps) {
       const int16_t* from = seen_.get()[r] + window.first + c;
       for (int64_t k = 0; k < columns; ++k, from += step) {
-        const __m256i here = _mm256_set1_epi8(static_cast<char>(tap + k));
+        const KeyOffsets here = KeyOffsets::all(tap + k);
         repeat<registers>([&](int u) __attribute__((always_inline)) {
-          const __m512i key = _mm512_loadu_si512(from + u * kKeys);
+          const VecI16 key = load_bits(from + u * kKeys);
           if (r == 0 && k == 0) {
             best[u] = key, at[u] = here;
             return;
           }
-          if constexpr (kOffsets)
-            at[u] = _mm256_mask_mov_epi8(at[u], _mm512_cmpgt_epi16_mask(key, best[u]), here);
-          best[u] = _mm512_max_epi16(best[u], key);
+          if constexpr (kOffsets) at[u].see(here, key, best[u]);
+          best[u] = larger_of(best[u], key);
         });
       }
     }
     if (!stream) fetch_output(output, registers * kKeys);
     repeat<registers>([&](int u) __attribute__((always_inline)) {
-      const __m512i bits = key_of(best[u]);
-      if (u + 1 < registers || channels >= registers * kKeys) {
-        stream ? _mm512_stream_si512(reinterpret_cast<__m512i*>(output + u * kKeys), bits)
-               : _mm512_storeu_si512(output + u * kKeys, bits);
-        if constexpr (kOffsets)
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(offsets + u * kKeys), at[u]);
-        return;
-      }
-      const uint32_t some = lanes(channels - u * kKeys);
-      _mm512_mask_storeu_epi16(output + u * kKeys, some, bits);
-      if constexpr (kOffsets) _mm256_mask_storeu_epi8(offsets + u * kKeys, some, at[u]);
+      const VecI16 bits = key_of(best[u]);
+      const int64_t count = u + 1 < registers ? kKeys : channels - u * kKeys;
+      if (stream)
+        stream_register(reinterpret_cast<float*>(output + u * kKeys), bit_cast<VecF32>(bits));
+      else
+        store_bits(output + u * kKeys, bits, count);
+      if constexpr (kOffsets) at[u].store(offsets + u * kKeys, count);
     });
   }
 
@@ -183,13 +271,6 @@ class KeyRows {
   Scratch<bool> ordered_;         // no NaN or zero of negative sign is among its keys
   Scratch<const int16_t*> seen_;  // by the windows: their rows
 };
-
-#else
-
-template <typename T, typename O> constexpr bool kHasKeys = false;
-template <bool kOffsets, typename O, typename B> class KeyRows;
-
-#endif
 
 }  // namespace
 }  // namespace torchops::cpu::TORCHOPS_ISA

@@ -163,7 +163,8 @@ class RowWinners {
     row_winners<kOffsets, O>(p_.width, from, p_.channels, channels, values_.get() + slot * size_,
                              offsets_.get() + slot * size_, pitch_);
   }
-  // The winners of the windows of output row oh among the winners of their rows.
+  // The winners of the windows of output row oh among the winners of their rows. (Rows that come
+  // next were fetched when these were found; KeyRows does it here.)
   bool combine(int64_t oh, int64_t channels, const B*, B* output, O* offsets, bool stream) const {
     constexpr int64_t L = kLanes<B>;
     const Span rows = p_.height.inside[oh];

@@ -7,9 +7,9 @@
 // rows of the image. contiguous: rows are output channels, vectors run over positions; the shifted
 // rows of the image are read in place or copied into a panel. channels_last of at most half a tile
 // of output channels, such as the gradient of an image, is brought into planes first, and planes of
-// short rows into channels_last. grad_input is the same product with the weights' channels swapped
-// and the taps reversed, one per phase of the stride. The order of summation depends on nothing but
-// the shapes.
+// short rows into channels_last, from whose tiles of sums planes are written. grad_input is the
+// same product with the weights' channels swapped and the taps reversed, one per phase of the
+// stride. The order of summation depends on nothing but the shapes.
 //
 // 3x3 of stride 1 goes another way: conv2d_winograd.h; 1x1, too: conv2d_pointwise.cpp; the gradient
 // of an image cut into patches: conv2d_patches.cpp; and bf16 where the CPU multiplies it:
@@ -27,10 +27,11 @@
 //   conv2d:mb2_ic32ih75oc48kh5ph2       0.95 / 0.92   1.04 / 0.91
 //   conv2d:mb8_ic3ih224oc96kh4sh4       1.07 / 1.10   2.48 / 2.39
 // On Zen 4:
-//   conv2d:mb8_ic64ih19oc64kh5ph2       0.97 / 0.98   0.93 / 0.98
-//   conv2d:mb8_ic48ih7oc64kh5ph2        1.04 / 1.11   1.05 / 1.15
-//   conv2d:mb8_ic128ih14oc200kh7ph3     0.97 / 1.06   0.99 / 1.08
-//   conv2d:mb2_ic32ih75oc48kh5ph2       0.98 / 0.98   1.05 / 1.02
+//   conv2d:mb8_ic64ih19oc64kh5ph2       0.98 / 0.98   0.97 / 0.98
+//   conv2d:mb8_ic48ih7oc64kh5ph2        1.05 / 1.10   1.01 / 1.12
+//   conv2d:mb8_ic128ih14oc200kh7ph3     0.98 / 1.05   1.02 / 1.08
+//   conv2d:mb2_ic32ih75oc48kh5ph2       1.00 / 0.97   1.03 / 1.01
+//   conv2d:mb8_ic512ih14oc512kh3sh2ph1  0.99 / -      1.14 / -
 // Tried without gain: fetching the panel's lines for writing; gathering 32 positions at a time.
 #include "ops/conv2d.h"
 

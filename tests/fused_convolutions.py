@@ -61,6 +61,7 @@ CALLS = [
     call((3, 40, 14, 13), (72, 40, 3, 3), "relu", residual=True, stride=2, padding=1),
     call((2, 5, 17, 19), (7, 5, 3, 3), "leaky_relu", bias=True, stride=2, padding=1),
     call((2, 90, 14, 14), (140, 90, 3, 3), "relu", stride=2, padding=1),
+    call((2, 256, 9, 9), (130, 256, 3, 3), "relu", residual=True, bias=True, stride=2, padding=1),
     call((1, 3, 33, 40), (16, 3, 7, 7), "silu", stride=2, padding=3),
     call((1, 6, 9, 300), (9, 6, 3, 3), "relu", residual=True, bias=True, dilation=2),
     call((2, 19, 19, 17), (19, 1, 3, 3), "relu6", padding=1, groups=19),

@@ -191,14 +191,26 @@ def test_winners_over_many_channels(
     kernel_size, stride, padding, dilation, ceil_mode, dtype, memory_format
 ):
     """Around one register of any kind and several: native's bits and indices, whether no value is
-    out of the order of numbers or one is."""
-    arguments = kernel_size, stride, padding, dilation, ceil_mode
+    out of the order of numbers or a few are. A NaN of either sign wins, though its bits may be the
+    least; a zero of negative sign is no less than the others."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     for channels in [1, 15, 31, 33, 72, 130, 200]:
-        for value in [1, math.nan, -0.0, -math.inf, 1e-7]:
-            input = torch.randint(-2, 3, (2, channels, 15, 13)).to(dtype)
-            input.view(-1)[torch.randint(input.numel(), ())] = value
+        for value in [1, math.nan, -math.nan, -0.0, -math.inf, 1e-7]:
+            input = torch.randint(-2, 1, (2, channels, 15, 13)).to(dtype)
+            places = torch.randint(input.numel(), (3,))
+            input.view(-1)[places] = value
+            if math.copysign(1, value) < 0:  # conversions drop the sign of a NaN
+                input.view(bits).view(-1)[places] |= torch.iinfo(bits).min
             input = input.contiguous(memory_format=memory_format)
-            assert_native_winners(input, *arguments)
+            assert_native_winners(input, kernel_size, stride, padding, dilation, ceil_mode)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 520, 3, 260), (1, 1696, 14, 110)], ids=str)
+def test_winners_of_blocks_of_channels(shape, dtype):
+    """Wide rows of many channels; outputs that go past the cache."""
+    input = torch.randint(-4, 5, shape).to(dtype).contiguous(memory_format=torch.channels_last)
+    assert_native_winners(input, 3, 1, 1)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)

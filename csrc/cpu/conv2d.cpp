@@ -7,9 +7,9 @@
 // rows of the image. contiguous: rows are output channels, vectors run over positions; the shifted
 // rows of the image are read in place or copied into a panel. channels_last of at most half a tile
 // of output channels, such as the gradient of an image, is brought into planes first, and planes of
-// short rows into channels_last, from whose tiles of sums planes are written. grad_input is the
-// same product with the weights' channels swapped and the taps reversed, one per phase of the
-// stride. The order of summation depends on nothing but the shapes.
+// short rows or many products into channels_last, from whose tiles of sums planes are written.
+// grad_input is the same product with the weights' channels swapped and the taps reversed, one per
+// phase of the stride. The order of summation depends on nothing but the shapes.
 //
 // 3x3 of stride 1 goes another way: conv2d_winograd.h; 1x1, too: conv2d_pointwise.cpp; the gradient
 // of an image cut into patches: conv2d_patches.cpp; and bf16 where the CPU multiplies it:
@@ -62,13 +62,7 @@ void store_planes(const Problem<T>& p, const Segment* segments, int64_t count, i
   for (int64_t r = 0; r < rows; ++r, tile += tile_stride) {
     const acc_t<T> bias = p.bias ? to_acc(p.bias[channel + r]) : acc_t<T>{};
     for (int64_t s = 0; s < count; ++s) {
-      Segment segment = segments[s];
-      // Whole rows of one image lie side by side.
-      while (s + 1 < count && segments[s + 1].out == segment.out + segment.length &&
-             segments[s + 1].start == segment.start + segment.length &&
-             segments[s + 1].image == segment.image) {
-        segment.length += segments[++s].length;
-      }
+      const Segment segment = join_segments(segments, count, &s);
       const acc_t<T>* from = tile + segment.start;
       // segment.out counts pixels over all images of one channel.
       T* to = p.pixels
@@ -277,7 +271,8 @@ void correlate(const Problem<T>& p) {
 // Whether turning the images over takes less than the product gains by it, which reads rows of the
 // image in channels_last where they lie and leaves out taps above and below it. On Zen 4 forward by
 // torchops bench conv2d:mb8_ic64ih14oc64kh5ph2 --layout contiguous --threads 1 --quick took 2.7 ms
-// instead of 3.7. Rows of planes that fill less than half a register gain the most.
+// instead of 3.7. Rows of planes that fill less than half a register gain the most. (The number is
+// from when outputs were turned over as images, too, as they are in grad_input.)
 template <typename T>
 bool turns_planes(const Conv2dShape& s, int64_t columns) {
   constexpr int64_t kProducts = 192;  // per turned element
@@ -336,7 +331,8 @@ void conv2d_grad_input(const Conv2dGradInputParams& p) {
   if (conv2d_bf16_grad_input(p) || conv2d_patches_grad_input(p)) return;
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    // Here products write rows of the image with gaps, and turning these over is cheaper by images.
+    // Where windows are 2 apart, products write rows with gaps: turned over they cost less as
+    // images.
     if (turns_planes<T>(p.shape, p.shape.in_channels)) {
       return conv2d_grad_input_of_planes<T>(p, conv2d_grad_input);
     }

@@ -114,6 +114,20 @@ inline int64_t make_segments(const Correlation& c, int64_t begin, int64_t end, S
   return count;
 }
 
+// Segment i and those behind it that go on where it ends, as whole rows of one image do: i becomes
+// the last of them.
+inline Segment join_segments(const Segment* segments, int64_t count, int64_t* i) {
+  Segment joined = segments[*i];
+  for (; *i + 1 < count; ++*i) {
+    const Segment& next = segments[*i + 1];
+    const bool goes_on = next.start == joined.start + joined.length &&
+                         next.out == joined.out + joined.length && next.image == joined.image;
+    if (!goes_on) break;
+    joined.length += next.length;
+  }
+  return joined;
+}
+
 inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : value > high ? high : value;
 }

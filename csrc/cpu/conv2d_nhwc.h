@@ -15,17 +15,18 @@ namespace {
 constexpr int64_t kGrainFlops = 2'000'000;  // about 30 us
 constexpr int64_t kRowStride = kPanelStride<Panel::rows>;
 
-// Adds the bias and writes rows of `columns` channels, from the tile to the output's planes: whole
-// rows of positions, as forward products have them.
+// Adds the bias and writes rows of `columns` channels, from the tile to the output's planes, where
+// positions are neighbours there: those of a forward product.
 template <typename T>
 void store_turned(const Problem<T>& p, const Segment* segments, int64_t count, int64_t channel,
                   int64_t columns, const acc_t<T>* tile, int64_t tile_stride) {
   const int64_t plane = p.c.out_plane(), others = p.c.out_channels() - 1;
   for (int64_t s = 0; s < count; ++s) {
+    const Segment segment = join_segments(segments, count, &s);
     // segment.out counts pixels over all images of one channel.
-    T* to = p.out + (segments[s].image * others + channel) * plane + segments[s].out;
-    for_each_vec<T>(segments[s].length, [&](int64_t i, int lanes) {
-      load_planes(tile + (segments[s].start + i) * tile_stride, tile_stride, lanes, columns,
+    T* to = p.out + (segment.image * others + channel) * plane + segment.out;
+    for_each_vec<T>(segment.length, [&](int64_t i, int lanes) {
+      load_planes(tile + (segment.start + i) * tile_stride, tile_stride, lanes, columns,
                   [&](int64_t j, const Vec<T>* block, auto size) {
 #pragma GCC unroll 16
                     for (int k = 0; k < kLanes<T>; ++k) {
@@ -38,10 +39,10 @@ void store_turned(const Problem<T>& p, const Segment* segments, int64_t count, i
   }
 }
 
-// The same to the output's pixels.
+// The same to wherever the output's channels lie.
 template <typename T>
-void store_pixels(const Problem<T>& p, const Segment* segments, int64_t count, int64_t channel,
-                  int64_t columns, const acc_t<T>* tile, int64_t tile_stride) {
+void store_tile(const Problem<T>& p, const Segment* segments, int64_t count, int64_t channel,
+                int64_t columns, const acc_t<T>* tile, int64_t tile_stride) {
   if (!p.pixels) return store_turned(p, segments, count, channel, columns, tile, tile_stride);
   const int64_t pixel_stride = p.c.groups * p.c.columns;
   for (int64_t s = 0; s < count; ++s) {
@@ -106,7 +107,7 @@ void correlate_channels_last(const Problem<T>& p) {
             }
           }
           const int64_t channel = group * c.columns + b.column;
-          store_pixels(p, segments, count, channel, b.columns, tile.get(), kStride);
+          store_tile(p, segments, count, channel, b.columns, tile.get(), kStride);
           if (p.epilogue) p.epilogue->finish(row, row + rows, channel, b.columns);
         }
       });
@@ -252,7 +253,7 @@ void correlate_image_rows(const Problem<T>& p) {
         }
       }
       product.multiply(slab_row, first, count, taps, b, sums);
-      if (!direct) store_pixels(p, &segment, 1, b.column, b.columns, tile, kBlockColumns<A>);
+      if (!direct) store_tile(p, &segment, 1, b.column, b.columns, tile, kBlockColumns<A>);
       if (p.epilogue) p.epilogue->finish(position, position + count, b.column, b.columns);
     }
   };

@@ -1,7 +1,8 @@
 // The weights of a convolution, packed once per call for the matrix product.
 //
-// The depth runs in the order in which the weight lies in memory, so that packing it for the
-// forward product is a transposition in registers.
+// Packing them for the forward product is a transposition in registers: the depth runs in the order
+// in which the weight lies in memory, or its taps and channels change places on the way
+// (pack_taps).
 #pragma once
 
 #include "core/parallel.h"
@@ -49,10 +50,11 @@ struct Problem {
 // Walks the depth index of a weight, the first digit the fastest.
 struct DepthWalk {
   struct Digit { int64_t size, stride, value; } digits[3];
+  bool channels_last;
   int64_t offset;
 
   template <typename T>
-  explicit DepthWalk(const Problem<T>& p) {
+  explicit DepthWalk(const Problem<T>& p) : channels_last(p.channels_last) {
     const Axis &height = p.c.height, &width = p.c.width;
     const Digit channel{p.c.channels, p.weights.channel_stride, 0};
     const Digit th{height.taps, height.tap_step * p.weights.height_stride, 0};
@@ -78,10 +80,10 @@ struct DepthWalk {
     }
     return true;
   }
-  // The same, though taps lie side by side that the depth runs over last.
+  // The same, though taps lie side by side, and the depth runs over the channels of each.
   bool dense_by_taps() const {
     const auto& [channel, width, height] = digits;
-    return width.stride == 1 && height.stride == width.size &&
+    return channels_last && width.stride == 1 && height.stride == width.size &&
            channel.stride == height.stride * height.size;
   }
   void next() {
@@ -139,7 +141,7 @@ void pack_weights(const Problem<T>& p, int64_t group, int64_t column, int64_t co
     return;
   }
   const int64_t depth = p.c.depth();
-  if (p.channels_last && length == depth && walk.dense_by_taps()) {
+  if (length == depth && walk.dense_by_taps()) {
     return pack_taps(from + walk.offset, stride, columns, depth / p.c.channels, p.c.channels, width,
                      to);
   }
@@ -174,8 +176,7 @@ void copy_weights(const Problem<T>& p, const T* from, int64_t begin, int64_t len
 template <typename T>
 int64_t packed_chunk(const Problem<T>& p, int64_t depth) {
   const DepthWalk walk(p);
-  const bool dense = walk.dense() || (p.channels_last && walk.dense_by_taps());
-  return depth > 64 && !dense ? 64 : depth > 0 ? depth : 1;
+  return depth > 64 && !walk.dense() && !walk.dense_by_taps() ? 64 : depth > 0 ? depth : 1;
 }
 
 // The weight as the forward convolution reads it.

@@ -24,6 +24,29 @@ struct Best {
   }
 };
 
+// Which row of the image lies in each slot of a ring of as many as a window reaches over.
+class RingSlots {
+ public:
+  explicit RingSlots(const MaxWindows& p) : count(needed(p)), rows_(count) {}
+  static int64_t needed(const MaxWindows& p) { return (p.height.taps - 1) * p.height.dilation + 1; }
+
+  void start() {
+    for (int64_t i = 0; i < count; ++i) rows_.get()[i] = -1;
+  }
+  int64_t of(int64_t row) const { return row % count; }
+  // False: the row is there.
+  bool take(int64_t row) {
+    const bool is_new = rows_.get()[of(row)] != row;
+    rows_.get()[of(row)] = row;
+    return is_new;
+  }
+
+  const int64_t count;
+
+ private:
+  Scratch<int64_t> rows_;
+};
+
 // Offsets of `registers` registers, of which the last has `lanes`.
 template <typename T, int registers, typename O>
 inline void store_group(O* p, const Best<T, true, O>* best, int lanes) {
@@ -63,6 +86,28 @@ void max_of_nothing(int64_t n, T* output, O* offsets) {
     output[i] = from_acc<T>(-acc_t<T>(INFINITY));
     if constexpr (kOffsets) offsets[i] = 0;
   }
+}
+
+// f(ow, columns, output, offsets) for the pixels of row oh in channels_last whose windows see
+// something, with the taps along the width that do.
+template <bool kOffsets, typename T, typename O, typename F>
+void for_each_pixel(const MaxWindows& p, int64_t oh, int64_t channels, T* output, O* offsets,
+                    const F& f) {
+  for (int64_t ow = 0; ow < p.width.outputs; ++ow, output += p.channels) {
+    const Span columns = p.width.inside[ow];
+    if (p.height.inside[oh].size() == 0 || columns.size() == 0)
+      max_of_nothing<kOffsets>(channels, output, offsets);
+    else
+      f(ow, columns, output, offsets);
+    if constexpr (kOffsets) offsets += p.channels;
+  }
+}
+
+// The taps of a small square window that lies inside as a whole, 2 or 3; else 0.
+inline int64_t whole_taps(const MaxWindows& p, const Span& rows, const Span& columns) {
+  const int64_t taps = p.width.taps;
+  const bool whole = p.height.taps == taps && rows.size() == taps && columns.size() == taps;
+  return whole && (taps == 2 || taps == 3) ? taps : 0;
 }
 
 }  // namespace

@@ -2,11 +2,12 @@
 // offsets.
 //
 // Contiguous planes have their own kernel (max_forward_planes.cpp), and so has a window that is the
-// whole plane (max_whole.cpp). In channels_last, lanes are channels, of half types twice as many
-// (max_keys.h). Small windows that hardly overlap are read as they are. Else separable: the winners
-// of each row's columns are found once and kept, with their offsets, in a ring in cache; an output
-// row is then the winners of some of those rows. A row's first maximum is the same for every window
-// that takes in the row, and rows are compared in order, so ties and NaNs come out as in one scan.
+// whole plane (max_whole.cpp). In channels_last, lanes are channels; half types have twice as many
+// where windows overlap (max_keys.h). Small windows that hardly overlap are read as they are. Else
+// separable: the winners of each row's columns are found once and kept, with their offsets, in a
+// ring in cache; an output row is then the winners of some of those rows. A row's first maximum is
+// the same for every window that takes in the row, and rows are compared in order, so ties and NaNs
+// come out as in one scan.
 //
 // Times of native over ours on Zen 3, then on Granite Rapids, fp32, contiguous / channels_last
 // (torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
@@ -85,21 +86,17 @@ void max_row(const MaxWindows& p, int64_t oh, const B* window, int64_t channels,
   const Span rows = p.height.inside[oh];
   const int64_t taps = p.width.taps, C = p.channels;
   const int64_t row_step = p.height.dilation * p.width.length * C;
-  for (int64_t ow = 0; ow < p.width.outputs; ++ow) {
-    const Span columns = p.width.inside[ow];
-    O* offsets_to = kOffsets ? offsets + ow * C : nullptr;
-    if (rows.size() == 0 || columns.size() == 0) {
-      max_of_nothing<kOffsets>(channels, output + ow * C, offsets_to);
-      continue;
-    }
-    const B* first = window + p.width.position(ow, columns.begin) * C;
-    const bool whole = columns.size() == taps && rows.size() == taps && p.height.taps == taps;
-    const auto run = whole && taps == 2   ? max_pixel<kOffsets, 2, B, O>
-                     : whole && taps == 3 ? max_pixel<kOffsets, 3, B, O>
-                                          : max_pixel<kOffsets, 0, B, O>;
-    run(first, row_step, p.width.dilation * C, rows.size(), columns.size(),
-        rows.begin * taps + columns.begin, taps, channels, output + ow * C, offsets_to, stream);
-  }
+  for_each_pixel<kOffsets>(p, oh, channels, output, offsets,
+                           [&](int64_t ow, const Span& columns, B* output, O* offsets) {
+                             const B* first = window + p.width.position(ow, columns.begin) * C;
+                             const int64_t whole = whole_taps(p, rows, columns);
+                             const auto run = whole == 2   ? max_pixel<kOffsets, 2, B, O>
+                                              : whole == 3 ? max_pixel<kOffsets, 3, B, O>
+                                                           : max_pixel<kOffsets, 0, B, O>;
+                             run(first, row_step, p.width.dilation * C, rows.size(), columns.size(),
+                                 rows.begin * taps + columns.begin, taps, channels, output, offsets,
+                                 stream);
+                           });
 }
 
 // ---- separable ----------------------------------------------------------------------------------
@@ -145,48 +142,39 @@ class RowWinners {
   RowWinners(const MaxWindows& p, int64_t pitch)
       : p_(p),
         pitch_(pitch),
-        slots_((p.height.taps - 1) * p.height.dilation + 1),
+        slots_(p),
         size_(p.width.outputs * pitch + kLanes<B>),
-        values_(slots_ * size_),
-        offsets_(kOffsets ? slots_ * size_ : 0),
-        rows_(slots_),
+        values_(slots_.count * size_),
+        offsets_(kOffsets ? slots_.count * size_ : 0),
         tap_(p.height.taps) {}
 
-  void start() {
-    for (int64_t i = 0; i < slots_; ++i) rows_.get()[i] = -1;
-  }
+  void start() { slots_.start(); }
   // `from`: the row's first pixel.
   void find(int64_t row, const B* from, int64_t channels) {
-    const int64_t slot = row % slots_;
-    if (rows_.get()[slot] == row) return;
-    rows_.get()[slot] = row;
-    row_winners<kOffsets, O>(p_.width, from, p_.channels, channels, values_.get() + slot * size_,
-                             offsets_.get() + slot * size_, pitch_);
+    if (!slots_.take(row)) return;
+    const int64_t at = slots_.of(row) * size_;
+    row_winners<kOffsets, O>(p_.width, from, p_.channels, channels, values_.get() + at,
+                             offsets_.get() + at, pitch_);
   }
-  // The winners of the windows of output row oh among the winners of their rows. (Rows that come
-  // next were fetched when these were found; KeyRows does it here.)
+  // The winners of the windows of output row oh among the winners of their rows. As in KeyRows, but
+  // that it always has an answer, and what comes next was fetched when these were found.
   bool combine(int64_t oh, int64_t channels, const B*, B* output, O* offsets, bool stream) const {
     constexpr int64_t L = kLanes<B>;
     const Span rows = p_.height.inside[oh];
     for (int64_t r = rows.begin; r < rows.end; ++r)
-      tap_.get()[r] = p_.height.position(oh, r) % slots_ * size_;
-    for (int64_t ow = 0; ow < p_.width.outputs; ++ow) {
-      B* to = output + ow * p_.channels;
-      O* offsets_to = kOffsets ? offsets + ow * p_.channels : nullptr;
-      if (rows.size() == 0 || p_.width.inside[ow].size() == 0) {
-        max_of_nothing<kOffsets>(channels, to, offsets_to);
-        continue;
-      }
-      for_each_group<B>(channels, [&](int64_t c, auto registers, int lanes) {
-        Best<B, kOffsets, O> best[registers];
-        const int64_t pixel = ow * pitch_ + c;
-        for (int u = 0; u < registers; ++u) best[u] = candidate(rows.begin, pixel + u * L);
-        for (int64_t r = rows.begin + 1; r < rows.end; ++r) {
-          for (int u = 0; u < registers; ++u) best[u].see(candidate(r, pixel + u * L));
-        }
-        store_best<registers>(to + c, offsets_to + c, best, lanes, stream);
-      });
-    }
+      tap_.get()[r] = slots_.of(p_.height.position(oh, r)) * size_;
+    for_each_pixel<kOffsets>(
+        p_, oh, channels, output, offsets, [&](int64_t ow, const Span&, B* output, O* offsets) {
+          for_each_group<B>(channels, [&](int64_t c, auto registers, int lanes) {
+            Best<B, kOffsets, O> best[registers];
+            const int64_t pixel = ow * pitch_ + c;
+            for (int u = 0; u < registers; ++u) best[u] = candidate(rows.begin, pixel + u * L);
+            for (int64_t r = rows.begin + 1; r < rows.end; ++r) {
+              for (int u = 0; u < registers; ++u) best[u].see(candidate(r, pixel + u * L));
+            }
+            store_best<registers>(output + c, offsets + c, best, lanes, stream);
+          });
+        });
     return true;
   }
 
@@ -202,10 +190,12 @@ class RowWinners {
   }
 
   const MaxWindows& p_;
-  int64_t pitch_, slots_, size_;
+  int64_t pitch_;
+  RingSlots slots_;
+  int64_t size_;
   Scratch<acc_t<B>> values_;
   Scratch<typename Taps<B, O>::Kept> offsets_;
-  Scratch<int64_t> rows_, tap_;  // the row in each slot; where the rows of the windows begin
+  Scratch<int64_t> tap_;  // where the rows of the windows begin
 };
 
 // ---- entry --------------------------------------------------------------------------------------
@@ -232,8 +222,8 @@ constexpr int64_t kFewestChannels = 128;    // in a block: fewer make for short 
 // `row`: bytes that a ring keeps of a channel for one row.
 template <typename T>
 ChannelBlocks<T> blocks_in_cache(const MaxWindows& p, int64_t row) {
-  const int64_t slots = (p.height.taps - 1) * p.height.dilation + 1;
-  return {p.batch, p.channels, larger(kFewestChannels, kRingBudget / (slots * row + 1))};
+  const int64_t bytes = RingSlots::needed(p) * row;
+  return {p.batch, p.channels, larger(kFewestChannels, kRingBudget / (bytes + 1))};
 }
 
 // `ringed`: by way of a ring of rows, where that has an answer.

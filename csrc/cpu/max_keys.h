@@ -4,7 +4,8 @@
 // Rows of the image become keys once, for all windows that see them, in a ring in cache; while
 // these are compared, memory fetches the rows that come next. NaNs and zeros of negative sign have
 // no place in the order: windows that see a row with one are left to the kernel of all types
-// (max_forward.cpp).
+// (max_forward.cpp). Subnormals have one, also where torch.set_flush_denormal has other kernels
+// take them for zeros.
 //
 // Times of native over ours on Zen 4, bf16, beside fp32 in lanes (torchops bench PROBLEM --dtype
 // bf16 --layout channels_last --direction fwd --threads 1 --quick):
@@ -128,21 +129,17 @@ class KeyRows {
   KeyRows(const MaxWindows& p, int64_t channels)
       : p_(p),
         pitch_(divide_up(channels, kKeys) * kKeys),
-        slots_((p.height.taps - 1) * p.height.dilation + 1),
+        slots_(p),
         size_(p.width.length * pitch_),
-        keys_(slots_ * size_),
-        rows_(slots_),
-        ordered_(slots_),
+        keys_(slots_.count * size_),
+        ordered_(slots_.count),
         seen_(p.height.taps) {}
 
-  void start() {
-    for (int64_t i = 0; i < slots_; ++i) rows_.get()[i] = -1;
-  }
+  void start() { slots_.start(); }
   // `from`: the row's first pixel.
   void find(int64_t row, const B* from, int64_t channels) {
-    const int64_t slot = row % slots_;
-    if (rows_.get()[slot] == row) return;
-    rows_.get()[slot] = row;
+    if (!slots_.take(row)) return;
+    const int64_t slot = slots_.of(row);
     ordered_.get()[slot] = turn(from, channels, keys_.get() + slot * size_);
   }
   // Writes output row oh; false where that is not for keys to say. `next`: the row of the image
@@ -151,29 +148,23 @@ class KeyRows {
                bool stream) const {
     const Span rows = p_.height.inside[oh];
     for (int64_t r = rows.begin; r < rows.end; ++r) {
-      const int64_t slot = p_.height.position(oh, r) % slots_;
+      const int64_t slot = slots_.of(p_.height.position(oh, r));
       if (!ordered_.get()[slot]) return false;
       seen_.get()[r - rows.begin] = keys_.get() + slot * size_;
     }
-    for (int64_t ow = 0; ow < p_.width.outputs; ++ow) {
-      const Span columns = p_.width.inside[ow];
-      B* const to = output + ow * p_.channels;
-      O* const offsets_to = kOffsets ? offsets + ow * p_.channels : nullptr;
-      if (rows.size() == 0 || columns.size() == 0) {
-        max_of_nothing<kOffsets>(channels, to, offsets_to);
-        continue;
-      }
-      const int64_t taps = p_.width.taps;
-      const bool whole = columns.size() == taps && rows.size() == taps && p_.height.taps == taps;
-      const Window window{p_.width.position(ow, columns.begin) * pitch_, rows, columns,
-                          next + ow * p_.width.stride * p_.channels};
-      if (whole && taps == 2)
-        pixel<2>(window, channels, to, offsets_to, stream);
-      else if (whole && taps == 3)
-        pixel<3>(window, channels, to, offsets_to, stream);
-      else
-        pixel<0>(window, channels, to, offsets_to, stream);
-    }
+    for_each_pixel<kOffsets>(p_, oh, channels, output, offsets,
+                             [&](int64_t ow, const Span& columns, B* output, O* offsets) {
+                               const Window window{p_.width.position(ow, columns.begin) * pitch_,
+                                                   rows, columns,
+                                                   next + ow * p_.width.stride * p_.channels};
+                               const int64_t whole = whole_taps(p_, rows, columns);
+                               if (whole == 2)
+                                 pixel<2>(window, channels, output, offsets, stream);
+                               else if (whole == 3)
+                                 pixel<3>(window, channels, output, offsets, stream);
+                               else
+                                 pixel<0>(window, channels, output, offsets, stream);
+                             });
     return true;
   }
 
@@ -194,8 +185,8 @@ class KeyRows {
     for (int64_t w = 0; w < p_.width.length; ++w, from += p_.channels, to += pitch_) {
       for (int64_t c = 0; c < channels; c += kKeys) {
         const VecI16 bits = load_bits(from + c, channels - c);
-        const VecU16 twice = bit_cast<VecU16>(bits + bits);  // without the sign
-        largest = larger_of(largest, twice);
+        const VecU16 all = bit_cast<VecU16>(bits);
+        largest = larger_of(largest, all + all);  // without the sign
         inverse = larger_of(inverse, ~bits);
         const VecI16 keys = key_of(bits);
         std::memcpy(to + c, &keys, sizeof(keys));
@@ -265,10 +256,11 @@ class KeyRows {
   }
 
   const MaxWindows& p_;
-  int64_t pitch_, slots_, size_;
+  int64_t pitch_;
+  RingSlots slots_;
+  int64_t size_;
   Scratch<int16_t> keys_;
-  Scratch<int64_t> rows_;         // the row in each slot
-  Scratch<bool> ordered_;         // no NaN or zero of negative sign is among its keys
+  Scratch<bool> ordered_;         // no NaN or zero of negative sign is among a slot's keys
   Scratch<const int16_t*> seen_;  // by the windows: their rows
 };
 

@@ -218,7 +218,7 @@ void multiply_by_shares(const Product<T>& p) {
   const int64_t shares = units ? smaller(divide_up(kUnits, units), plan.depth.count) : 0;
   if (shares <= 1) return multiply_matrices(p);
   const int64_t width = p.c.columns.size, size = rows.size * width;
-  // The first share is summed in C itself, unless that lies turned.
+  // The first share is summed in C itself, unless that lies turned or is of a half type.
   const bool in_place = std::is_same_v<T, Acc> && p.c.columns.stride == 1;
   const Scratch<Acc> sums((in_place ? shares - 1 : shares) * size);
   const auto sums_of = [&](int64_t share) -> Acc* {

@@ -226,8 +226,8 @@ class KeyRows {
       for (int64_t w = 0; w < p_.width.stride; ++w)
         prefetch<kL2>(window.next + h * line + w * p_.channels + c, registers * kKeys);
     }
-    VecI16 best[registers];
-    [[maybe_unused]] KeyOffsets at[registers];
+    VecI16 best[registers] = {};
+    [[maybe_unused]] KeyOffsets at[registers] = {};
     for (int64_t r = 0; r < rows; ++r, tap += taps) {
       const int16_t* from = seen_.get()[r] + window.first + c;
       for (int64_t k = 0; k < columns; ++k, from += step) {

@@ -13,7 +13,7 @@
 // Floor: two reads, one write at the bandwidth of a copy. Reached on Zen 3: 0.91
 // contiguous, 0.55 channels_last in fp32 (command: batch_norm.cpp). On Granite Rapids
 // batch_norm:mb8_ic256ih28_act=relu reached 0.84 contiguous, 0.61 channels_last, in bf16 0.67 and
-// 0.51. On Zen 4 batch_norm:mb8_ic256ih56 reached 0.95 and 0.73 (bench/results/zen4-1t.json). Small
+// 0.51. On Zen 4 batch_norm:mb8_ic256ih56 reached 0.92 and 0.79 (bench/results/zen4-1t.json). Small
 // tensors are the host's: batch_norm:mb8_ic160ih7 takes 101 us contiguous, of which two
 // reads and one write are 57 (bench/results/granite-rapids-1t.json).
 // Did not pay: one image at a time instead of two, two rows instead of four (but with a residual,

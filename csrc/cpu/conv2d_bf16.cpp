@@ -46,8 +46,8 @@
 // Reached on Zen 4 with vdpbf16ps, as above but of all networks (torchops bench dense pointwise
 // --suite all --dtype bf16 --layout contiguous,channels_last --threads 1 --quick; channels_last is
 // of bench/results/zen4-1t-bf16.json):
-//   windows, channels_last       1.06, worst 0.89   1.11, worst 0.88
-//   1x1, channels_last           1.26, worst 0.94   1.21, worst 0.95
+//   windows, channels_last       1.06, worst 0.87   1.12, worst 0.90
+//   1x1, channels_last           1.26, worst 0.93   1.21, worst 0.95
 //   windows, contiguous          1.02, worst 0.86   1.07, worst 0.74
 //   1x1, contiguous              1.34, worst 0.94   1.21, worst 0.94
 // Large windows run at 0.95 of vdpbf16ps's rate, one a cycle, for the products that are inside.

@@ -13,7 +13,7 @@
 // summed in order, so that the result does not depend on threads.
 //
 // By vectors, rows outside the image are left out, and where a row of taps is narrow, it is what is
-// turned over (conv2d_bf16_grad_weight_windows.h): the 7x7 stem's backward went from 0.63 to 0.93
+// turned over (conv2d_bf16_grad_weight_windows.h): the 7x7 stem's backward went from 0.63 to 0.96
 // times native's speed on Zen 4 (bench/results/zen4-1t-bf16.json).
 //
 // Reached: the backward of conv2d_bf16.cpp's table, of which this is half.

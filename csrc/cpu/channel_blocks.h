@@ -37,5 +37,12 @@ struct ChannelBlocks {
   int64_t images, channels, size, in_image;
 };
 
+// Blocks of channels of which, at `bytes` each, what a kernel keeps fits `budget`. Fewer than 128
+// make for short runs of memory.
+template <typename T>
+ChannelBlocks<T> blocks_in_cache(int64_t images, int64_t channels, int64_t bytes, int64_t budget) {
+  return {images, channels, larger(128, budget / (bytes + 1))};
+}
+
 }  // namespace
 }  // namespace torchops::cpu::TORCHOPS_ISA

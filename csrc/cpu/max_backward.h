@@ -38,13 +38,11 @@ class Covering {
   int64_t most_ = 0;
 };
 
-// Blocks of channels of which the rows gathered from, `pixel` bytes for each window along the row
-// and channel, stay in the L2 cache.
+// Blocks of which the rows gathered from, `pixel` bytes for each window along the row and channel,
+// stay in the L2 cache.
 template <typename T>
 ChannelBlocks<T> gathered_blocks(const MaxWindows& p, int64_t pixel) {
-  constexpr int64_t kBudget = 256 << 10, kFewestChannels = 128;  // fewer make for short runs
-  const int64_t fit = kBudget / (pixel * p.width.outputs + 1);
-  return {p.batch, p.channels, larger(fit, kFewestChannels)};
+  return blocks_in_cache<T>(p.batch, p.channels, pixel * p.width.outputs, 256 << 10);
 }
 
 }  // namespace

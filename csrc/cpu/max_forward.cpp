@@ -86,17 +86,16 @@ void max_row(const MaxWindows& p, int64_t oh, const B* window, int64_t channels,
   const Span rows = p.height.inside[oh];
   const int64_t taps = p.width.taps, C = p.channels;
   const int64_t row_step = p.height.dilation * p.width.length * C;
-  for_each_pixel<kOffsets>(p, oh, channels, output, offsets,
-                           [&](int64_t ow, const Span& columns, B* output, O* offsets) {
-                             const B* first = window + p.width.position(ow, columns.begin) * C;
-                             const int64_t whole = whole_taps(p, rows, columns);
-                             const auto run = whole == 2   ? max_pixel<kOffsets, 2, B, O>
-                                              : whole == 3 ? max_pixel<kOffsets, 3, B, O>
-                                                           : max_pixel<kOffsets, 0, B, O>;
-                             run(first, row_step, p.width.dilation * C, rows.size(), columns.size(),
-                                 rows.begin * taps + columns.begin, taps, channels, output, offsets,
-                                 stream);
-                           });
+  const auto pixel = [&](int64_t ow, const Span& columns, B* to, O* offsets_to) {
+    const B* first = window + p.width.position(ow, columns.begin) * C;
+    const int64_t whole = whole_taps(p, rows, columns);
+    const auto run = whole == 2   ? max_pixel<kOffsets, 2, B, O>
+                     : whole == 3 ? max_pixel<kOffsets, 3, B, O>
+                                  : max_pixel<kOffsets, 0, B, O>;
+    run(first, row_step, p.width.dilation * C, rows.size(), columns.size(),
+        rows.begin * taps + columns.begin, taps, channels, to, offsets_to, stream);
+  };
+  for_each_pixel<kOffsets>(p, oh, channels, output, offsets, pixel);
 }
 
 // ---- separable ----------------------------------------------------------------------------------
@@ -163,18 +162,18 @@ class RowWinners {
     const Span rows = p_.height.inside[oh];
     for (int64_t r = rows.begin; r < rows.end; ++r)
       tap_.get()[r] = slots_.of(p_.height.position(oh, r)) * size_;
-    for_each_pixel<kOffsets>(
-        p_, oh, channels, output, offsets, [&](int64_t ow, const Span&, B* output, O* offsets) {
-          for_each_group<B>(channels, [&](int64_t c, auto registers, int lanes) {
-            Best<B, kOffsets, O> best[registers];
-            const int64_t pixel = ow * pitch_ + c;
-            for (int u = 0; u < registers; ++u) best[u] = candidate(rows.begin, pixel + u * L);
-            for (int64_t r = rows.begin + 1; r < rows.end; ++r) {
-              for (int u = 0; u < registers; ++u) best[u].see(candidate(r, pixel + u * L));
-            }
-            store_best<registers>(output + c, offsets + c, best, lanes, stream);
-          });
-        });
+    const auto pixel = [&](int64_t ow, const Span&, B* to, O* offsets_to) {
+      for_each_group<B>(channels, [&](int64_t c, auto registers, int lanes) {
+        Best<B, kOffsets, O> best[registers];
+        const int64_t at = ow * pitch_ + c;
+        for (int u = 0; u < registers; ++u) best[u] = candidate(rows.begin, at + u * L);
+        for (int64_t r = rows.begin + 1; r < rows.end; ++r) {
+          for (int u = 0; u < registers; ++u) best[u].see(candidate(r, at + u * L));
+        }
+        store_best<registers>(to + c, offsets_to + c, best, lanes, stream);
+      });
+    };
+    for_each_pixel<kOffsets>(p_, oh, channels, output, offsets, pixel);
     return true;
   }
 
@@ -216,14 +215,10 @@ bool takes_keys(const MaxWindows& p) {
   return taps <= kMostTaps && taps * p.out_plane() >= 2 * p.in_plane();
 }
 
-constexpr int64_t kRingBudget = 320 << 10;  // bytes of a ring of rows: it stays in the L2 cache
-constexpr int64_t kFewestChannels = 128;    // in a block: fewer make for short runs of memory
-
-// `row`: bytes that a ring keeps of a channel for one row.
+// Blocks of which a ring of rows, `row` bytes for each row and channel, stays in the L2 cache.
 template <typename T>
-ChannelBlocks<T> blocks_in_cache(const MaxWindows& p, int64_t row) {
-  const int64_t bytes = RingSlots::needed(p) * row;
-  return {p.batch, p.channels, larger(kFewestChannels, kRingBudget / (bytes + 1))};
+ChannelBlocks<T> ringed_blocks(const MaxWindows& p, int64_t row) {
+  return blocks_in_cache<T>(p.batch, p.channels, RingSlots::needed(p) * row, 320 << 10);
 }
 
 // `ringed`: by way of a ring of rows, where that has an answer.
@@ -269,14 +264,14 @@ template <bool kOffsets, typename T, typename O>
 void forward(const MaxWindows& p, const T* input, T* output, O* offsets) {
   if constexpr (kHasKeys<T, O>) {
     if (takes_keys(p)) {
-      const auto blocks = blocks_in_cache<T>(p, p.width.length * int64_t{sizeof(T)});
+      const auto blocks = ringed_blocks<T>(p, p.width.length * int64_t{sizeof(T)});
       return forward_blocks<kOffsets, KeyRows<kOffsets, O, T>>(p, blocks, true, input, output,
                                                                offsets);
     }
   }
   const bool separable = !takes_windows(p);
   const ChannelBlocks<T> whole(p.batch, p.channels, p.channels);
-  const auto parts = blocks_in_cache<T>(p, p.width.outputs * int64_t{2 * sizeof(acc_t<T>)});
+  const auto parts = ringed_blocks<T>(p, p.width.outputs * int64_t{2 * sizeof(acc_t<T>)});
   forward_blocks<kOffsets, RowWinners<kOffsets, O, T>>(p, separable ? parts : whole, separable,
                                                        input, output, offsets);
 }

@@ -14,10 +14,11 @@
 //   max_pool2d:mb8_ic192ih28kh3sh1ph1_ceil 4.7 to 4.9   2.7 to 3.0
 //   max_pool2d:mb8_ic256ih28kh5sh1ph2      6.1 to 7.6   5.2 to 6.5
 //   max_pool2d:mb1_ic200ih75kh3sh2ph1      2.4 to 2.8   1.6
-// Slower: without the fetching (0.7 of this speed); windows that do not overlap, which make each
+// Slower: without the fetching; windows that do not overlap, which make each
 // key for one use; fp32, as rows of itself that are known to hold no NaN.
 #pragma once
 
+#include "cpu/lane_masks.h"
 #include "cpu/max_best.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
@@ -47,7 +48,7 @@ template <typename V>
 // Loads and stores of the first `count` lanes, or all; and offsets of as many windows.
 #if defined(__AVX512BW__)
 
-inline __mmask32 first_keys(int64_t count) { return (__mmask32{1} << count) - 1; }
+inline __mmask32 first_keys(int64_t count) { return lanes_inside(0, kKeys, count); }
 template <typename T>
 [[gnu::always_inline]] inline VecI16 load_bits(const T* p, int64_t count = kKeys) {
   return bit_cast<VecI16>(count < kKeys ? _mm512_maskz_loadu_epi16(first_keys(count), p)
@@ -152,19 +153,18 @@ class KeyRows {
       if (!ordered_.get()[slot]) return false;
       seen_.get()[r - rows.begin] = keys_.get() + slot * size_;
     }
-    for_each_pixel<kOffsets>(p_, oh, channels, output, offsets,
-                             [&](int64_t ow, const Span& columns, B* output, O* offsets) {
-                               const Window window{p_.width.position(ow, columns.begin) * pitch_,
-                                                   rows, columns,
-                                                   next + ow * p_.width.stride * p_.channels};
-                               const int64_t whole = whole_taps(p_, rows, columns);
-                               if (whole == 2)
-                                 pixel<2>(window, channels, output, offsets, stream);
-                               else if (whole == 3)
-                                 pixel<3>(window, channels, output, offsets, stream);
-                               else
-                                 pixel<0>(window, channels, output, offsets, stream);
-                             });
+    const auto write = [&](int64_t ow, const Span& columns, B* to, O* offsets_to) {
+      const Window window{p_.width.position(ow, columns.begin) * pitch_, rows, columns,
+                          next + ow * p_.width.stride * p_.channels};
+      const int64_t whole = whole_taps(p_, rows, columns);
+      if (whole == 2)
+        pixel<2>(window, channels, to, offsets_to, stream);
+      else if (whole == 3)
+        pixel<3>(window, channels, to, offsets_to, stream);
+      else
+        pixel<0>(window, channels, to, offsets_to, stream);
+    };
+    for_each_pixel<kOffsets>(p_, oh, channels, output, offsets, write);
     return true;
   }
 
@@ -234,6 +234,7 @@ class KeyRows {
         const KeyOffsets here = KeyOffsets::all(tap + k);
         repeat<registers>([&](int u) __attribute__((always_inline)) {
           const VecI16 key = load_bits(from + u * kKeys);
+          // Slower by an eighth in large windows: to begin with a key below all others.
           if (r == 0 && k == 0) {
             best[u] = key, at[u] = here;
             return;

@@ -27,11 +27,11 @@
 //   conv2d:mb2_ic32ih75oc48kh5ph2       0.95 / 0.92   1.04 / 0.91
 //   conv2d:mb8_ic3ih224oc96kh4sh4       1.07 / 1.10   2.48 / 2.39
 // On Zen 4:
-//   conv2d:mb8_ic64ih19oc64kh5ph2       0.98 / 0.98   0.97 / 0.98
-//   conv2d:mb8_ic48ih7oc64kh5ph2        1.05 / 1.10   1.01 / 1.12
-//   conv2d:mb8_ic128ih14oc200kh7ph3     0.98 / 1.05   1.02 / 1.08
-//   conv2d:mb2_ic32ih75oc48kh5ph2       1.00 / 0.97   1.03 / 1.01
-//   conv2d:mb8_ic512ih14oc512kh3sh2ph1  0.99 / -      1.14 / -
+//   conv2d:mb8_ic64ih19oc64kh5ph2       0.98 / 0.99   0.96 / 0.97
+//   conv2d:mb8_ic48ih7oc64kh5ph2        1.05 / 1.12   1.08 / 1.11
+//   conv2d:mb8_ic128ih14oc200kh7ph3     0.98 / 1.06   1.01 / 1.08
+//   conv2d:mb2_ic32ih75oc48kh5ph2       0.99 / 0.98   1.05 / 1.00
+//   conv2d:mb8_ic512ih14oc512kh3sh2ph1  0.98 / -      1.18 / -
 // Tried without gain: fetching the panel's lines for writing; gathering 32 positions at a time.
 #include "ops/conv2d.h"
 
@@ -270,7 +270,7 @@ void correlate(const Problem<T>& p) {
 
 // Whether turning the images over takes less than the product gains by it, which reads rows of the
 // image in channels_last where they lie and leaves out taps above and below it. On Zen 4 forward by
-// torchops bench conv2d:mb8_ic64ih14oc64kh5ph2 --layout contiguous --threads 1 --quick took 2.7 ms
+// torchops bench conv2d:mb8_ic64ih14oc64kh5ph2 --layout contiguous --threads 1 --quick took 2.6 ms
 // instead of 3.7. Rows of planes that fill less than half a register gain the most. (The number is
 // from when outputs were turned over as images, too, as they are in grad_input.)
 template <typename T>

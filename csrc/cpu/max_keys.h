@@ -9,11 +9,11 @@
 //
 // Times of native over ours on Zen 4, bf16, beside fp32 in lanes (torchops bench PROBLEM --dtype
 // bf16 --layout channels_last --direction fwd --threads 1 --quick):
-//   max_pool2d:mb8_ic64ih112kh3sh2ph1      2.8 to 3.3   1.9 to 2.3
-//   max_pool2d:mb8_ic192ih56kh3sh2_ceil    2.4          1.9 to 2.0
-//   max_pool2d:mb8_ic192ih28kh3sh1ph1_ceil 4.7 to 4.9   2.7 to 3.0
-//   max_pool2d:mb8_ic256ih28kh5sh1ph2      6.1 to 7.6   5.2 to 6.5
-//   max_pool2d:mb1_ic200ih75kh3sh2ph1      2.4 to 2.8   1.6
+//   max_pool2d:mb8_ic64ih112kh3sh2ph1        2.5 to 2.7   1.9 to 2.3
+//   max_pool2d:mb8_ic192ih56kh3sh2_ceil      1.9 to 2.3   1.9 to 2.0
+//   max_pool2d:mb8_ic192ih28kh3sh1ph1_ceil   4.4 to 4.9   2.7 to 3.0
+//   max_pool2d:mb8_ic256ih28kh5sh1ph2        7.7 to 9.3   5.2 to 6.5
+//   max_pool2d:mb1_ic200ih75kh3sh2ph1        2.2 to 3.0   1.6
 // Slower: without the fetching; windows that do not overlap, which make each
 // key for one use; fp32, as rows of itself that are known to hold no NaN.
 #pragma once

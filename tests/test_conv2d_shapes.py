@@ -65,6 +65,11 @@ CASES = [
     # 3x3 through Winograd's transform: odd sizes and channels, several blocks of all
     (2, 37, 11, 19, (3, 3), (1, 1), (1, 1), (1, 1), 41, 1),
     (1, 130, 9, 14, (3, 3), (1, 1), (0, 2), (1, 1), 150, 1),
+    # the same in groups: several to a block with a rest, of other widths out than in, wide ones
+    (2, 120, 11, 19, (3, 3), (1, 1), (1, 1), (1, 1), 120, 5),
+    (1, 63, 9, 14, (3, 3), (1, 1), (0, 2), (1, 1), 93, 3),
+    (3, 96, 8, 9, (3, 3), (1, 1), (1, 1), (1, 1), 102, 6),
+    (1, 280, 12, 12, (3, 3), (1, 1), (1, 1), (1, 1), 300, 2),
     # rows of the image as they lie in channels_last: several blocks of lines and of channels, sums
     # straight into the output; then an odd number of them, over a tile, in parts of a row
     (1, 40, 6, 53, (3, 3), (2, 2), (1, 1), (1, 1), 136, 1),
@@ -152,15 +157,16 @@ def test_conv2d_and_its_gradients(case, align, channels_last, dtype):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_not_finite_stays_where_it_is(dtype, value, channels_last):
+def test_what_is_not_finite_stays_where_it_is(dtype, groups, value, channels_last):
     """Winograd's transform would carry it to outputs whose windows do not see it."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.ones(1, 32, 16, 16, dtype=dtype).contiguous(memory_format=memory_format)
     x[0, 5, 7, 7] = value
-    weight = torch.full((32, 32, 3, 3), 0.25, dtype=dtype)
-    result = torch.ops.torchops.conv2d(x, weight, None, [1, 1], [1, 1], [1, 1], 1)
-    expected = F.conv2d(x.double(), weight.double(), None, 1, 1).to(dtype)
+    weight = torch.full((32, 32 // groups, 3, 3), 0.25, dtype=dtype)
+    result = torch.ops.torchops.conv2d(x, weight, None, [1, 1], [1, 1], [1, 1], groups)
+    expected = F.conv2d(x.double(), weight.double(), None, 1, 1, groups=groups).to(dtype)
     torch.testing.assert_close(result, expected, equal_nan=True)
 
 

@@ -11,8 +11,8 @@
 // grad_input is the same product with the weights' channels swapped and the taps reversed, one per
 // phase of the stride. The order of summation depends on nothing but the shapes.
 //
-// 3x3 of stride 1 goes another way: conv2d_winograd.h; 1x1, too: conv2d_pointwise.cpp; the gradient
-// of an image cut into patches: conv2d_patches.cpp; and bf16 where the CPU multiplies it:
+// 3x3 of stride 1 goes another way: conv2d_winograd.cpp; 1x1, too: conv2d_pointwise.cpp; the
+// gradient of an image cut into patches: conv2d_patches.cpp; and bf16 where the CPU multiplies it:
 // conv2d_bf16.cpp.
 //
 // Reached on Zen 3, fp32, native's time over ours, contiguous / channels_last, forward and backward
@@ -257,9 +257,6 @@ void correlate_contiguous(const Problem<T>& p) {
 template <typename T>
 void correlate(const Problem<T>& p) {
   if (p.c.positions() == 0 || p.c.columns == 0) return;
-  if constexpr (kHasWinograd<T>) {
-    if (winograd_pays(p.c) && correlate_winograd(p)) return;
-  }
   if (p.channels_last) {
     if (reads_image_rows(p.c)) return correlate_image_rows(p);
     return correlate_channels_last(p);
@@ -276,10 +273,8 @@ void correlate(const Problem<T>& p) {
 template <typename T>
 bool turns_planes(const Conv2dShape& s, int64_t columns) {
   constexpr int64_t kProducts = 192;  // per turned element
-  if (s.channels_last || s.groups > 1 || s.window_width.size == 1 || columns < kLanes<T> ||
-      (kHasWinograd<T> && winograd_pays(forward_correlation(s)))) {
+  if (s.channels_last || s.groups > 1 || s.window_width.size == 1 || columns < kLanes<T>)
     return false;
-  }
   const int64_t in_size = s.in_channels * s.in_height * s.in_width;
   const int64_t out_size = s.out_channels * s.out_height * s.out_width;
   const int64_t depth = s.in_channels * s.window_height.size * s.window_width.size;
@@ -315,7 +310,7 @@ struct Source {
 }  // namespace
 
 void conv2d(const Conv2dParams& p) {
-  if (conv2d_bf16(p)) return;
+  if (conv2d_bf16(p) || conv2d_winograd(p)) return;
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Conv2dShape& s = p.shape;
@@ -328,7 +323,8 @@ void conv2d(const Conv2dParams& p) {
 }
 
 void conv2d_grad_input(const Conv2dGradInputParams& p) {
-  if (conv2d_bf16_grad_input(p) || conv2d_patches_grad_input(p)) return;
+  if (conv2d_bf16_grad_input(p) || conv2d_winograd_grad_input(p) || conv2d_patches_grad_input(p))
+    return;
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     // Where windows are 2 apart, products write rows with gaps: turned over they cost less as

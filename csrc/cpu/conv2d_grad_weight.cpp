@@ -20,6 +20,7 @@
 #include "cpu/conv2d_gather.h"
 #include "cpu/conv2d_image_grad_weight.h"
 #include "cpu/conv2d_lines.h"
+#include "cpu/conv2d_winograd.h"
 #include "cpu/conv2d_winograd_grad_weight.h"
 #include "cpu/gemm.h"
 #include "ops/conv2d.h"
@@ -279,36 +280,27 @@ bool sum_winograd(Plan<T> plan) {
   using Winograd = WinogradGradWeight<T>;
   const Correlation& c = plan.c;
   const bool channels_last = plan.p.shape.channels_last;
-  const int64_t row_blocks = divide_up(c.channels, Winograd::kRows);
-  const int64_t column_blocks = divide_up(c.columns, Winograd::kColumns);
-  const int64_t row_size = divide_up(c.channels, row_blocks);
-  const int64_t column_size =
-      divide_up(divide_up(c.columns, column_blocks), kTileColumns<float>) * kTileColumns<float>;
-  const int64_t tiles = Tiles(c).count, units = row_blocks * column_blocks;
-  plan.shares = smaller(divide_up(kUnits, units), divide_up(tiles, Winograd::kShareTiles));
+  const typename Winograd::Blocks blocks(c);
+  const int64_t tiles = Tiles(c).count;
+  plan.shares = smaller(divide_up(kUnits, blocks.count), divide_up(tiles, Winograd::kShareTiles));
   const int64_t size = plan.shares * plan.share_size();
   const Scratch<float> sums(size + kLanes<T>);
   fill_zero(sums.get() + size, kLanes<T>);
   bool finite = true;
-  parallel_for(plan.shares * units, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(plan.shares * blocks.count, 1, [&](int64_t begin, int64_t end) {
     Winograd work(c, static_cast<const T*>(plan.p.input), static_cast<const T*>(plan.p.grad_output),
                   channels_last);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t share = item / units, unit = item % units;
-      const int64_t row = unit / column_blocks * row_size;
-      const int64_t column = unit % column_blocks * column_size;
-      if (row >= c.channels || column >= c.columns) continue;
-      const int64_t rows = smaller(row_size, c.channels - row);
-      const int64_t columns = smaller(column_size, c.columns - column);
-      work.sum(tiles * share / plan.shares, tiles * (share + 1) / plan.shares, row, rows, column,
-               columns);
-      float* to = sums.get() + share * plan.share_size() + column;
-      const bool all = work.write(
-          rows, columns, [&](int64_t channel, int64_t tap, int64_t j, VecF32 values, int lanes) {
-            const int64_t index =
-                channels_last ? tap * c.channels + row + channel : (row + channel) * 9 + tap;
-            store_partial(to + index * c.columns + j, values, lanes);
-          });
+      const int64_t share = item / blocks.count;
+      const typename Winograd::Block block = blocks.at(item % blocks.count);
+      if (block.rows <= 0 || block.columns <= 0) continue;
+      work.sum(tiles * share / plan.shares, tiles * (share + 1) / plan.shares, block);
+      float* to = sums.get() + share * plan.share_size();
+      const bool all = work.write(block, [&](int64_t group, int64_t channel, int64_t tap,
+                                             int64_t column, VecF32 values, int lanes) {
+        const int64_t row = channels_last ? tap * c.channels + channel : channel * 9 + tap;
+        store_partial(to + (group * c.depth() + row) * c.columns + column, values, lanes);
+      });
       if (!all) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
     }
   });
@@ -356,13 +348,20 @@ void sum_products(const Conv2dGradWeightParams& p) {
 
 }  // namespace
 
-void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
-  if (conv2d_bf16_grad_weight(p)) return;
+bool conv2d_winograd_grad_weight(const Conv2dGradWeightParams& p) {
+  if (!winograd_pays(p.shape)) return false;
+  bool done = false;
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if constexpr (kHasWinograd<T>) {
-      if (winograd_pays(forward_correlation(p.shape)) && sum_winograd(Plan<T>(p))) return;
-    }
+    if constexpr (kHasWinograd<T>) done = sum_winograd(Plan<T>(p));
+  });
+  return done;
+}
+
+void conv2d_grad_weight(const Conv2dGradWeightParams& p) {
+  if (conv2d_bf16_grad_weight(p) || conv2d_winograd_grad_weight(p)) return;
+  dispatch_dtype(p.shape.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
     sum_products<T>(p);
   });
 }

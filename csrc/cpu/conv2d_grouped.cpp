@@ -30,6 +30,7 @@
 #include "cpu/conv2d_grouped_narrow.h"
 #include "cpu/conv2d_grouped_nhwc.h"
 #include "cpu/conv2d_turn.h"
+#include "cpu/conv2d_winograd.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -389,12 +390,12 @@ void grad_input(const Conv2dGradInputParams& params) {
 }  // namespace
 
 void conv2d_grouped(const Conv2dParams& p) {
-  if (conv2d_bf16(p)) return;
+  if (conv2d_bf16(p) || conv2d_winograd(p)) return;
   dispatch_dtype(p.shape.dtype, [&](auto scalar) { forward<typename decltype(scalar)::type>(p); });
 }
 
 void conv2d_grouped_grad_input(const Conv2dGradInputParams& p) {
-  if (conv2d_bf16_grad_input(p)) return;
+  if (conv2d_bf16_grad_input(p) || conv2d_winograd_grad_input(p)) return;
   dispatch_dtype(p.shape.dtype,
                  [&](auto scalar) { grad_input<typename decltype(scalar)::type>(p); });
 }

@@ -14,6 +14,7 @@
 #include "cpu/conv2d_bf16.h"
 #include "cpu/conv2d_grouped_grad_weight_nhwc.h"
 #include "cpu/conv2d_turn.h"
+#include "cpu/conv2d_winograd.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -292,7 +293,7 @@ void grad_weight(const Conv2dGradWeightParams& params) {
 }  // namespace
 
 void conv2d_grouped_grad_weight(const Conv2dGradWeightParams& p) {
-  if (conv2d_bf16_grad_weight(p)) return;
+  if (conv2d_bf16_grad_weight(p) || conv2d_winograd_grad_weight(p)) return;
   dispatch_dtype(p.shape.dtype,
                  [&](auto scalar) { grad_weight<typename decltype(scalar)::type>(p); });
 }

@@ -29,19 +29,49 @@ class WinogradGradWeight {
   static constexpr int64_t kShareTiles = 4 * kTiles;   // of a share, at least about
   static constexpr int64_t kRows = 64, kColumns = 64;  // of a block
 
+  // Input channels [row, row + rows) x output channels [column, column + columns) of each of some
+  // groups.
+  struct Block { int64_t group, groups, row, rows, column, columns; };
+  // Several whole groups, or parts of one.
+  struct Blocks {
+    const Correlation& c;
+    int64_t groups, row_blocks, column_blocks, rows, columns, count;
+
+    explicit Blocks(const Correlation& c)
+        : c(c),
+          groups(larger(1, smaller(kRows / c.channels, kColumns / c.columns))),
+          row_blocks(divide_up(c.channels, kRows)),
+          column_blocks(divide_up(c.columns, kColumns)),
+          rows(divide_up(c.channels, row_blocks)),
+          columns(divide_up(divide_up(c.columns, column_blocks), kTileColumns<float>) *
+                  kTileColumns<float>),
+          count(divide_up(c.groups, groups) * row_blocks * column_blocks) {}
+    Block at(int64_t index) const {
+      const int64_t column = index % column_blocks * columns;
+      const int64_t row = index / column_blocks % row_blocks * rows;
+      const int64_t group = index / column_blocks / row_blocks * groups;
+      return {group,  smaller(groups, c.groups - group),   row, smaller(rows, c.channels - row),
+              column, smaller(columns, c.columns - column)};
+    }
+  };
+
   WinogradGradWeight(const Correlation& c, const T* input, const T* grad_output, bool channels_last)
       : c_(c),
         tiles_(c),
-        input_({input, channels_last, c.channels, c.height.source_length, c.width.source_length},
+        input_({input, channels_last, c.source_channels(), c.height.source_length,
+                c.width.source_length},
                kTiles),
-        grad_({grad_output, channels_last, c.columns, c.height.count, c.width.count}, kTiles),
+        grad_({grad_output, channels_last, c.out_channels(), c.height.count, c.width.count},
+              kTiles),
         inputs_(kPoints * kInputPoint),
         grads_(kPoints * kGradPoint),
         sums_(kPoints * kSumPoint) {}
 
-  // The sums over tiles [begin, end) of input channels [row, row + rows) x output channels [column,
-  // column + columns).
-  void sum(int64_t begin, int64_t end, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  // The sums over tiles [begin, end).
+  void sum(int64_t begin, int64_t end, const Block& b) {
+    const int64_t row = b.group * c_.channels + b.row, column = b.group * c_.columns + b.column;
+    const int64_t rows = (b.groups - 1) * c_.channels + b.rows;
+    const int64_t columns = (b.groups - 1) * c_.columns + b.columns;
     for (int64_t tile = begin; tile < end; tile += kTiles) {
       const int64_t count = smaller(kTiles, end - tile);
       TileRun runs[kTiles];
@@ -54,22 +84,26 @@ class WinogradGradWeight {
                   grads_.get() + run.start * kGradStride, kGradStride, kGradPoint);
       }
       for (int64_t point = 0; point < kPoints; ++point) {
-        multiply<float, Panel::columns>(
-            {inputs_.get() + point * kInputPoint, grads_.get() + point * kGradPoint,
-             sums_.get() + point * kSumPoint, kGradStride, kGradStride, count, tile > begin},
-            rows, columns);
+        for (int64_t g = 0; g < b.groups; ++g) {
+          multiply<float, Panel::columns>(
+              {inputs_.get() + point * kInputPoint + g * c_.channels,
+               grads_.get() + point * kGradPoint + g * c_.columns,
+               sums_.get() + point * kSumPoint + g * b.rows * kGradStride, kGradStride, kGradStride,
+               count, tile > begin},
+              b.rows, b.columns);
+        }
       }
     }
   }
 
-  // Calls put(channel, tap, first column, values, lanes). False: they are not all finite.
+  // Calls put(group, channel, tap, first column, values, lanes). False: they are not all finite.
   template <typename F>
-  bool write(int64_t rows, int64_t columns, const F& put) const {
+  bool write(const Block& b, const F& put) const {
     VecF32 check = {};
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t j = 0; j < columns; j += kLanes<float>) {
+    for (int64_t r = 0; r < b.groups * b.rows; ++r) {
+      for (int64_t j = 0; j < b.columns; j += kLanes<float>) {
         const float* from = sums_.get() + r * kGradStride + j;
-        const int lanes = static_cast<int>(smaller(kLanes<float>, columns - j));
+        const int lanes = static_cast<int>(smaller(kLanes<float>, b.columns - j));
         VecF32 taps[4][3], out[3];
         for (int w = 0; w < 4; ++w) {
           transform_sums(load(from + w * kSumPoint), load(from + (4 + w) * kSumPoint),
@@ -79,14 +113,15 @@ class WinogradGradWeight {
         for (int h = 0; h < 3; ++h) {
           transform_sums(taps[0][h], taps[1][h], taps[2][h], taps[3][h], out);
           for (int w = 0; w < 3; ++w) {
-            check += out[w] - out[w];
-            put(r, 3 * h + w, j, out[w], lanes);
+            // The lanes past the last column may hold anything.
+            check += first_lanes<float>(lanes) ? out[w] - out[w] : VecF32{};
+            put(b.group + r / b.rows, b.row + r % b.rows, 3 * h + w, b.column + j, out[w], lanes);
           }
         }
       }
     }
-    float sum = 0;  // the lanes past the last column may hold anything
-    for (int l = 0; l < smaller(kLanes<float>, columns); ++l) sum += check[l];
+    float sum = 0;
+    for (int l = 0; l < kLanes<float>; ++l) sum += check[l];
     return sum == 0;
   }
 

@@ -45,14 +45,6 @@ struct Tiles {
   }
 };
 
-inline bool winograd_pays(const Correlation& c) {
-  const auto fits = [](const Axis& a) {
-    return a.taps == 3 && a.step == 1 && a.tap_offset == 1 && a.out_step == 1;
-  };
-  return c.groups == 1 && fits(c.height) && fits(c.width) && c.channels >= 16 && c.columns >= 16 &&
-         Tiles(c).count >= 32;
-}
-
 // Images in either format.
 template <typename T>
 struct TileSource {
@@ -122,13 +114,16 @@ class TileTransform {
   template <typename E>
   void transform_run(const E* const* rows, int64_t pixel, int lanes, Span valid, int64_t tiles,
                      float* to, int64_t stride, int64_t point_stride) const {
+    constexpr int64_t kAhead = 16;      // pixels to be fetched: in channels_last they lie far apart
     constexpr int kShared = kSize - 2;  // columns that are the next square's, too
     VecF32 square[kSize][4];            // by column
     const auto next = [&](int64_t column, VecF32* out) {
       VecF32 values[kSize] = {};
       if (column >= valid.begin && column < valid.end) {
         for (int r = 0; r < kSize; ++r) {
-          if (rows[r]) values[r] = load_partial(rows[r] + column * pixel, lanes);
+          if (!rows[r]) continue;
+          __builtin_prefetch(rows[r] + (column + kAhead) * pixel);
+          values[r] = load_partial(rows[r] + column * pixel, lanes);
         }
       }
       transform_column(values, out);

@@ -27,7 +27,9 @@ template <typename T> constexpr int kTileColumns = kTileVecs * kLanes<T>;
 // How the panel of A lies: A(row, k) = panel[row * stride + k] or, transposed, panel[k * stride +
 // row], or in strips of one tile each, one after the other: strip[k * kStripWidth + row]. In place:
 // a[row * a_stride + k], for few uses only: its rows may fall into the same cache sets.
-enum class Panel { rows, columns, strips, in_place };
+enum class Panel { rows, short_rows, columns, strips, in_place };
+
+constexpr bool has_rows(Panel panel) { return panel == Panel::rows || panel == Panel::short_rows; }
 
 // A strip's rows in whole vectors, so that it can be filled by them.
 template <typename T>
@@ -36,8 +38,12 @@ constexpr int kStripWidth = divide_up(kTileRows, kLanes<T>) * kLanes<T>;
 // Longest row of a panel, and the distance of its rows: one cache line more than a power of two, so
 // that they do not fall into the same cache set. A depth of 256 keeps the panel of B, 16 KB with
 // AVX2, in L1 while the rows stream past it.
-template <Panel panel> constexpr int64_t kPanelLength = panel == Panel::rows ? 256 : 132;
-template <Panel panel> constexpr int64_t kPanelStride = panel == Panel::rows ? 256 + 16 : 128 + 16;
+template <Panel panel>
+constexpr int64_t kPanelLength = panel == Panel::rows         ? 256
+                                 : panel == Panel::short_rows ? 64
+                                                              : 132;
+template <Panel panel>
+constexpr int64_t kPanelStride = has_rows(panel) ? kPanelLength<panel> + 16 : 128 + 16;
 
 // Rows are cut into tiles of nearly equal height: 16 rows as 8 + 8 cost less than as 14 + 2.
 // Calls f(tile, first row, height).
@@ -70,7 +76,7 @@ struct TileArguments {
 // From a row of A's panel to the next.
 template <typename T, Panel panel>
 inline int64_t panel_row_step(const TileArguments<T>& t) {
-  return panel == Panel::rows ? kPanelStride<panel> : panel == Panel::in_place ? t.a_stride : 1;
+  return has_rows(panel) ? kPanelStride<panel> : panel == Panel::in_place ? t.a_stride : 1;
 }
 
 // Writes a tile's sums, or adds them to what is there. All of it is inlined: else GCC, which in a
@@ -115,9 +121,9 @@ template <typename T, int kVecs>
 template <typename T, Panel panel, bool kShifted, int kRows, int kVecs>
 void multiply_tile(const TileArguments<T>& t, const T* a, T* c, int64_t column, int lanes) {
   const int64_t row_step = panel_row_step<T, panel>(t);
-  constexpr int64_t kDepthStep = panel == Panel::rows || panel == Panel::in_place ? 1
-                                 : panel == Panel::columns ? kPanelStride<panel>
-                                                           : kStripWidth<T>;
+  constexpr int64_t kDepthStep = has_rows(panel) || panel == Panel::in_place ? 1
+                                 : panel == Panel::columns                   ? kPanelStride<panel>
+                                                                             : kStripWidth<T>;
   Vec<T> sum[kRows][kVecs] = {};
   const T* b = kShifted ? nullptr : t.b + column;
   const T* bases[kVecs];
@@ -132,7 +138,7 @@ void multiply_tile(const TileArguments<T>& t, const T* a, T* c, int64_t column, 
       for (int r = kRows; r < 2 * kRows; ++r) __builtin_prefetch(a + r * row_step);
     }
     // The next panel of B, which may come from afar.
-    if (panel == Panel::rows) __builtin_prefetch(b + depth * b_stride);
+    if (has_rows(panel)) __builtin_prefetch(b + depth * b_stride);
     Vec<T> columns[kVecs];
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v)

@@ -228,9 +228,11 @@ def test_infinite_groups_leave_their_neighbours_alone(dtype, channels, channels_
     for dim, found, expected in zip(
         (1, 1, 0), compute(infinite_x, infinite_grad), compute(x, grad), strict=True
     ):
+        # Wide groups go through Winograd's transform where all is finite, which rounds otherwise.
+        limit = TOLERANCE[dtype] * expected.abs().max() if dtype == torch.float32 else 0
         for first in (0, 2 * channels):
             others = (t.narrow(dim, first, channels) for t in (found, expected))
-            torch.testing.assert_close(*others, rtol=0, atol=0)
+            torch.testing.assert_close(*others, rtol=0, atol=float(limit))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

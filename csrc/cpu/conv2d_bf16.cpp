@@ -19,13 +19,14 @@
 // contiguous plane fills registers by itself. They may lie anywhere: neither the positions between
 // two rows nor the taps outside the image are summed, and chunks are as long as the channels are.
 // Contiguous images of several taps are turned over as a whole (conv2d_turn.h), which takes copies
-// of both tensors, as it does in oneDNN: small ones forward, and all for the gradient of the input,
-// where each phase of a stride would turn over its own. Times of native over ours on Zen 4, forward
-// and backward, beside a panel at a time (torchops bench PROBLEM --dtype bf16 --layout contiguous
-// --threads 1 --quick):
+// of both tensors, as it does in oneDNN. Times of native over ours on Zen 4, forward and backward,
+// beside a panel at a time (torchops bench PROBLEM --dtype bf16 --layout contiguous --threads 1
+// --quick):
 //   conv2d:mb8_ic1280ih7oc40kh3sh2ph1    0.81   1.66 to 1.69   0.42   1.38
 //   conv2d:mb8_ic32ih33oc64kh3sh2ph1     0.96   1.26 to 1.28   0.88   1.05
-//   conv2d:mb8_ic64ih112oc128kh3sh2ph1      -   1.03 to 1.06      -   0.94
+// Forward on Zen 5:
+//   conv2d:mb8_g32ic512ih28oc512kh3sh2ph1   0.38   0.93
+//   conv2d:mb8_ic64ih112oc64kh3sh2ph1       0.70   0.93
 //
 // Reached on Granite Rapids with AMX, native's time over ours, forward and backward with both
 // gradients, geometric means and worst of ResNet-50's shapes at batch 8 (torchops bench --suite
@@ -69,20 +70,11 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-constexpr int64_t kTurnedBytes = 4 << 20;
-
 // Whether contiguous images are turned over as a whole.
 bool turns_planes(const Conv2dShape& s) {
   constexpr int64_t kFewestChannels = 16;
   return !multiplies_tiles() && !s.channels_lie_last() && s.batch > 0 &&
          s.window_height.size * s.window_width.size > 1 && s.in_channels >= kFewestChannels;
-}
-
-// Whether they stay in cache, with what is computed of them.
-bool stays_in_cache(const Conv2dShape& s) {
-  const int64_t inputs = s.in_channels * s.in_height * s.in_width;
-  const int64_t outputs = s.out_channels * s.out_height * s.out_width;
-  return s.batch * (inputs + outputs) * int64_t{sizeof(bf16)} <= kTurnedBytes;
 }
 
 void multiply(const PairProblem& p, bool channels_last, bool swapped) {
@@ -104,7 +96,7 @@ void multiply(const PairProblem& p, bool channels_last, bool swapped) {
 bool conv2d_bf16(const Conv2dParams& p) {
   const Conv2dShape& s = p.shape;
   if (!s.multiplies_pairs()) return false;
-  if (turns_planes(s) && stays_in_cache(s)) {
+  if (turns_planes(s)) {
     conv2d_of_planes<bf16>(p, conv2d_bf16);
     return true;
   }

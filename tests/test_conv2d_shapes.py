@@ -59,6 +59,10 @@ CASES = [
     (1, 140, 1, 150, (1, 1), (1, 1), (0, 0), (1, 1), 17, 1),
     # the same with all of the depth at a time
     (2, 60, 28, 29, (1, 1), (1, 1), (0, 0), (1, 1), 140, 1),
+    # 1x1, windows apart: long rows and short ones, pixels left over, of one axis and of both
+    (2, 20, 9, 70, (1, 1), (2, 2), (0, 0), (1, 1), 24, 1),
+    (1, 9, 13, 67, (1, 1), (1, 2), (0, 0), (1, 1), 17, 1),
+    (2, 17, 12, 36, (1, 1), (5, 3), (0, 0), (1, 1), 12, 1),
     # 1x1, grad_weight turned over: many pixels, of more channels than the other side has
     (1, 9, 65, 64, (1, 1), (1, 1), (0, 0), (1, 1), 21, 1),
     (2, 75, 16, 17, (1, 1), (1, 1), (0, 0), (1, 1), 33, 1),

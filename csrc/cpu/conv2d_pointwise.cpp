@@ -1,6 +1,7 @@
 // 1x1 convolution on the CPU and its gradients: plain matrix products over the channels of pixels,
-// see product.cpp. Stride 1; others skip pixels and go the way of larger windows. bf16 where the
-// CPU multiplies it: conv2d_bf16.cpp.
+// see product.cpp. Windows that are apart skip pixels; those that are seen are copied side by side
+// (conv2d_seen_pixels.h), a quarter of the input at stride 2. bf16 where the CPU multiplies it:
+// conv2d_bf16.cpp.
 //
 // The weight is one operand as it lies, O x C. The images are matrices of channels x pixels,
 // contiguous, or of pixels x channels, channels_last; the output is written in place.
@@ -28,6 +29,7 @@
 #include <type_traits>
 
 #include "cpu/conv2d_bf16.h"
+#include "cpu/conv2d_seen_pixels.h"
 #include "cpu/product_plan.h"
 #include "ops/conv2d.h"
 
@@ -90,10 +92,16 @@ bool turns_weight(const Conv2dShape& s) {
 
 void conv2d_pointwise(const Conv2dParams& p) {
   if (conv2d_bf16(p)) return;
-  if (skips_pixels(p.shape)) return conv2d(p);
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Conv2dShape& s = p.shape;
+    if (skips_pixels(s)) {
+      const SeenPixels<T> seen(s, p.input);
+      Conv2dParams of_seen = p;
+      of_seen.shape = over_seen_pixels(s);
+      of_seen.input = seen.data.get();
+      return conv2d_pointwise(of_seen);
+    }
     const Epilogue epilogue(p);
     multiply_images<T>(s, weight_matrix(s, static_cast<const T*>(p.weight)),
                        images(s, static_cast<const T*>(p.input), s.in_channels),
@@ -104,10 +112,17 @@ void conv2d_pointwise(const Conv2dParams& p) {
 
 void conv2d_pointwise_grad_input(const Conv2dGradInputParams& p) {
   if (conv2d_bf16_grad_input(p)) return;
-  if (skips_pixels(p.shape)) return conv2d_grad_input(p);
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Conv2dShape& s = p.shape;
+    if (skips_pixels(s)) {
+      const Scratch<T> seen(s.batch * s.in_channels * s.out_height * s.out_width);
+      Conv2dGradInputParams of_seen = p;
+      of_seen.shape = over_seen_pixels(s);
+      of_seen.grad_input = seen.get();
+      conv2d_pointwise_grad_input(of_seen);
+      return spread_pixels(s, seen.get(), static_cast<T*>(p.grad_input));
+    }
     multiply_images<T>(s, transposed(weight_matrix(s, static_cast<const T*>(p.weight))),
                        images(s, static_cast<const T*>(p.grad_output), s.out_channels), nullptr,
                        images(s, static_cast<T*>(p.grad_input), s.in_channels), nullptr);
@@ -116,10 +131,16 @@ void conv2d_pointwise_grad_input(const Conv2dGradInputParams& p) {
 
 void conv2d_pointwise_grad_weight(const Conv2dGradWeightParams& p) {
   if (conv2d_bf16_grad_weight(p)) return;
-  if (skips_pixels(p.shape)) return conv2d_grad_weight(p);
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Conv2dShape& s = p.shape;
+    if (skips_pixels(s)) {
+      const SeenPixels<T> seen(s, p.input);
+      Conv2dGradWeightParams of_seen = p;
+      of_seen.shape = over_seen_pixels(s);
+      of_seen.input = seen.data.get();
+      return conv2d_pointwise_grad_weight(of_seen);
+    }
     const Matrix<const T> grads = images(s, static_cast<const T*>(p.grad_output), s.out_channels);
     const Matrix<const T> input = images(s, static_cast<const T*>(p.input), s.in_channels);
     const Matrix<T> weight = weight_matrix(s, static_cast<T*>(p.grad_weight));

@@ -4,6 +4,7 @@
 
 #include "core/integer.h"
 #include "core/parallel.h"
+#include "core/scratch.h"
 #include "core/transpose.h"
 #include "cpu/conv2d_epilogue.h"
 #include "ops/conv2d.h"

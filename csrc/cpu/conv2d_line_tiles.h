@@ -57,6 +57,8 @@ void multiply_line_tile(const LineTile<A>& t) {
   constexpr int kSteps = kHasTensorTiles ? 2 : 1;  // of depth at a time
   Vec<A> sum[kRows][kVecs] = {};
   const A* b = t.b;
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) fetch_row<A, kVecs>(t.c + r * t.c_stride);
   for (int64_t line = 0; line < t.lines; ++line) {
     LineRows<A, kTurned> rows(t.a + line * t.line_stride, t.step);
     const auto step = [&](int k) __attribute__((always_inline)) {

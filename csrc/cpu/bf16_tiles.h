@@ -161,6 +161,7 @@ struct VectorProduct {
   TileOperand b;
   int64_t chunks;
   const int64_t* pairs;  // of each chunk
+  int64_t ahead = 0;     // elements to the rows that are to be fetched, or 0 for none
 };
 
 // Nothing but the rows' addresses changes from row to row, so that they stay in registers.
@@ -175,6 +176,10 @@ template <int kColumns>
     const bf16* b = t.b.data + t.b.offsets[j];
     const int64_t first = t.offsets[j], last = first + 2 * t.pairs[j];
     for (int64_t k = first; k < last; k += 2, b += stride) {
+      if (t.ahead && (k - first) % (64 / sizeof(bf16)) == 0) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kHeight; ++r) __builtin_prefetch(row[r] + k + t.ahead, 0, 2);
+      }
       __m512i columns[kColumns];
 #pragma GCC unroll 3
       for (int v = 0; v < kColumns; ++v) columns[v] = _mm512_loadu_si512(b + v * next);

@@ -73,6 +73,7 @@ template <int kColumns, bool kBiased>
     __builtin_prefetch(t.fetched[r] + t.column + k + columns - 1, 0, 2);
   VectorProduct product = t.product;
   product.b.data += k / kTile * product.b.next;
+  if (k > 0) product.ahead = 0;
   add_products<kColumns>(product, sums);
   store_rows<kColumns, kBiased>(t, k, columns, sums);
 }
@@ -174,12 +175,14 @@ inline void multiply_rows(const PairPlan& plan, const PairWeights& weights) {
           const bf16* bias = plan.p.bias ? plan.p.bias + column : nullptr;
           for (const SetRows::Kind& kind : set) {
             runs.place(kind, g * rows.next_group);
-            (bias ? multiply_heights<true>
-                  : multiply_heights<false>)({runs.product(set.from(kind.begin), weights, group,
-                                                           channel),
-                                              set.to(kind.begin), set.to(kind.begin + ahead), bias,
-                                              planes ? 0 : column, width},
-                                             kind.end - kind.begin);
+            VectorProduct product = runs.product(set.from(kind.begin), weights, group, channel);
+            // Eight streams of one page are none that the hardware foresees.
+            if (in_place && k == 0) product.ahead = kHeight * c.source_channels();
+            (bias ? multiply_heights<true> : multiply_heights<false>)({product, set.to(kind.begin),
+                                                                       set.to(kind.begin + ahead),
+                                                                       bias, planes ? 0 : column,
+                                                                       width},
+                                                                      kind.end - kind.begin);
           }
           if (planes) store_stage(plan, first, count, stage, column, width, turned.get());
         }

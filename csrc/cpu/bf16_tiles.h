@@ -162,16 +162,17 @@ struct VectorProduct {
   int64_t chunks;
   const int64_t* pairs;  // of each chunk
   int64_t ahead = 0;     // elements to the rows that are to be fetched, or 0 for none
+  int64_t apart = 0;     // elements from what meets one register of columns to the next's
 };
 
 // Nothing but the rows' addresses changes from row to row, so that they stay in registers.
-template <int kColumns>
+template <int kColumns, bool kApart = false>
 [[gnu::always_inline]] inline void add_products(const VectorProduct& t,
                                                 VectorSums<kColumns>& sums) {
   const bf16* row[kHeight];
 #pragma GCC unroll 8
   for (int r = 0; r < kHeight; ++r) row[r] = t.rows[r];
-  const int64_t stride = t.b.stride, next = t.b.next;
+  const int64_t stride = t.b.stride, next = t.b.next, apart = t.apart;
   for (int64_t j = 0; j < t.chunks; ++j) {
     const bf16* b = t.b.data + t.b.offsets[j];
     const int64_t first = t.offsets[j], last = first + 2 * t.pairs[j];
@@ -185,12 +186,13 @@ template <int kColumns>
       for (int v = 0; v < kColumns; ++v) columns[v] = _mm512_loadu_si512(b + v * next);
 #pragma GCC unroll 8
       for (int r = 0; r < kHeight; ++r) {
-        int32_t pair;
-        std::memcpy(&pair, row[r] + k, sizeof(pair));
 #pragma GCC unroll 3
-        for (int v = 0; v < kColumns; ++v)
+        for (int v = 0; v < kColumns; ++v) {
+          int32_t pair;
+          std::memcpy(&pair, row[r] + k + (kApart ? v * apart : 0), sizeof(pair));
           sums[r][v] =
               _mm512_dpbf16_ps(sums[r][v], as_pairs(_mm512_set1_epi32(pair)), as_pairs(columns[v]));
+        }
       }
     }
   }

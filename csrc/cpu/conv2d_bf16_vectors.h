@@ -63,7 +63,7 @@ template <int kColumns, bool kBiased>
   }
 }
 
-template <int kColumns, bool kBiased>
+template <int kColumns, bool kBiased, bool kApart = false>
 [[gnu::always_inline]] inline void multiply_columns(const RowsProduct& t, int64_t k,
                                                     int64_t columns) {
   VectorSums<kColumns> sums;
@@ -74,13 +74,18 @@ template <int kColumns, bool kBiased>
   VectorProduct product = t.product;
   product.b.data += k / kTile * product.b.next;
   if (k > 0) product.ahead = 0;
-  add_products<kColumns>(product, sums);
+  add_products<kColumns, kApart>(product, sums);
   store_rows<kColumns, kBiased>(t, k, columns, sums);
 }
 
 // Two registers of columns at a time, three at the end rather than one.
 template <bool kBiased>
 [[gnu::noinline]] void multiply_heights(RowsProduct t, int64_t rows) {
+  for (int64_t row = 0; t.product.apart && row < rows; row += kHeight) {
+    multiply_columns<2, kBiased, true>(t, 0, t.columns);
+    t.product.rows += kHeight, t.to += kHeight, t.fetched += kHeight;
+  }
+  if (t.product.apart) return;
   const int64_t odd = t.columns % kBlock, last = odd > 0 && odd <= kTile ? odd + kBlock : 0;
   const int64_t even = larger(t.columns - last, 0);
   for (int64_t row = 0; row < rows; row += kHeight) {
@@ -167,16 +172,20 @@ inline void multiply_rows(const PairPlan& plan, const PairWeights& weights) {
       set.place(first, count, source, panels.get(), stage);
     };
     const auto work = [&](int64_t first, int64_t count, const PairColumns& columns) {
-      for (int64_t g = 0; g < plan.slice; ++g) {
-        const int64_t group = columns.first_group + g;
-        for (int64_t k = 0, width; k < columns.channels; k += width) {
-          width = columns.channels - k <= pass + kTile ? columns.channels - k : pass;
+      for (int64_t g = 0, groups; g < plan.slice; g += groups) {
+        // Groups of one register of columns are summed by twos: eight sums would wait for each
+        // other, and half a cache line is written as slowly as a whole one.
+        groups = c.columns == kTile && g + 1 < plan.slice ? 2 : 1;
+        const int64_t group = columns.first_group + g, channels = groups * columns.channels;
+        for (int64_t k = 0, width; k < channels; k += width) {
+          width = channels - k <= pass + kTile ? channels - k : pass;
           const int64_t channel = columns.channel + k, column = group * c.columns + channel;
           const bf16* bias = plan.p.bias ? plan.p.bias + column : nullptr;
           for (const SetRows::Kind& kind : set) {
             runs.place(kind, g * rows.next_group);
             VectorProduct product = runs.product(set.from(kind.begin), weights, group, channel);
             // Eight streams of one page are none that the hardware foresees.
+            if (groups == 2) product.apart = rows.next_group;
             if (in_place && k == 0) product.ahead = kHeight * c.source_channels();
             (bias ? multiply_heights<true> : multiply_heights<false>)({product, set.to(kind.begin),
                                                                        set.to(kind.begin + ahead),

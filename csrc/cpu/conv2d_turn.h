@@ -17,6 +17,7 @@ constexpr int64_t kGrainCopies = 65'536;
 // Turns the matrix that each image is over, rows for columns: planes to pixels and back.
 template <typename T>
 void turn_images(const T* from, T* to, int64_t images, int64_t rows, int64_t columns) {
+  constexpr int64_t kAhead = 32;
   const int64_t strips = divide_up(rows, kLanes<T>);
   parallel_for(images * strips, kGrainCopies / (kLanes<T> * columns + 1) + 1,
                [&](int64_t begin, int64_t end) {
@@ -27,6 +28,9 @@ void turn_images(const T* from, T* to, int64_t images, int64_t rows, int64_t col
                    load_planes(from + image + row * columns, columns, lanes, columns,
                                [&](int64_t column, const Vec<T>* block, int size) {
                                  T* out = to + image + column * rows + row;
+                                 // Rows that come next: they lie pages apart.
+                                 for (int k = 0; k < size; ++k)
+                                   __builtin_prefetch(out + (kAhead + k) * rows, 0, 2);
                                  for (int k = 0; k < size; ++k)
                                    store_partial(out + k * rows, block[k], lanes);
                                });

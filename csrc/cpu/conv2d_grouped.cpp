@@ -244,8 +244,8 @@ void correlate(const Correlation<scalar_t>& p) {
   const Grid& grid = p.grid;
   if (p.batch * p.groups * grid.rows * grid.columns == 0) return;
   if constexpr (kHasWindowKernels<scalar_t>) {
-    if (p.input.channels_last && NarrowGroups<scalar_t>::suit(p.input_width, p.output_width)) {
-      return NarrowGroups<scalar_t>(p).run();
+    if (p.input.channels_last && narrow_groups_suit<scalar_t>(p.input_width, p.output_width)) {
+      return correlate_narrow_groups(p);
     }
     if (p.input.channels_last && PixelBlocks<acc>::suit(p.input_width, p.output_width)) {
       return PixelPlan<scalar_t>(p).run();
@@ -326,7 +326,7 @@ template <typename T>
 bool turns_planes(const Conv2dShape& s, int64_t input_width, int64_t output_width) {
   if constexpr (!kHasWindowKernels<T>) return false;
   if (s.channels_last || s.window_width.size == 1) return false;
-  if (NarrowGroups<T>::suit(input_width, output_width)) return 2 * s.in_width <= kLanes<T>;
+  if (narrow_groups_suit<T>(input_width, output_width)) return 2 * s.in_width <= kLanes<T>;
   return s.in_width <= kLanes<T> && PixelBlocks<acc_t<T>>::suit(input_width, output_width);
 }
 

@@ -94,7 +94,8 @@ struct NarrowTile {
   int64_t output_step;
   int64_t outputs;     // that exist
   int loaded, stored;  // lanes
-  int64_t ahead;       // to inputs that are wanted soon
+  int64_t ahead;       // to inputs that are wanted soon, from those of rows [fresh, count)
+  int64_t fresh;
 };
 
 template <typename T, typename Lanes, int taps, int step, int pixels>
@@ -114,7 +115,7 @@ void correlate_narrow(const NarrowTile<T, Lanes>& t) {
     Value value[reach];
 #pragma GCC unroll 32
     for (int x = 0; x < reach; ++x, input += t.pixel) {
-      if (k + 1 == t.count) __builtin_prefetch(input + t.ahead);
+      if (k >= t.fresh) __builtin_prefetch(input + t.ahead);
       value[x] =
           x >= row.begin && x < row.end ? Lanes::load_pixel(input, t.loaded, t.spread) : Value{};
     }
@@ -302,6 +303,7 @@ class NarrowGroups {
       t.outputs = smaller(size, count - v);
       t.count =
           find_rows(n, y, v, phase, tiles.taps > 1, (size - 1) * tiles.step + tiles.taps, rows);
+      t.fresh = t.count - (tiles.taps > 1 ? p_.grid.height.step : 1);
       scalar_t* output = p_.output.pixel(n, row, 0) + (v * width.step + column) * channels;
       for (int64_t block = 0; block < blocks_; ++block) {
         t.input = block * width_;

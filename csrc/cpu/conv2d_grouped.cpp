@@ -7,9 +7,9 @@
 // weights' channels swapped, one set of taps for each phase of the stride. Images of short rows are
 // turned over and go the way of channels_last.
 //
-// bf16 goes another way where the CPU multiplies it and groups are wide enough: conv2d_bf16.cpp.
-// channels_last goes other ways: groups that fill registers that of conv2d_grouped_nhwc.h, several
-// to a register that of conv2d_grouped_narrow.h.
+// Wide groups go other ways: 3x3 of stride 1 that of conv2d_winograd.cpp, bf16 where the CPU
+// multiplies it that of conv2d_bf16.cpp. So does channels_last: groups that fill registers go that
+// of conv2d_grouped_nhwc.h, several to a register that of conv2d_grouped_narrow.h.
 //
 // Native's time over ours on Zen 3, fp32, contiguous / channels_last, forward and both gradients
 // (torchops bench PROBLEM --layout contiguous,channels_last --threads 1 --quick):
@@ -20,9 +20,7 @@
 //   conv2d:mb8_g32ic128ih56oc128kh3ph1     2.03 / 1.94   3.93 / 2.02
 //   conv2d:mb8_g32ic256ih28oc256kh3ph1     1.24 / 1.14   1.37 / 1.20
 //   conv2d:mb8_g24ic72ih33iw75oc72kh3ph1   5.58 / 2.80   6.82 / 1.91
-// On Zen 4:
-//   conv2d:mb8_g8ic512ih7oc512kh3ph1       0.92 / 1.02   0.97 / 1.02
-//   conv2d:mb1_g8ic512ih7oc512kh3ph1       0.95 / 1.07   0.98 / 1.15
+// On Zen 5, fp32 and bf16, the layers of ResNeXt-50: bench/results/zen5-1t-grouped.json.
 //
 // Made no difference: 16 channels a unit in channels_last instead of 32. Did not pay: planes
 // loaded one after the other where their rows are on their way to the cache (1.05 to 1.08x slower).

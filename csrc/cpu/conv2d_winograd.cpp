@@ -73,13 +73,15 @@ struct WinogradWeights {
         channels(c.channels, 1, kWinogradDepth),
         panel(smaller(blocks.width, kTileColumns<float>)),
         data(count * block_size()) {}
-  int64_t panels() const { return blocks.width / panel; }
-  // Of the group, and the column, counted within the block.
-  float* at(int64_t block, int64_t depth_block, int64_t point, int64_t group,
-            int64_t column) const {
+  // Groups and columns are counted within the block.
+  float* at(int64_t block, int64_t depth_block, int64_t i, int64_t group, int64_t column) const {
     return data.get() + (block - first) * block_size() +
            kPoints * channels.begin(depth_block) * blocks.groups * blocks.width +
-           channels.length(depth_block) * ((point * blocks.groups + group) * blocks.width + column);
+           i * point(depth_block) + channels.length(depth_block) * (group * blocks.width + column);
+  }
+  // From the panels of a point to the next one's.
+  int64_t point(int64_t depth_block) const {
+    return channels.length(depth_block) * blocks.groups * blocks.width;
   }
 
  private:
@@ -95,56 +97,66 @@ inline void transform_taps(VecF32 a, VecF32 b, VecF32 c, VecF32* out) {
   out[3] = c;
 }
 
-// The taps of `columns` output channels and `count` input channels of a group, transformed to
-// to(point)[channel * width + column].
-template <typename T, typename F>
-void transform_panel(const Problem<T>& p, int64_t group, int64_t column, int64_t columns,
-                     int64_t width, int64_t first, int64_t count, float* taps, const F& to) {
+// A panel of them: `columns` output channels of a group x `count` input channels.
+struct WeightPanel {
+  int64_t group, column, columns, channel, count;
+  float* to;
+  int64_t point, width;  // to[i * point + channel * width + column]
+};
+
+// `taps` is work space for 9 * count * width.
+template <typename T>
+void transform_panel(const Problem<T>& p, const WeightPanel& w, float* taps) {
   constexpr int64_t kTaps = 9;
   // The depth runs over taps first, or, channels_last, over channels.
-  const int64_t tap_step = (p.channels_last ? count : 1) * width;
-  const int64_t channel_step = (p.channels_last ? 1 : kTaps) * width;
+  const int64_t tap_step = (p.channels_last ? w.count : 1) * w.width;
+  const int64_t channel_step = (p.channels_last ? 1 : kTaps) * w.width;
   if (p.channels_last) {
     for (int64_t tap = 0; tap < kTaps; ++tap)
-      pack_weights(p, group, column, columns, tap * p.c.channels + first, count, width,
-                   taps + tap * tap_step);
+      pack_weights(p, w.group, w.column, w.columns, tap * p.c.channels + w.channel, w.count,
+                   w.width, taps + tap * tap_step);
   } else {
-    pack_weights(p, group, column, columns, first * kTaps, count * kTaps, width, taps);
+    pack_weights(p, w.group, w.column, w.columns, w.channel * kTaps, w.count * kTaps, w.width,
+                 taps);
   }
-  for (int64_t channel = 0; channel < count; ++channel) {
-    for (int64_t j = 0; j < columns; j += kLanes<float>) {
+  for (int64_t channel = 0; channel < w.count; ++channel) {
+    for (int64_t j = 0; j < w.columns; j += kLanes<float>) {
       const float* from = taps + channel * channel_step + j;
+      float* to = w.to + channel * w.width + j;
       VecF32 rows[3][4], out[4];
       for (int h = 0; h < 3; ++h) {
         const float* row = from + 3 * h * tap_step;
         transform_taps(load(row), load(row + tap_step), load(row + 2 * tap_step), rows[h]);
       }
-      for (int w = 0; w < 4; ++w) {
-        transform_taps(rows[0][w], rows[1][w], rows[2][w], out);
-        for (int h = 0; h < 4; ++h) store(to(4 * h + w) + channel * width + j, out[h]);
+      for (int v = 0; v < 4; ++v) {
+        transform_taps(rows[0][v], rows[1][v], rows[2][v], out);
+        for (int h = 0; h < 4; ++h) store(to + (4 * h + v) * w.point, out[h]);
       }
     }
   }
 }
 
-// Of the blocks [to.first, end).
+// Of the blocks from the first that `to` holds up to `last`.
 template <typename T>
-void transform_weights(const Problem<T>& p, const WinogradWeights& to, int64_t end_block) {
+void transform_weights(const Problem<T>& p, const WinogradWeights& to, int64_t last) {
   const ColumnBlocks& blocks = to.blocks;
   const int64_t panels = blocks.width / to.panel, depths = to.channels.count;
-  const int64_t count = (end_block - to.first) * blocks.groups * depths * panels;
+  const int64_t count = (last - to.first) * blocks.groups * depths * panels;
   parallel_for(count, 1, [&](int64_t begin, int64_t end) {
     const Scratch<float> taps(9 * to.channels.size * to.panel);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t column = item % panels * to.panel, d = item / panels % depths;
-      const int64_t in_block = item / panels / depths % blocks.groups;
+      const int64_t index = item / panels / depths % blocks.groups;
       const int64_t block = to.first + item / panels / depths / blocks.groups;
-      const int64_t group = blocks.group(block) + in_block;
-      const int64_t columns = smaller(to.panel, blocks.size(block) - column);
-      if (group >= p.c.groups || columns <= 0) continue;
-      transform_panel(p, group, blocks.first(block) + column, columns, to.panel,
-                      to.channels.begin(d), to.channels.length(d), taps.get(),
-                      [&](int64_t point) { return to.at(block, d, point, in_block, column); });
+      const WeightPanel panel{blocks.group(block) + index,
+                              blocks.first(block) + column,
+                              smaller(to.panel, blocks.size(block) - column),
+                              to.channels.begin(d),
+                              to.channels.length(d),
+                              to.at(block, d, 0, index, column),
+                              to.point(d),
+                              to.panel};
+      if (panel.group < p.c.groups && panel.columns > 0) transform_panel(p, panel, taps.get());
     }
   });
 }

@@ -99,12 +99,17 @@ def last_level_cache(device: str) -> int:
 
 
 def _cpu_model() -> str:
+    """Its name, and its numbers: virtual machines shorten one name for several generations."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
+    fields = {}
+    for key, _, value in (line.partition(":") for line in lines):
+        fields.setdefault(key.strip(), value.strip())
+    name = fields.get("model name", platform.machine())
+    numbers = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 def _isa() -> str:

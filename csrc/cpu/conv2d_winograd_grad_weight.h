@@ -65,7 +65,10 @@ class WinogradGradWeight {
               kTiles),
         inputs_(kPoints * kInputPoint),
         grads_(kPoints * kGradPoint),
-        sums_(kPoints * kSumPoint) {}
+        sums_(kPoints * kSumPoint) {
+    // The last register of a block's last group reaches beyond what is written.
+    if (c.groups > 1 && c.columns % kLanes<float> != 0) grads_.zero();
+  }
 
   // The sums over tiles [begin, end).
   void sum(int64_t begin, int64_t end, const Block& b) {

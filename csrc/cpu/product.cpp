@@ -55,10 +55,10 @@ void write_block(const Matrix<T>& c, int64_t row, int64_t rows, int64_t column, 
   });
 }
 
-// Fills a block with the bias, or zeros.
+// Fills a block with the bias, or zeros, and behind its columns with zeros up to `whole`.
 template <typename T>
 void fill_bias(const Product<T>& p, int64_t row, int64_t rows, int64_t column, int64_t columns,
-               acc_t<T>* c, int64_t stride) {
+               int64_t whole, acc_t<T>* c, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r, c += stride) {
     const acc_t<T> value = p.row_bias ? to_acc(p.row_bias[row + r]) : acc_t<T>{};
     if (p.column_bias) {
@@ -66,6 +66,7 @@ void fill_bias(const Product<T>& p, int64_t row, int64_t rows, int64_t column, i
     } else {
       for (int64_t j = 0; j < columns; ++j) c[j] = value;
     }
+    for (int64_t j = columns; j < whole; ++j) c[j] = 0;
   }
 }
 
@@ -108,7 +109,7 @@ void multiply_once(const Product<T>& p) {
   parallel_for(columns.count, kProductGrain / flops + 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t column = columns.begin(part), width = columns.begin(part + 1) - column;
-      fill_bias(p, 0, rows, column, width, p.c.data + column, p.c.rows.stride);
+      fill_bias(p, 0, rows, column, width, width, p.c.data + column, p.c.rows.stride);
       for (int64_t k = 0, steps; k < depth; k += steps) {
         steps = depth - k < kDepth ? 1 : kDepth;
         for (int64_t r = 0; r < rows; ++r) {
@@ -190,7 +191,9 @@ void multiply_matrices(const Product<T>& p) {
       if (fill)
         for_each_block(
             [&](int64_t row, int64_t height, int64_t column, int64_t width, const Place<Acc>& to) {
-              fill_bias(p, row, height, column, width, to.c, to.stride);
+              // Products are added to whole registers of a tile.
+              const int64_t whole = to.exact ? width : divide_up(width, kLanes<T>) * kLanes<T>;
+              fill_bias(p, row, height, column, width, whole, to.c, to.stride);
             });
       unit.run(g, 0, plan.depth.count, fill, place,
                [&](int64_t row, int64_t height, int64_t column, int64_t width) {

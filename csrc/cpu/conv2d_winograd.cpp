@@ -188,8 +188,13 @@ class Winograd {
     const Correlation& c = p_.c;
     const ColumnBlocks& blocks = weights.blocks;
     const int64_t group = blocks.group(block), groups = blocks.group_end(block) - group;
-    const int64_t columns = blocks.size(block);
+    const int64_t columns = blocks.size(block), all = (groups - 1) * c.columns + columns;
     count_ = tiles_.place(begin, end, runs_);
+    // The last register of several groups may reach beyond what is written.
+    for (int64_t point = 0; groups > 1 && point < kPoints; ++point) {
+      for (int64_t tile = 0; tile < end - begin; ++tile)
+        store(sums_.get() + point * kSumPoint + tile * kSumStride + all, VecF32{});
+    }
     for (int64_t d = 0; d < weights.channels.count; ++d) {
       const int64_t channel = group * c.channels + weights.channels.begin(d);
       const int64_t depth = weights.channels.length(d);
@@ -214,8 +219,7 @@ class Winograd {
     }
     const int64_t first = group * c.columns + blocks.first(block);
     VecF32 check = {};
-    for (int64_t s = 0; s < count_; ++s)
-      check += write_outputs(runs_[s], first, (groups - 1) * c.columns + columns);
+    for (int64_t s = 0; s < count_; ++s) check += write_outputs(runs_[s], first, all);
     for (int l = 0; l < kLanes<float>; ++l) {
       if (check[l] != 0) return false;
     }

@@ -65,16 +65,17 @@ class WinogradGradWeight {
               kTiles),
         inputs_(kPoints * kInputPoint),
         grads_(kPoints * kGradPoint),
-        sums_(kPoints * kSumPoint) {
-    // The last register of a block's last group reaches beyond what is written.
-    if (c.groups > 1 && c.columns % kLanes<float> != 0) grads_.zero();
-  }
+        sums_(kPoints * kSumPoint) {}
 
   // The sums over tiles [begin, end).
   void sum(int64_t begin, int64_t end, const Block& b) {
     const int64_t row = b.group * c_.channels + b.row, column = b.group * c_.columns + b.column;
     const int64_t rows = (b.groups - 1) * c_.channels + b.rows;
     const int64_t columns = (b.groups - 1) * c_.columns + b.columns;
+    // The last register of several groups may reach beyond what is written.
+    for (int64_t row = 0; b.groups > 1 && row < kPoints * kTiles; ++row)
+      store(grads_.get() + row / kTiles * kGradPoint + row % kTiles * kGradStride + columns,
+            VecF32{});
     for (int64_t tile = begin; tile < end; tile += kTiles) {
       const int64_t count = smaller(kTiles, end - tile);
       TileRun runs[kTiles];

@@ -33,6 +33,8 @@ SAMPLES_2D = [
     sample((2, 8, 13, 12), (8, 2, 3, 3), stride=2, padding=2, dilation=3, groups=4),
     sample((1, 6, 19, 35), (3, 2, 1, 1), stride=2, groups=3),
     sample((5, 64, 14, 14), (64, 16, 3, 3), bias=False, padding=1, groups=4),
+    # Several groups at a time, whose last registers reach beyond them.
+    sample((1, 105, 13, 11), (205, 21, 3, 3), padding=1, groups=5),
     sample((1, 120, 3, 3), (120, 60, 3, 3), padding=2, groups=2),
     sample((2, 6, 9, 9), (12, 1, 3, 3), padding=1, groups=6),
     sample((2, 40, 19, 19), (40, 1, 5, 5), bias=False, stride=2, padding=2, groups=40),

@@ -14,6 +14,7 @@ namespace {
 // Of the weights that meet all rows of a kind before the next ones do: an eighth of L2.
 constexpr int64_t kPassElements = 128 * 1024;
 constexpr int64_t kStagedColumns = 128;
+constexpr int64_t kAheadElements = 2048;  // least distance at which pixels are fetched
 
 // Some rows x a block of output channels, rounded and written.
 struct RowsProduct {
@@ -186,7 +187,8 @@ inline void multiply_rows(const PairPlan& plan, const PairWeights& weights) {
             VectorProduct product = runs.product(set.from(kind.begin), weights, group, channel);
             // Eight streams of one page are none that the hardware foresees.
             if (groups == 2) product.apart = rows.next_group;
-            if (in_place && k == 0) product.ahead = kHeight * c.source_channels();
+            if (in_place && k == 0)
+              product.ahead = larger(kHeight * c.source_channels(), kAheadElements);
             (bias ? multiply_heights<true> : multiply_heights<false>)({product, set.to(kind.begin),
                                                                        set.to(kind.begin + ahead),
                                                                        bias, planes ? 0 : column,

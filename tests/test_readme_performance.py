@@ -59,6 +59,20 @@ def test_other_machines_than_the_newest_are_folded(tool, files, tmp_path):
     assert folded.count("</details>") == 1
 
 
+def test_the_newest_machine_of_a_day_is_shown(tool, files, tmp_path):
+    readme, old = files
+    report = results.load(old)
+    day = report.created[:10]
+    for name, hour, rows in [("early", "08", report.rows), ("late", "20", report.rows[:1])]:
+        machine = replace(report.environment, cpu=name)
+        made = replace(report, created=f"{day}T{hour}:00:00+00:00", environment=machine, rows=rows)
+        results.save(made, tmp_path / f"{name}.json")
+    paths = [str(tmp_path / f"{name}.json") for name in ("early", "late")]
+    assert tool.main([*paths, "--readme", str(readme)]) == 0
+    shown, folded = readme.read_text().split("<details>")
+    assert "### late" in shown and "### early" not in shown and "### early" in folded
+
+
 def test_writing_twice_changes_nothing(tool, files):
     readme, result = files
     tool.main([str(result), "--readme", str(readme)])

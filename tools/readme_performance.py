@@ -30,7 +30,7 @@ def section(files: Sequence[Path]) -> str:
     """The Markdown of all result files: the newest day first, of a day the longest,
     those of other machines folded."""
     reports = sorted(((load(file), file) for file in files), key=_age)
-    newest = _machine(reports[0][0])
+    newest = _machine(max((report for report, _ in reports), key=_time))
     shown = [_of_file(file, report) for report, file in reports if _machine(report) == newest]
     return "\n".join([*shown, *(_folded(r, f) for r, f in reports if _machine(r) != newest)])
 
@@ -40,10 +40,13 @@ def _machine(report: Report) -> tuple[str, str, str]:
     return where.gpu, where.cpu, where.isa
 
 
+def _time(report: Report) -> datetime:
+    return datetime.fromisoformat(report.created)
+
+
 def _age(item: tuple[Report, Path]) -> tuple[int, int, Path]:
     report, file = item
-    day = datetime.fromisoformat(report.created).toordinal()
-    return -day, -len(report.rows), file
+    return -_time(report).toordinal(), -len(report.rows), file
 
 
 def _folded(report: Report, file: Path) -> str:

@@ -104,7 +104,7 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    fields = {}
+    fields: dict[str, str] = {}
     for key, _, value in (line.partition(":") for line in lines):
         fields.setdefault(key.strip(), value.strip())
     name = fields.get("model name", platform.machine())

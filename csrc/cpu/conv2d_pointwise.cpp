@@ -22,6 +22,10 @@
 //   conv1x1:mb1_ic72ih33oc200     0.88 / 0.87   0.94 / 0.90
 //   conv1x1:mb1_ic192ih19oc64     0.81 / 0.84   1.07 / 1.02
 // What the last two lose is the time of the Python around the operator.
+// On Zen 5, windows that are apart, as larger windows and then as products over what is seen:
+//   conv2d:mb8_ic256ih56oc512kh1sh2     1.08 / 0.97   1.16 / 0.99,   1.24 / 1.04   1.93 / 1.06
+//   conv2d:mb8_ic512ih28oc1024kh1sh2    0.74 / 1.01   0.92 / 1.01,   0.95 / 1.02   1.48 / 1.10
+//   conv2d:mb8_ic1024ih14oc2048kh1sh2   0.82 / 1.17   1.21 / 1.29,   1.06 / 1.29   1.62 / 1.51
 // Tried without gain on Zen 3: fetching the second line of each row of C, tiles of 4 x 3 vectors (a
 // tenth slower for deep products, alone on a core), a depth of 128 or 192 for each block, a depth
 // unrolled by 4, strips of A for the transposed weight, which take twice as long to copy as its

@@ -14,6 +14,13 @@
 //   conv2d:mb8_ic128ih28oc128kh3ph1   1.84 / 1.62
 //   conv2d:mb8_ic64ih56oc64kh3ph1     1.65 / 1.25
 //   conv2d:mb8_ic512ih7oc512kh3ph1    1.55 / 1.17, bound by the transformed weights
+// On Zen 5, groups by direct summation (conv2d_grouped.cpp, conv2d.cpp), then so:
+//   conv2d:mb8_g8ic512ih14oc512kh3ph1    1.02 / 1.03   1.59 / 1.51
+//   conv2d:mb8_g5ic200ih33oc200kh3ph1    1.70 / 1.07   1.96 / 1.16
+//   conv2d:mb8_g24ic576ih14oc576kh3ph1   1.64 / 1.35   1.63 / 1.49
+//   conv2d:mb8_g32ic512ih14oc512kh3ph1   0.77 / 0.88   0.96 / 1.00
+// Tried without gain, on Zen 5: panels fetched before they are written (0.95), blocks of 14 or 28
+// tiles, whose panels stay in L1, and one group at a time.
 //
 // The transform subtracts inputs that direct summation never brings together. Where that makes
 // infinities or NaNs, or inputs hold them, the caller sums directly.

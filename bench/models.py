@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 import torchops
 from torchops.bench import units
+from torchops.bench.environment import environment
 from torchops.bench.memory import peak_memory, settle_allocator
 from torchops.bench.models import NETWORKS
 from torchops.bench.report import console, table
@@ -103,6 +107,7 @@ def measure_network(name: str, arguments: argparse.Namespace) -> list[dict[str, 
     return [
         {
             "network": name,
+            "batch": arguments.batch,
             "run": who,
             "train": summarize(training[who]).median,
             "train_speed": speed(training, who),
@@ -120,6 +125,16 @@ def speed(samples: dict[str, list[float]], who: str) -> float:
     """How many times as fast as torch.nn, from neighbouring samples."""
     pairs = zip(samples["torch.nn"], samples[who], strict=True)
     return summarize([native / ours for native, ours in pairs]).median
+
+
+def report(rows: list[dict[str, Any]], device: str) -> dict[str, Any]:
+    """What a file holds: the rows, and where and how they were measured."""
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "bench/models.py", *sys.argv[1:]]),
+        "environment": asdict(environment(device)),
+        "rows": rows,
+    }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -162,7 +177,8 @@ def main() -> int:
             rows += measure_network(name, arguments)
     show(rows)
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        text = json.dumps(report(rows, arguments.device), indent=1)
+        arguments.json.write_text(text + "\n")
     return 0 if all(row["losses_agree"] for row in rows) else 1
 
 

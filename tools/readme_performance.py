@@ -1,6 +1,7 @@
 """Writes README's performance section from result files: no figure in it is typed.
 
-Those of the newest one's machine stand there, the others behind a line to click.
+Whole networks come first (bench/results/networks, of `bench/models.py --json`, the newest file),
+then the layers. Those of the newest one's machine stand there, the others behind a line to click.
 
     python tools/readme_performance.py                # from every file in bench/results
     python tools/readme_performance.py --check        # exit code 1 where README is out of date
@@ -11,6 +12,7 @@ The section stands between two comments, and only what is between them is replac
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,8 +24,40 @@ from torchops.bench.results import Report, ResultError, Row, load
 from torchops.bench.totals import Total, totals
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 BEGIN = "<!-- performance: begin, written by tools/readme_performance.py -->"
 END = "<!-- performance: end -->"
+
+
+def networks(files: Sequence[Path]) -> str:
+    """The Markdown of the newest file of whole networks; nothing if there is none."""
+    reports = [json.loads(file.read_text("utf-8")) for file in files]
+    if not reports:
+        return ""
+    report = max(reports, key=lambda report: datetime.fromisoformat(report["created"]))
+    where = report["environment"]
+    lines = [
+        f"### Whole networks, {where['gpu'] or where['cpu']}",
+        "",
+        f"torch {where['torch']}, {where['isa']}, commit {where['commit'] or 'unknown'}. Made by:",
+        "",
+        f"    {report['command']}",
+        "",
+        "`torchops.convert(model)`, times as fast as torch.nn:",
+        "",
+        _line(["network", "batch", "training", "inference", "memory of a training step"]),
+        _line(["---", *["---:"] * 4]),
+    ]
+    native: dict[str, int] = {}
+    for row in report["rows"]:
+        if row["run"] == "torch.nn":
+            native[row["network"]] = row["peak_memory"]
+        elif row["run"] == "torchops":
+            speeds = [f"{units.significant(row[f'{way}_speed'])}x" for way in ("train", "infer")]
+            held = [native[row["network"]], row["peak_memory"]]
+            memory = " → ".join(units.size(size) for size in held) if all(held) else "–"
+            lines.append(_line([row["network"], str(row["batch"]), *speeds, memory]))
+    return "\n".join([*lines, "", ""])
 
 
 def section(files: Sequence[Path]) -> str:
@@ -124,13 +158,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--check", action="store_true", help="write nothing, only compare")
     arguments = parser.parse_args(argv)
-    files = arguments.files or sorted((ROOT / "bench" / "results").glob("*.json"))
+    files = arguments.files or sorted(RESULTS.glob("*.json"))
     if not files:
         print("readme_performance: no result files in bench/results", file=sys.stderr)
         return 2
     try:
         old = arguments.readme.read_text("utf-8")
-        new = replaced(old, section(files))
+        whole = (
+            networks(sorted((RESULTS / "networks").glob("*.json"))) if not arguments.files else ""
+        )
+        new = replaced(old, whole + section(files))
     except (OSError, ValueError, ResultError) as error:
         print(f"readme_performance: {arguments.readme}: {error}", file=sys.stderr)
         return 2

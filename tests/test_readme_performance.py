@@ -1,6 +1,7 @@
 """README's performance section is what the result files say, and nothing else of it changes."""
 
 import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +72,24 @@ def test_the_newest_machine_of_a_day_is_shown(tool, files, tmp_path):
     assert tool.main([*paths, "--readme", str(readme)]) == 0
     shown, folded = readme.read_text().split("<details>")
     assert "### late" in shown and "### early" not in shown and "### early" in folded
+
+
+def test_whole_networks_of_the_newest_file(tool, tmp_path):
+    environment = {"gpu": "", "cpu": "EPYC", "isa": "avx512", "torch": "2.13.0", "commit": "abc"}
+
+    def row(run, speed, memory):
+        speeds = {"train_speed": speed, "infer_speed": 2 * speed}
+        return {"network": "lenet", "batch": 4, "run": run, "peak_memory": memory, **speeds}
+
+    for day, speed in [(1, 9.0), (2, 1.25)]:
+        rows = [row("torch.nn", 1.0, 2_000_000), row("torchops", speed, 1_000_000)]
+        report = {"created": f"2026-01-0{day}T00:00:00+00:00", "command": f"made on day {day}"}
+        report |= {"environment": environment, "rows": rows}
+        (tmp_path / f"{day}.json").write_text(json.dumps(report))
+    text = tool.networks([tmp_path / "2.json", tmp_path / "1.json"])
+    assert "    made on day 2" in text and "day 1" not in text
+    assert "| lenet | 4 | 1.25x | 2.50x | 2.00 MB → 1.00 MB |" in text
+    assert tool.networks([]) == ""
 
 
 def test_writing_twice_changes_nothing(tool, files):

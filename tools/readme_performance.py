@@ -164,10 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         old = arguments.readme.read_text("utf-8")
-        whole = (
-            networks(sorted((RESULTS / "networks").glob("*.json"))) if not arguments.files else ""
-        )
-        new = replaced(old, whole + section(files))
+        whole = () if arguments.files else sorted((RESULTS / "networks").glob("*.json"))
+        new = replaced(old, networks(whole) + section(files))
     except (OSError, ValueError, ResultError) as error:
         print(f"readme_performance: {arguments.readme}: {error}", file=sys.stderr)
         return 2

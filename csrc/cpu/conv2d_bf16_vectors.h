@@ -185,8 +185,8 @@ inline void multiply_rows(const PairPlan& plan, const PairWeights& weights) {
           for (const SetRows::Kind& kind : set) {
             runs.place(kind, g * rows.next_group);
             VectorProduct product = runs.product(set.from(kind.begin), weights, group, channel);
-            // Eight streams of one page are none that the hardware foresees.
             if (groups == 2) product.apart = rows.next_group;
+            // Eight streams of one page are none that the hardware foresees.
             if (in_place && k == 0)
               product.ahead = larger(kHeight * c.source_channels(), kAheadElements);
             (bias ? multiply_heights<true> : multiply_heights<false>)({product, set.to(kind.begin),

@@ -349,13 +349,9 @@ void sum_products(const Conv2dGradWeightParams& p) {
 }  // namespace
 
 bool conv2d_winograd_grad_weight(const Conv2dGradWeightParams& p) {
-  if (!winograd_pays(p.shape)) return false;
-  bool done = false;
-  dispatch_dtype(p.shape.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if constexpr (kHasWinograd<T>) done = sum_winograd(Plan<T>(p));
-  });
-  return done;
+  return winograd_pays(p.shape) && dispatch_winograd(p.shape.dtype, [&](auto scalar) {
+           return sum_winograd(Plan<decltype(scalar)>(p));
+         });
 }
 
 void conv2d_grad_weight(const Conv2dGradWeightParams& p) {

@@ -99,13 +99,7 @@ void conv2d_pointwise(const Conv2dParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Conv2dShape& s = p.shape;
-    if (skips_pixels(s)) {
-      const SeenPixels<T> seen(s, p.input);
-      Conv2dParams of_seen = p;
-      of_seen.shape = over_seen_pixels(s);
-      of_seen.input = seen.data.get();
-      return conv2d_pointwise(of_seen);
-    }
+    if (skips_pixels(s)) return conv2d_of_seen_pixels<T>(p, conv2d_pointwise);
     const Epilogue epilogue(p);
     multiply_images<T>(s, weight_matrix(s, static_cast<const T*>(p.weight)),
                        images(s, static_cast<const T*>(p.input), s.in_channels),
@@ -138,13 +132,7 @@ void conv2d_pointwise_grad_weight(const Conv2dGradWeightParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Conv2dShape& s = p.shape;
-    if (skips_pixels(s)) {
-      const SeenPixels<T> seen(s, p.input);
-      Conv2dGradWeightParams of_seen = p;
-      of_seen.shape = over_seen_pixels(s);
-      of_seen.input = seen.data.get();
-      return conv2d_pointwise_grad_weight(of_seen);
-    }
+    if (skips_pixels(s)) return conv2d_of_seen_pixels<T>(p, conv2d_pointwise_grad_weight);
     const Matrix<const T> grads = images(s, static_cast<const T*>(p.grad_output), s.out_channels);
     const Matrix<const T> input = images(s, static_cast<const T*>(p.input), s.in_channels);
     const Matrix<T> weight = weight_matrix(s, static_cast<T*>(p.grad_weight));

@@ -77,6 +77,16 @@ struct SeenPixels {
   }
 };
 
+// `run` computes over the seen pixels what is asked for of an input.
+template <typename T, typename Params, typename F>
+void conv2d_of_seen_pixels(const Params& p, const F& run) {
+  const SeenPixels<T> seen(p.shape, p.input);
+  Params of_seen = p;
+  of_seen.shape = over_seen_pixels(p.shape);
+  of_seen.input = seen.data.get();
+  run(of_seen);
+}
+
 // The gradient of all pixels, zeros where no window sees them.
 template <typename T>
 void spread_pixels(const Conv2dShape& s, const T* seen, T* grad_input) {

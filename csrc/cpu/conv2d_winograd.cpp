@@ -314,22 +314,11 @@ bool correlate(const Problem<T>& p) {
   return finite;
 }
 
-// f on a type that has kernels; false: the dtype has none.
-template <typename F>
-bool dispatch(DType dtype, const F& f) {
-  bool done = false;
-  dispatch_dtype(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if constexpr (kHasWinograd<T>) done = f(T{});
-  });
-  return done;
-}
-
 }  // namespace
 
 bool conv2d_winograd(const Conv2dParams& p) {
   const Conv2dShape& s = p.shape;
-  return winograd_pays(s) && dispatch(s.dtype, [&](auto scalar) {
+  return winograd_pays(s) && dispatch_winograd(s.dtype, [&](auto scalar) {
            using T = decltype(scalar);
            const Epilogue epilogue(p);
            return correlate<T>({forward_correlation(s), forward_weights<T>(s, p.weight),
@@ -341,7 +330,7 @@ bool conv2d_winograd(const Conv2dParams& p) {
 
 bool conv2d_winograd_grad_input(const Conv2dGradInputParams& p) {
   Conv2dShape s = p.shape;
-  return winograd_pays(s) && dispatch(s.dtype, [&](auto scalar) {
+  return winograd_pays(s) && dispatch_winograd(s.dtype, [&](auto scalar) {
            using T = decltype(scalar);
            const WeightByTaps<T> by_taps(s, p.weight);
            s.weight_channels_last = true;

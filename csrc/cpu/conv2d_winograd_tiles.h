@@ -18,6 +18,17 @@ namespace {
 template <typename T>
 constexpr bool kHasWinograd = std::is_same_v<T, float> || std::is_same_v<T, bf16>;
 
+// f on a type that has kernels; false: the dtype has none.
+template <typename F>
+bool dispatch_winograd(DType dtype, const F& f) {
+  bool done = false;
+  dispatch_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if constexpr (kHasWinograd<T>) done = f(T{});
+  });
+  return done;
+}
+
 constexpr int kPoints = 16;  // of a transformed window
 
 // Consecutive tiles in one row of tiles of one image.

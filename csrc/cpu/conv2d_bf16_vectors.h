@@ -82,16 +82,16 @@ template <int kColumns, bool kBiased, bool kApart = false>
 // Two registers of columns at a time, three at the end rather than one.
 template <bool kBiased>
 [[gnu::noinline]] void multiply_heights(RowsProduct t, int64_t rows) {
-  for (int64_t row = 0; t.product.apart && row < rows; row += kHeight) {
-    multiply_columns<2, kBiased, true>(t, 0, t.columns);
-    t.product.rows += kHeight, t.to += kHeight, t.fetched += kHeight;
-  }
-  if (t.product.apart) return;
   const int64_t odd = t.columns % kBlock, last = odd > 0 && odd <= kTile ? odd + kBlock : 0;
   const int64_t even = larger(t.columns - last, 0);
   for (int64_t row = 0; row < rows; row += kHeight) {
-    for (int64_t k = 0; k < even; k += kBlock)
-      multiply_columns<2, kBiased>(t, k, smaller(kBlock, even - k));
+    for (int64_t k = 0; k < even; k += kBlock) {
+      if (t.product.apart) {
+        multiply_columns<2, kBiased, true>(t, k, kBlock);
+      } else {
+        multiply_columns<2, kBiased>(t, k, smaller(kBlock, even - k));
+      }
+    }
     if (t.columns <= kTile) {
       multiply_columns<1, kBiased>(t, 0, t.columns);
     } else if (last) {

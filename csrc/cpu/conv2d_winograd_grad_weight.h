@@ -73,9 +73,10 @@ class WinogradGradWeight {
     const int64_t rows = (b.groups - 1) * c_.channels + b.rows;
     const int64_t columns = (b.groups - 1) * c_.columns + b.columns;
     // The last register of several groups may reach beyond what is written.
-    for (int64_t row = 0; b.groups > 1 && row < kPoints * kTiles; ++row)
-      store(grads_.get() + row / kTiles * kGradPoint + row % kTiles * kGradStride + columns,
-            VecF32{});
+    for (int64_t point = 0; b.groups > 1 && point < kPoints; ++point) {
+      for (int64_t tile = 0; tile < kTiles; ++tile)
+        store(grads_.get() + point * kGradPoint + tile * kGradStride + columns, VecF32{});
+    }
     for (int64_t tile = begin; tile < end; tile += kTiles) {
       const int64_t count = smaller(kTiles, end - tile);
       TileRun runs[kTiles];

@@ -51,7 +51,8 @@ void correlate(const Correlation<scalar_t>& p, int64_t batch) {
   const int64_t taps = p.height.window.size * p.width.window.size;
   if (batch * vectors * rows * p.output.width == 0) return;
   if (p.input.channels_last && p.input.members * p.output.members == 1) {
-    if (const auto kernel = find_rows_kernel<scalar_t>(p)) return correlate_nhwc(p, batch, kernel);
+    if (const auto kernel = find_rows_kernel<scalar_t, false>(p))
+      return correlate_nhwc(p, batch, kernel);
     if (const auto kernel = find_upsample_kernel<scalar_t>(p))
       return upsample_nhwc(p, batch, kernel);
     if (taps <= kMostTapsInPlace) return correlate_taps(p, batch);

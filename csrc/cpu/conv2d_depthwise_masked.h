@@ -339,7 +339,7 @@ class MaskedPlanes {
 template <typename T>
 bool fits_masks(const Axis& height, const Axis& width) {
   const int64_t rows = rows_in_vector<T>(width);
-  return rows_kernel<T>(height.window, width.window) &&
+  return rows_kernel<T, false>(height.window, width.window) &&
          (rows == 1 || width.window.size <= kMostShared) &&
          2 * rows * width.window.stride * width.output >= kLanes<T>;
 }

@@ -89,7 +89,7 @@ struct MaskedUpsample {
 // Whether there is a kernel.
 template <typename T>
 bool fits_masked_upsample(const Window& height, const Window& width) {
-  return kHasWindowKernels<T> && height.stride == 2 && rows_kernel<T>(height, width) &&
+  return kHasWindowKernels<T> && height.stride == 2 && rows_kernel<T, false>(height, width) &&
          height.padding % 2 == width.padding % 2;
 }
 

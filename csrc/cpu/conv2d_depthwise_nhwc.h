@@ -23,11 +23,11 @@ struct Correlation {
   const Epilogue* epilogue = nullptr;
 };
 
-// The kernels of pixels of type T that fit the problem, or null.
-template <typename T, typename scalar_t>
+// The kernels of pixels of type T that fit the problem, or null. `cached`: see rows_kernel.
+template <typename T, bool cached, typename scalar_t>
 RowsKernel<T> find_rows_kernel(const Correlation<scalar_t>& p) {
   if (p.height.transposed || p.input.members > 1) return nullptr;
-  return rows_kernel<T>(p.height.window, p.width.window);
+  return rows_kernel<T, cached>(p.height.window, p.width.window);
 }
 
 template <typename T, typename scalar_t>

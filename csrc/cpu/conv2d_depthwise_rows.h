@@ -17,6 +17,19 @@ namespace {
 // spilled, and with the rows prefetched, too, torchops bench conv2d:mb1_g72ic72ih75oc72kh3ph1
 // --layout channels_last --threads 1 --quick went from 1.25 ms to 0.46 on Zen 3.
 constexpr int kStripPixels = kVecBytes == 64 ? 7 : 4;
+
+// Of a strip of the tensor. Windows of 3 with stride 2 wait for memory, and five rows of 15
+// columns are more streams than it serves well: a line's worth of registers a row keeps up with it.
+// Native's time over ours on Zen 5 with 7 pixels, then as it is (torchops bench PROBLEM --layout
+// channels_last --direction fwd --dtype f32,bf16 --threads 1 --quick), fp32 / bf16:
+//   conv2d:mb8_g240ic240ih28oc240kh3sh2ph1  0.82 / 1.87   1.37 / 2.47
+//   conv2d:mb8_g96ic96ih112oc96kh3sh2ph1    0.98 / 1.63   1.26 / 1.99
+//   conv2d:mb8_g64ic64ih112oc64kh3sh2ph1    0.94 / 1.58   1.29 / 2.00
+// No gain with stride 1 (0.8 to 1.1 of the speed), windows of 5 (0.7 to 1.1) or in the gradients.
+template <typename T, int kernel, int stride>
+constexpr int kPixels =
+    kernel == 3 && stride == 2 ? kCacheLine / (kLanes<T> * int(sizeof(T))) : kStripPixels;
+
 constexpr int64_t kGrainTaps = 1 << 19;  // about 30 us of multiply-adds
 constexpr int kMaxWindowRows = 9;        // rows under two windows: 7 + stride 2
 
@@ -193,28 +206,27 @@ using WindowColumns =
     Columns<(pixels - 1) * stride + kernel, kernel / 2, kernel / 2 - (stride == 2)>;
 
 // Multiplies a row of pixels into the sums that it reaches, and leaves out those that do not exist.
-template <typename T, int kernel, int stride, bool upper, bool lower, bool ends>
+template <typename T, int kernel, int stride, bool upper, bool lower, bool ends, int pixels>
 [[gnu::always_inline]] inline void add_row(const StripInput<T>& input, int row,
-                                           const acc_t<T>* weights,
-                                           Vec<T> (&sum)[2][kStripPixels]) {
+                                           const acc_t<T>* weights, Vec<T> (&sum)[2][pixels]) {
   const acc_t<T>* weight = weights + row * kernel * kLanes<T>;
   const auto add = [&](int x, const T* pixel) __attribute__((always_inline)) {
     const Vec<T> value = load(pixel);
     repeat<kernel>([&](int k) __attribute__((always_inline)) {
       const int i = (x - k) / stride;
-      if (x < k || (x - k) % stride != 0 || i >= kStripPixels) return;
+      if (x < k || (x - k) % stride != 0 || i >= pixels) return;
       if (upper) sum[0][i] += value * load(weight + k * kLanes<T>);
       if (lower) sum[1][i] += value * load(weight + (k - stride * kernel) * kLanes<T>);
     });
   };
-  WindowColumns<kStripPixels, kernel, stride>::template for_each<ends>(
+  WindowColumns<pixels, kernel, stride>::template for_each<ends>(
       input.rows[row] + input.offset, input.stride, input.begin, input.end, add);
 }
 
 // All rows under two windows of 3, without the third of the time that a loop over them costs.
-template <typename T, int kernel, int stride, bool ends>
+template <typename T, int kernel, int stride, bool ends, int pixels>
 [[gnu::always_inline]] inline void add_whole(const StripInput<T>& input, const acc_t<T>* weights,
-                                             Vec<T> (&sum)[2][kStripPixels]) {
+                                             Vec<T> (&sum)[2][pixels]) {
   repeat<kernel + stride>([&](int row) __attribute__((always_inline)) {
     if (row < stride) {
       add_row<T, kernel, stride, true, false, ends>(input, row, weights, sum);
@@ -229,10 +241,10 @@ template <typename T, int kernel, int stride, bool ends>
 // The rows under two windows, or under a single one. Without asking for each of their pixels,
 // torchops bench conv2d:mb8_g96ic96ih56oc96kh7ph3_bias --layout channels_last --threads 1 --quick
 // went from 3.1 ms to 2.6 on Zen 4.
-template <typename T, int kernel, int stride, bool ends>
+template <typename T, int kernel, int stride, bool ends, int pixels>
 [[gnu::always_inline]] inline void add_rows(const StripInput<T>& input, const WindowRows<T>& window,
                                             bool single, const acc_t<T>* weights,
-                                            Vec<T> (&sum)[2][kStripPixels]) {
+                                            Vec<T> (&sum)[2][pixels]) {
   if constexpr (kernel == 3 && ends) {
     if (window.begin == 0 && window.end == kernel + stride)
       return add_whole<T, kernel, stride, ends>(input, weights, sum);
@@ -250,45 +262,45 @@ template <typename T, int kernel, int stride, bool ends>
   }
 }
 
-// Output pixels [o, o + kStripPixels) of one channel vector, of which `count` are stored. The sums
+// Output pixels [o, o + pixels) of one channel vector, of which `count` are stored. The sums
 // are in registers throughout: loops over them, such as GCC unrolls, keep them in memory.
-template <typename T, int kernel, int stride, bool ends>
+template <typename T, int kernel, int stride, int pixels, bool ends>
 [[gnu::always_inline]] inline void correlate_strip(const RowPair<T>& p, const StripInput<T>& input,
                                                    int64_t channel, int64_t o, int64_t count) {
   constexpr int size = kLanes<T>;
   const int lanes = int(smaller(size, p.channels - channel));
   const Vec<T> bias = p.bias ? load(p.bias + channel) : Vec<T>{};
   const acc_t<T>* weights = p.weight + channel * kernel * kernel;
-  Vec<T> sum[2][kStripPixels];
-  repeat<kStripPixels>([&](int i) __attribute__((always_inline)) { sum[0][i] = sum[1][i] = bias; });
+  Vec<T> sum[2][pixels];
+  repeat<pixels>([&](int i) __attribute__((always_inline)) { sum[0][i] = sum[1][i] = bias; });
   add_rows<T, kernel, stride, ends>(input, p.window, !p.outputs[1], weights, sum);
   const int64_t pixel = p.output_pixel;
   T* const upper = p.outputs[0] + o * pixel + channel;
   T* const lower = p.outputs[1] ? p.outputs[1] + o * pixel + channel : nullptr;
-  if (lower && count == kStripPixels && lanes == size) {
-    store_sums<kStripPixels>(upper, pixel, sum[0], p.past_cache);
-    return store_sums<kStripPixels>(lower, pixel, sum[1], p.past_cache);
+  if (lower && count == pixels && lanes == size) {
+    store_sums<pixels>(upper, pixel, sum[0], p.past_cache);
+    return store_sums<pixels>(lower, pixel, sum[1], p.past_cache);
   }
-  repeat<kStripPixels>([&](int i) __attribute__((always_inline)) {
+  repeat<pixels>([&](int i) __attribute__((always_inline)) {
     if (i >= count) return;
     store_sum(upper + i * pixel, sum[0][i], lanes);
     if (lower) store_sum(lower + i * pixel, sum[1][i], lanes);
   });
 }
 
-template <typename T, int kernel, int stride>
+template <typename T, int kernel, int stride, int pixels>
 void correlate_rows(const RowPair<T>& p) {
-  using Strip = WindowColumns<kStripPixels, kernel, stride>;
+  using Strip = WindowColumns<pixels, kernel, stride>;
   constexpr int reach = Strip::count;
   Patch<T, kernel + stride, reach> patch;
   const int64_t readable = p.window.readable(p.input);
-  constexpr int bytes = kStripPixels * kLanes<T> * int(sizeof(T));
+  constexpr int bytes = pixels * kLanes<T> * int(sizeof(T));
   RowsAhead ahead = p.ahead, ahead_output = p.ahead_output;
-  for (int64_t o = 0; o < p.output_width; o += kStripPixels) {
+  for (int64_t o = 0; o < p.output_width; o += pixels) {
     // The last strip steps back to be a whole one.
-    const int64_t back = p.output_width - kStripPixels;
+    const int64_t back = p.output_width - pixels;
     const int64_t start = o <= back ? o : back > 0 ? back : 0;
-    const int64_t count = smaller(p.output_width, kStripPixels);
+    const int64_t count = smaller(p.output_width, pixels);
     StripInput<T> strip(p.input, p.window.rows, p.first + start * stride, reach);
     const auto correlate = [&](auto ends) {
       for (int64_t channel = 0; channel < p.channels; channel += kLanes<T>) {
@@ -296,8 +308,9 @@ void correlate_rows(const RowPair<T>& p) {
         const StripInput<T> input =
             copies ? patch.copy(p.input, strip, p.window.begin, p.window.end) : strip;
         ahead.step<stride * bytes>();
-        ahead_output.step<bytes>();
-        correlate_strip<T, kernel, stride, ends()>(p, input, channel, start, count);
+        // A single pixel after the other is foreseen.
+        if constexpr (pixels > 1) ahead_output.step<bytes>();
+        correlate_strip<T, kernel, stride, pixels, ends()>(p, input, channel, start, count);
         strip.offset += kLanes<T>;
       }
     };
@@ -326,13 +339,15 @@ bool dispatch_window(const Window& height, const Window& width, const F& f) {
   }
 }
 
-// Null where there is none.
-template <typename T>
+// Null where there is none. `cached`: whether the pixels are in a cache.
+template <typename T, bool cached>
 RowsKernel<T> rows_kernel(const Window& height, const Window& width) {
   RowsKernel<T> found = nullptr;
   if constexpr (kHasWindowKernels<T>) {
-    dispatch_window(height, width,
-                    [&](auto kernel, auto stride) { found = correlate_rows<T, kernel, stride>; });
+    dispatch_window(height, width, [&](auto kernel, auto stride) {
+      constexpr int pixels = cached ? kStripPixels : kPixels<T, kernel, stride>;
+      found = correlate_rows<T, kernel, stride, pixels>;
+    });
   }
   return found;
 }

@@ -89,7 +89,7 @@ class Slab {
  public:
   Slab(const Correlation<scalar_t>& problem, int64_t vectors, int64_t step_rows)
       : p_(problem),
-        kernel_(find_rows_kernel<acc>(problem)),
+        kernel_(find_rows_kernel<acc, true>(problem)),
         upsample_kernel_(find_upsample_kernel<acc>(problem)),
         step_rows_(step_rows),
         input_(input_rows(problem, vectors, step_rows)),
@@ -108,7 +108,7 @@ class Slab {
     int64_t left = smaller(0, p.width.first);
     int64_t right = larger(p.input.width, p.width.last_input(p.output.width - 1) + 1);
     // Kernels that know their window can leave out zero columns, which pays where there are many.
-    const bool knows = find_rows_kernel<acc>(p) || find_upsample_kernel<acc>(p);
+    const bool knows = find_rows_kernel<acc, true>(p) || find_upsample_kernel<acc>(p);
     if (knows && 3 * (right - left - p.input.width) > p.input.width)
       left = 0, right = p.input.width;
     return {nullptr, p.input.members, vectors, p.height.span(step_rows), left, right - left};

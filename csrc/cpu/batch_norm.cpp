@@ -162,19 +162,26 @@ void start_sums(const T* input, int64_t stride, int64_t count, const Rows& rows,
                 const Around<T>& sums) {
   const Vec<T> zero[2] = {};
   const acc_t<T> share = 1 / static_cast<acc_t<T>>(kCount * count);
-  for_each_step<T>(rows.length, [&](int64_t c, int n) {
-    Vec<T> center[2] = {}, v[2];
-    for (int s = 0; s < kCount; ++s) {
-      for (int64_t row = 0; row < count; ++row) {
-        load_two(input + s * stride + row * rows.length + c, n, v);
+  for (int64_t row = 0; row < count; ++row, input += rows.length) {
+    for_each_step<T>(rows.length, [&](int64_t c, int n) __attribute__((always_inline)) {
+      Vec<T> center[2] = {}, v[2];
+      if (row > 0) load_two(sums.center + c, kStep<acc_t<T>>, center);
+#pragma GCC unroll 4
+      for (int s = 0; s < kCount; ++s) {
+        load_two(input + s * stride + c, n, v);
         for (int u = 0; u < 2; ++u) center[u] += v[u] * share;
       }
-    }
+      store_two(sums.center + c, center, false);
+    });
+  }
+  for (int64_t c = 0; c < rows.padded<T>(); c += kStep<T>) {
+    Vec<T> center[2];
+    load_two(sums.center + c, kStep<acc_t<T>>, center);
     for (int u = 0; u < 2; ++u) center[u] = center[u] - center[u] == 0 ? center[u] : zero[u];
     store_two(sums.center + c, center, false);
     store_two(sums.first + c, zero, false);
     store_two(sums.second + c, zero, false);
-  });
+  }
 }
 
 // Adds `count` rows of each of kCount streams, `stride` apart.
@@ -206,7 +213,7 @@ void add_rows(const T* input, int64_t stride, int64_t count, int64_t length, Aro
 template <int kCount, typename T>
 void merge_rows(const T* input, int64_t stride, int64_t count, double seen, const Rows& rows,
                 const Around<T>& sums, const RowMoments& moments) {
-  start_sums<kCount>(input, stride, smaller(count, 4), rows, sums);
+  start_sums<kCount>(input, stride, smaller(larger(1, count / 8), 4), rows, sums);
   add_rows<kCount>(input, stride, count, rows.length, sums);
   const double added = static_cast<double>(kCount * count), total = seen + added;
   const double inverse = 1 / added, ratio = added / total, weight = seen * added / total;

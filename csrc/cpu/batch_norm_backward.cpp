@@ -27,9 +27,9 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-// The distance at which sums fetch while they take an activation's gradient: planes in all types, rows of
-// channels in half types (0.85 to 0.95 of the speed in fp32). Without an activation nothing is
-// gained. Time of native over ours on Zen 5 without, then with it, fp32 / bf16 (torchops bench
+// The distance at which sums fetch while they take an activation's gradient: planes in all types,
+// rows of channels in half types (0.85 to 0.95 of the speed in fp32). Without an activation nothing
+// is gained. Time of native over ours on Zen 5 without, then with it, fp32 / bf16 (torchops bench
 // PROBLEM --layout contiguous --direction bwd --dtype f32,bf16 --threads 1 --quick):
 //   batch_norm:mb8_ic192ih28_act=relu    2.1 / 1.9   2.3 / 2.4
 //   batch_norm:mb8_ic144ih56_act=relu6   2.2 / 2.2   2.3 / 2.8

@@ -205,8 +205,8 @@ inline void for_each_register(int64_t channels, const F& f) {
 }
 
 // Sums of the channels of pixels. Four streams of pixels, far apart, are added into one row of
-// sums: next to each other they would share pages, and one alone would wait at the end of each. Into
-// the second cache, Zen 5 took 1.05 (fp32) to 1.1 times (bf16) as long for 480 x 14 x 14.
+// sums: next to each other they would share pages, and one alone would wait at the end of each.
+// Into the second cache, Zen 5 took 1.05 (fp32) to 1.1 times (bf16) as long for 480 x 14 x 14.
 template <typename T>
 void add_pixels(const T* image, int64_t pixels, int64_t pitch, int64_t channels, acc_t<T>* sums) {
   using A = acc_t<T>;

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -54,6 +55,18 @@ inline To bit_cast(const From& from) {
 template <typename T>
 inline Vec<T> broadcast(acc_t<T> value) {
   return value - Vec<T>{};
+}
+
+// The sum of all lanes: those that are half as many apart as there are, then half of that.
+template <typename T, int kDistance = kLanes<T> / 2, int... i>
+inline acc_t<T> sum_lanes(Vec<T> v, std::integer_sequence<int, i...> lanes) {
+  v += __builtin_shufflevector(v, v, (i ^ kDistance)...);
+  if constexpr (kDistance > 1) return sum_lanes<T, kDistance / 2>(v, lanes);
+  return v[0];
+}
+template <typename T>
+inline acc_t<T> sum_lanes(Vec<T> v) {
+  return sum_lanes<T>(v, std::make_integer_sequence<int, kLanes<T>>{});
 }
 
 // ---- scalar conversions -------------------------------------------------------------------

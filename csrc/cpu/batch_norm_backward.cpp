@@ -72,7 +72,7 @@ template <typename T, typename F>
     gradient[i % 2] += gradient[i];
     product[i % 2] += product[i];
   }
-  return {lane_sum<T>(gradient[0] + gradient[1]), lane_sum<T>(product[0] + product[1])};
+  return {sum_lanes<T>(gradient[0] + gradient[1]), sum_lanes<T>(product[0] + product[1])};
 }
 
 // Of the planes of a channel, whose numbers are in `slot`.

@@ -45,21 +45,6 @@ inline void set_channel_value(void* data, DType dtype, int64_t c, double value) 
   }
 }
 
-template <typename T>
-inline double lane_sum(Vec<T> v) {
-  constexpr int kHalf = kLanes<T> / 2;
-  typedef acc_t<T> Half __attribute__((vector_size(kVecBytes / 2)));
-  Half half[2];
-  std::memcpy(half, &v, sizeof(v));
-  half[0] += half[1];
-  acc_t<T> sum[kHalf];
-  for (int i = 0; i < kHalf; ++i) sum[i] = half[0][i];
-  for (int width = kHalf / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
-  }
-  return sum[0];
-}
-
 // z = (x - mean) * scale + shift for every channel, each number in an array of its own. The mean is
 // rounded to acc_t, and what that loses goes into the shift.
 template <typename T>

@@ -74,7 +74,7 @@ Moments run_moments(const T* input, int64_t stride, int64_t length) {
     });
   }
   const auto mean =
-      static_cast<acc_t<T>>(lane_sum<T>(center) / static_cast<double>(kImages * head));
+      static_cast<acc_t<T>>(sum_lanes<T>(center) / static_cast<double>(kImages * head));
   center = broadcast<T>(finite(mean) ? mean : 0);
   const bool tiny = length < 2 * kStep<T>;
   for (int s = 0; tiny && s < kImages; ++s) prefetch<kL2>(input + s * stride + kShortRun, length);
@@ -93,8 +93,8 @@ Moments run_moments(const T* input, int64_t stride, int64_t length) {
       }
     }
   }
-  return moments_around(center[0], lane_sum<T>((first[0] + first[1]) + (first[2] + first[3])),
-                        lane_sum<T>((second[0] + second[1]) + (second[2] + second[3])),
+  return moments_around(center[0], sum_lanes<T>((first[0] + first[1]) + (first[2] + first[3])),
+                        sum_lanes<T>((second[0] + second[1]) + (second[2] + second[3])),
                         static_cast<double>(kImages * length));
 }
 

@@ -54,7 +54,7 @@ template <typename A>
 inline double fold(const A* numbers, int64_t pixels) {
   Vec<A> sum{};
   for_each_vec<A>(pixels, [&](int64_t i, int lanes) { sum += load_partial(numbers + i, lanes); });
-  return lane_sum<A>(sum);
+  return sum_lanes<A>(sum);
 }
 
 }  // namespace

@@ -23,7 +23,7 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-// Sum of n consecutive elements: of few in order, else four registers, then their lanes in order.
+// Sum of n consecutive elements: of few in order, else four registers, then their lanes.
 template <typename T>
 inline acc_t<T> add_all(const T* p, int64_t n) {
   if (n < kLanes<T>) {
@@ -39,13 +39,7 @@ inline acc_t<T> add_all(const T* p, int64_t n) {
   for (int k = 0; i < n; i += kLanes<T>, ++k) {
     sum[k] += load_partial(p + i, int(n - i < kLanes<T> ? n - i : kLanes<T>));
   }
-  const Vec<T> total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  acc_t<T> lanes[kLanes<T>];
-  std::memcpy(lanes, &total, sizeof(lanes));
-  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
-    for (int k = 0; k < width; ++k) lanes[k] += lanes[k + width];
-  }
-  return lanes[0];
+  return sum_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 // Where planes lie in the working rows of some of them side by side.

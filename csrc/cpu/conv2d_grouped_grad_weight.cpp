@@ -41,13 +41,6 @@ struct Tile {
   int64_t sum_stride;  // from output channel to output channel
 };
 
-template <typename acc, int distance = kLanes<acc> / 2, std::size_t... i>
-inline acc sum_lanes(Vec<acc> v, std::index_sequence<i...> lanes) {
-  v += __builtin_shufflevector(v, v, (int(i) ^ distance)...);
-  if constexpr (distance > 1) return sum_lanes<acc, distance / 2>(v, lanes);
-  return v[0];
-}
-
 template <typename acc, int rows, int taps>
 void sum_tile(const Tile<acc>& t) {
   constexpr int lanes = kLanes<acc>;
@@ -73,7 +66,7 @@ void sum_tile(const Tile<acc>& t) {
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
     for (int k = 0; k < taps; ++k) {
-      t.sums[r * t.sum_stride + k] += sum_lanes<acc>(sum[r][k], std::make_index_sequence<lanes>{});
+      t.sums[r * t.sum_stride + k] += sum_lanes<acc>(sum[r][k]);
     }
   }
 }

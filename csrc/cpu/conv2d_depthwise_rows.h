@@ -18,10 +18,11 @@ namespace {
 // --layout channels_last --threads 1 --quick went from 1.25 ms to 0.46 on Zen 3.
 constexpr int kStripPixels = kVecBytes == 64 ? 7 : 4;
 
-// Of a strip of the tensor. Windows of 3 with stride 2 wait for memory, and five rows of 15
-// columns are more streams than it serves well: a line's worth of registers a row keeps up with it.
-// Native's time over ours on Zen 5 with 7 pixels, then as it is (torchops bench PROBLEM --layout
-// channels_last --direction fwd --dtype f32,bf16 --threads 1 --quick), fp32 / bf16:
+// The same where pixels come from the tensor itself. Windows of 3 with stride 2 wait for memory,
+// and five rows of 15 columns are more streams than it serves well: a line's worth of registers a
+// row keeps up with it. Native's time over ours on Zen 5 with 7 pixels, then as it is (torchops
+// bench PROBLEM --layout channels_last --direction fwd --dtype f32,bf16 --threads 1 --quick), fp32
+// / bf16:
 //   conv2d:mb8_g240ic240ih28oc240kh3sh2ph1  0.82 / 1.87   1.37 / 2.47
 //   conv2d:mb8_g96ic96ih112oc96kh3sh2ph1    0.98 / 1.63   1.26 / 1.99
 //   conv2d:mb8_g64ic64ih112oc64kh3sh2ph1    0.94 / 1.58   1.29 / 2.00

@@ -96,6 +96,7 @@ CASES = [
     (2, 88, 10, 9, (3, 3), (1, 1), (2, 2), (2, 2), 99, 11),
     (3, 128, 8, 12, (1, 1), (1, 1), (0, 0), (1, 1), 64, 4),
     (1, 600, 9, 9, (3, 3), (1, 1), (1, 1), (1, 1), 580, 2),
+    (1, 280, 9, 8, (3, 3), (2, 1), (1, 1), (1, 1), 270, 2),
     (3, 64, 1, 1, (3, 3), (1, 1), (1, 1), (1, 1), 32, 4),
     # bf16 in pairs: strides far wider than the window, and than the image, whose phases nobody sees
     (1, 20, 90, 85, (3, 2), (40, 37), (1, 1), (1, 1), 18, 1),
@@ -130,10 +131,18 @@ def misaligned(tensor):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("channels_last", "weight_format"),
+    [
+        (False, torch.contiguous_format),
+        (True, torch.contiguous_format),
+        (True, torch.channels_last),
+    ],
+    ids=["contiguous", "channels_last", "channels_last-weight_too"],
+)
 @pytest.mark.parametrize("align", [lambda t: t, misaligned], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_conv2d_and_its_gradients(case, align, channels_last, dtype):
+def test_conv2d_and_its_gradients(case, align, channels_last, weight_format, dtype):
     batch, channels, height, width, kernel, *window, out_channels, groups = case
     arguments = (*map(list, window), groups)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -144,6 +153,7 @@ def test_conv2d_and_its_gradients(case, align, channels_last, dtype):
 
     x = align(draw(batch, channels, height, width).contiguous(memory_format=memory_format))
     weight, bias = draw(out_channels, channels // groups, *kernel), draw(out_channels)
+    weight = weight.contiguous(memory_format=weight_format)
     exact_x, exact_weight = x.double().requires_grad_(), weight.double().requires_grad_()
     exact = F.conv2d(exact_x, exact_weight, bias.double(), *arguments)
     grad = align(draw(*exact.shape).contiguous(memory_format=memory_format))

@@ -156,8 +156,8 @@ struct Around {
   acc_t<T>* second;
 };
 
-// The first `count` rows of each stream give the centers: of 256 rows 16, so that even an outlier
-// among them costs no digits.
+// The first `count` rows of each stream give the centers: of 256 rows 16, of 32 four, so that even
+// an outlier among them costs no digits.
 template <int kCount, typename T>
 void start_sums(const T* input, int64_t stride, int64_t count, const Rows& rows,
                 const Around<T>& sums) {

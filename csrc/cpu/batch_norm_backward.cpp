@@ -28,8 +28,9 @@ namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
 // The distance at which sums fetch while they take an activation's gradient: planes in all types,
-// rows of channels in half types (0.85 to 0.95 of the speed in fp32). Without an activation nothing
-// is gained. Time of native over ours on Zen 5 without, then with it, fp32 / bf16 (torchops bench
+// rows of channels in half types (in fp32 they lose by it). Without an activation nothing is
+// gained.
+//  Time of native over ours on Zen 5 without, then with it, fp32 / bf16 (torchops bench
 // PROBLEM --layout contiguous --direction bwd --dtype f32,bf16 --threads 1 --quick):
 //   batch_norm:mb8_ic192ih28_act=relu    2.1 / 1.9   2.3 / 2.4
 //   batch_norm:mb8_ic144ih56_act=relu6   2.2 / 2.2   2.3 / 2.8
@@ -52,10 +53,7 @@ template <typename T, typename F>
 #pragma GCC unroll 2
       for (int s = 0; s < together.value; ++s) {
         Vec<T> h[2], centered[2];
-        if constexpr (!std::is_same_v<F, Straight> && !kIsCurve<F>) {
-          prefetch<kL2>(from.gradient + s * stride + i + kAhead, kStep<T>);
-          prefetch<kL2>(from.input + s * stride + i + kAhead, kStep<T>);
-        }
+        if constexpr (kIsClamp<F>) from.fetch(s * stride + i + kAhead);
         differentiate(from.shifted(s * stride), lanes, i, n, h, centered);
         for (int u = 0; u < 2; ++u) {
           gradient[2 * s + u] += h[u];
@@ -145,8 +143,7 @@ template <int kCount, typename T, typename F>
   const Sources<T, F> from = sources;
   using A = acc_t<T>;
   const AffineLanes<true, T> lanes(affine, 0);
-  const bool fetches =
-      !kIsCurve<F> && (count == 1 || (sizeof(T) == 2 && !std::is_same_v<F, Straight>));
+  const bool fetches = count == 1 ? !kIsCurve<F> : kIsClamp<F> && sizeof(T) == 2;
   const int64_t ahead = count == 1 ? length : kAhead;
   for (int64_t row = 0; row < count; ++row) {
     for_each_step<T>(length, [&](int64_t i, int n) __attribute__((always_inline)) {
@@ -157,10 +154,7 @@ template <int kCount, typename T, typename F>
       for (int s = 0; s < kCount; ++s) {
         const int64_t at = row * length + s * stride;
         Vec<T> h[2], centered[2];
-        if (fetches) {
-          prefetch<kL2>(from.gradient + at + i + ahead, kStep<T>);
-          prefetch<kL2>(from.input + at + i + ahead, kStep<T>);
-        }
+        if (fetches) from.fetch(at + i + ahead);
         differentiate(from.shifted(at), lanes, i, n, h, centered);
         for (int u = 0; u < 2; ++u) {
           gradient[u] += h[u];

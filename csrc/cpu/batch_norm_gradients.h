@@ -66,6 +66,10 @@ inline double share_of_element(const BatchNormShape& shape) {
 // No activation, or one whose gradient has been taken already: z is not needed.
 struct Straight {};
 
+// Whether F is an activation that costs little: none of the curves.
+template <typename F>
+constexpr bool kIsClamp = !std::is_same_v<F, Straight> && !kIsCurve<F>;
+
 // Where a pass takes the gradient before the activation from: grad_output and behind an activation,
 // or what has been computed of it. Passes take it by reference and copy it themselves: on its way
 // onto the stack, registers would be loaded from what has just been stored, and wait for it.
@@ -78,6 +82,11 @@ struct Sources {
 
   Sources shifted(int64_t offset) const {
     return {gradient + offset, input + offset, residual ? residual + offset : nullptr, activation};
+  }
+  // Asks for a step of what every pass reads.
+  [[gnu::always_inline]] void fetch(int64_t offset) const {
+    prefetch<kL2>(gradient + offset, kStep<T>);
+    prefetch<kL2>(input + offset, kStep<T>);
   }
 };
 

@@ -26,7 +26,7 @@ constexpr int kStripPixels = kVecBytes == 64 ? 7 : 4;
 //   conv2d:mb8_g240ic240ih28oc240kh3sh2ph1  0.82 / 1.87   1.37 / 2.47
 //   conv2d:mb8_g96ic96ih112oc96kh3sh2ph1    0.98 / 1.63   1.26 / 1.99
 //   conv2d:mb8_g64ic64ih112oc64kh3sh2ph1    0.94 / 1.58   1.29 / 2.00
-// No gain with stride 1 (0.8 to 1.1 of the speed), windows of 5 (0.7 to 1.1) or in the gradients.
+// No gain with stride 1, in windows of 5 or in the gradients.
 template <typename T, int kernel, int stride>
 constexpr int kPixels =
     kernel == 3 && stride == 2 ? kCacheLine / (kLanes<T> * int(sizeof(T))) : kStripPixels;

@@ -81,10 +81,10 @@ class Strip {
     while (begin < end) {
       const int64_t first = plane * h_.pitch + ih + h_.padding, at = first * pitch_;
       if (windows_fill_ && at >= halo_ * pitch_ && at + room_ <= all) {
-        add_rows(grad_output_ + at, offsets_ + at);
+        add_rows<false>(grad_output_ + at, offsets_ + at);
       } else {
         stage(first);
-        add_rows(grads_.get() + halo_ * pitch_, winners_.get() + halo_ * pitch_);
+        add_rows<true>(grads_.get() + halo_ * pitch_, winners_.get() + halo_ * pitch_);
       }
       T* const to = grad_input_ + begin * W;
       if (positions_fill_) {
@@ -149,17 +149,18 @@ class Strip {
   }
 
   // For each window, the gradients that its column passes to one row of places, and the column tap
-  // that they pass it to, if any. `grads`, `winners`: of the strip's first place.
-  template <typename G, typename O>
+  // that they pass it to, if any. `grads`, `winners`: of the strip's first place, in a tensor or,
+  // where kStaged, in memory of our own.
+  template <bool kStaged, typename G, typename O>
   void add_rows(const G* grads, const O* winners) const {
     switch (p_.height.taps) {
-      case 2: return add_rows<2>(grads, winners);
-      case 3: return add_rows<3>(grads, winners);
-      default: return add_rows<0>(grads, winners);
+      case 2: return add_rows<kStaged, 2>(grads, winners);
+      case 3: return add_rows<kStaged, 3>(grads, winners);
+      default: return add_rows<kStaged, 0>(grads, winners);
     }
   }
   // kTaps fixes the rows of taps where it is not 0.
-  template <int kTaps, typename G, typename O>
+  template <bool kStaged, int kTaps, typename G, typename O>
   void add_rows(const G* grads, const O* winners) const {
     // A store might change any member, as far as the compiler knows.
     const int64_t size = w_.reach + size_;
@@ -176,7 +177,8 @@ class Strip {
       Offsets column = Offsets::all(0);
       const auto add = [&](int64_t k) __attribute__((always_inline)) {
         const int64_t at = i + k * step;
-        const Offsets tap = load_taps(winners + at) - Offsets::all((count - 1 - k) * columns);
+        const Offsets tap =
+            load_taps<kStaged>(winners + at) - Offsets::all((count - 1 - k) * columns);
         const Choice<T> won = tap.up_to(last);
         sum = add_where<T>(won, sum, load(grads + at));
         column = tap.where(won, column);
@@ -186,7 +188,7 @@ class Strip {
       } else {
         for (int64_t k = 0; k < count; ++k) add(k);
       }
-      if constexpr (std::is_same_v<G, T>) {
+      if constexpr (!kStaged) {
         prefetch<kL2>(grads + i + (count - 1) * step + kAhead, L);
         prefetch<kL2>(winners + i + (count - 1) * step + kAhead, L);
       }
@@ -194,10 +196,9 @@ class Strip {
       column.keep(found + i);
     }
   }
-  // From a tensor, or from memory of our own.
-  template <typename O>
+  template <bool kStaged, typename O>
   static Offsets load_taps(const O* p) {
-    if constexpr (std::is_same_v<O, Kept>)
+    if constexpr (kStaged)
       return Offsets::recall(p);
     else
       return Offsets::load(p);

@@ -46,6 +46,7 @@ template <typename T, typename F>
   constexpr int kTogether = kIsCurve<F> ? 1 : 2;
   const AffineLanes<false, T> lanes(affine, c);
   Vec<T> gradient[2 * kTogether] = {}, product[2 * kTogether] = {};
+  const bool fetches = kIsClamp<F> || (!kIsCurve<F> && length < kAhead);
   int64_t offset = 0;
   const auto add = [&](auto together) __attribute__((always_inline)) {
     const Sources<T, F> from = sources.shifted(offset);
@@ -53,7 +54,7 @@ template <typename T, typename F>
 #pragma GCC unroll 2
       for (int s = 0; s < together.value; ++s) {
         Vec<T> h[2], centered[2];
-        if constexpr (kIsClamp<F>) from.fetch(s * stride + i + kAhead);
+        if (fetches) from.fetch(s * stride + i + kAhead);
         differentiate(from.shifted(s * stride), lanes, i, n, h, centered);
         for (int u = 0; u < 2; ++u) {
           gradient[2 * s + u] += h[u];

@@ -83,10 +83,11 @@ struct Sources {
   Sources shifted(int64_t offset) const {
     return {gradient + offset, input + offset, residual ? residual + offset : nullptr, activation};
   }
-  // Asks for a step of what every pass reads.
+  // Asks for a step of what a pass reads.
   [[gnu::always_inline]] void fetch(int64_t offset) const {
     prefetch<kL2>(gradient + offset, kStep<T>);
     prefetch<kL2>(input + offset, kStep<T>);
+    if (residual) prefetch<kL2>(residual + offset, kStep<T>);
   }
 };
 

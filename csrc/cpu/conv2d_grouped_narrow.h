@@ -192,10 +192,12 @@ class NarrowGroups {
         meetings_(p.input_width / kChannels),
         taps_(p.phases() + 1),
         depth_(p.count_taps(taps_.get()) * meetings_),
+        offsets_(p.input_width * p.input_width),
         weight_(blocks_ * depth_ * L * kChannels),
         bias_(blocks_ * L) {
-    weight_.zero();
+    if (p.groups * p.input_width < blocks_ * L) weight_.zero();  // for lanes of no channel
     bias_.zero();
+    set_offsets();
     // A group's channels, or pairs of them, lie behind each other, and as often as it has lanes for
     // each, from lane `first` on.
     for (int64_t l = 0; l < L; ++l) {
@@ -231,6 +233,17 @@ class NarrowGroups {
  private:
   // Lane l of the c-th register of a tap holds the weight of channel l + c, or of that pair of
   // channels, counted around l's group.
+  void set_offsets() {
+    int64_t* offset = offsets_.get();
+    for (int64_t c = 0; c < meetings_; ++c) {
+      for (int64_t o = 0; o < p_.input_width; ++o) {
+        const int64_t channel = (o + c) % meetings_ * kChannels;
+        for (int64_t k = 0; k < kChannels; ++k)
+          *offset++ = o * p_.row_stride + (channel + k) * p_.channel_stride;
+      }
+    }
+  }
+
   void pack(int64_t group) {
     const int64_t width = p_.input_width, lane = group * width % width_;
     const int64_t block = group * width / width_;
@@ -241,12 +254,10 @@ class NarrowGroups {
       const Taps taps = p_.taps(phase);
       for (int64_t tap = 0; tap < taps.count(); ++tap) {
         const scalar_t* from = p_.weight + group * p_.group_stride + p_.tap_offset(taps, tap);
+        const int64_t* offset = offsets_.get();
         for (int64_t c = 0; c < meetings_; ++c, packed += L * kChannels) {
-          for (int64_t i = 0; i < width * kChannels; ++i) {
-            const int64_t o = i / kChannels;
-            const int64_t channel = (o + c) % meetings_ * kChannels + i % kChannels;
-            packed[i] = Lanes::weight(from[o * p_.row_stride + channel * p_.channel_stride]);
-          }
+          for (int64_t i = 0; i < width * kChannels; ++i)
+            packed[i] = Lanes::weight(from[*offset++]);
         }
       }
     }
@@ -327,6 +338,7 @@ class NarrowGroups {
   const int64_t meetings_;        // of a lane with channels of its group
   Scratch<int64_t> taps_;         // before each phase
   const int64_t depth_;           // registers of a block
+  Scratch<int64_t> offsets_;      // of a tap's weights: [meeting][lane of a group][channel]
   Scratch<Weight> weight_;        // [block][tap of any phase][meeting][lane][channel]
   Scratch<acc> bias_;
   Mask<acc> spread_, turn_;

@@ -72,6 +72,7 @@
 #include "cpu/conv2d_bf16_nhwc.h"
 #include "cpu/conv2d_bf16_vectors.h"
 #include "cpu/conv2d_turn.h"
+#include "cpu/conv2d_weights.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -83,11 +84,17 @@ bool turns_planes(const Conv2dShape& s) {
          s.window_height.size * s.window_width.size > 1 && s.in_channels >= kFewestChannels;
 }
 
+PairSource source_of(const Conv2dShape& s, const void* weight) {
+  const int64_t taps_wide = s.window_width.size;
+  return {static_cast<const bf16*>(weight), s.window_height.size * taps_wide, taps_wide,
+          lies_by_taps(s)};
+}
+
 void multiply(const PairProblem& p, bool channels_last, bool swapped) {
   if (p.c.positions() == 0 || p.c.columns == 0) return;
   const PairPlan plan(p, channels_last);
   const PairWeights weights(p.c, plan.depth, swapped, channels_last || plan.depth.turned);
-  weights.pack(p.weight, p.taps, p.taps_wide);
+  weights.pack(p.weight);
   if (!multiplies_tiles() && (channels_last || plan.depth.turned)) {
     multiply_rows(plan, weights);
   } else {
@@ -106,11 +113,10 @@ bool conv2d_bf16(const Conv2dParams& p) {
     conv2d_of_planes<bf16>(p, conv2d_bf16);
     return true;
   }
-  const WeightByTaps<bf16> weight(s, p.weight);
   const Epilogue epilogue(p);
-  multiply({without_rows(forward_correlation(s), s.channels_lie_last()), weight.data, weight.taps,
-            s.window_width.size, static_cast<const bf16*>(p.input),
-            static_cast<const bf16*>(p.bias), static_cast<bf16*>(p.output), epilogue.get()},
+  multiply({without_rows(forward_correlation(s), s.channels_lie_last()), source_of(s, p.weight),
+            static_cast<const bf16*>(p.input), static_cast<const bf16*>(p.bias),
+            static_cast<bf16*>(p.output), epilogue.get()},
            s.channels_lie_last(), false);
   return true;
 }
@@ -122,11 +128,20 @@ bool conv2d_bf16_grad_input(const Conv2dGradInputParams& p) {
     conv2d_grad_input_of_planes<bf16>(p, conv2d_bf16_grad_input);
     return true;
   }
-  const WeightByTaps<bf16> weight(s, p.weight);
-  for (int64_t h = 0; h < smaller(s.window_height.stride, s.in_height); ++h) {
-    for (int64_t w = 0; w < smaller(s.window_width.stride, s.in_width); ++w) {
-      multiply({without_rows(grad_input_correlation(s, h, w), s.channels_lie_last()), weight.data,
-                weight.taps, s.window_width.size, static_cast<const bf16*>(p.grad_output), nullptr,
+  const int64_t phases_height = smaller(s.window_height.stride, s.in_height);
+  const int64_t phases_width = smaller(s.window_width.stride, s.in_width);
+  if (phases_height * phases_width > 1 && !lies_by_taps(s)) {
+    // Each phase would turn all taps over.
+    const WeightByTaps<bf16> by_taps(s, p.weight);
+    Conv2dGradInputParams turned = p;
+    turned.shape.weight_channels_last = true;
+    turned.weight = by_taps.data;
+    return conv2d_bf16_grad_input(turned);
+  }
+  for (int64_t h = 0; h < phases_height; ++h) {
+    for (int64_t w = 0; w < phases_width; ++w) {
+      multiply({without_rows(grad_input_correlation(s, h, w), s.channels_lie_last()),
+                source_of(s, p.weight), static_cast<const bf16*>(p.grad_output), nullptr,
                 static_cast<bf16*>(p.grad_input)},
                s.channels_lie_last(), true);
     }

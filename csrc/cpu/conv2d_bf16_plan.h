@@ -21,8 +21,7 @@ constexpr int64_t kGrainFlops = 16'000'000;  // about 30 us
 
 struct PairProblem {
   Correlation c;
-  const bf16* weight;  // [out channel][tap][in channel]
-  int64_t taps, taps_wide;
+  PairSource weight;
   const bf16* source;
   const bf16* bias;  // or null
   bf16* out;

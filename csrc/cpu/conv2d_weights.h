@@ -190,6 +190,11 @@ Weights<T> forward_weights(const Conv2dShape& s, const void* weight) {
   return {data, group, column, taps, width, 1};
 }
 
+// Whether the weight lies as [out channel][tap][in channel].
+inline bool lies_by_taps(const Conv2dShape& s) {
+  return s.weight_channels_last || s.window_height.size * s.window_width.size == 1;
+}
+
 // The weight in the channels_last format, [out channel][tap][in channel], where it lies if it does
 // so already: packing a contiguous one for the gradient of the input, whose columns are input
 // channels, would gather it element by element.
@@ -201,15 +206,12 @@ struct WeightByTaps {
 
   WeightByTaps(const Conv2dShape& s, const void* weight)
       : taps(s.window_height.size * s.window_width.size),
-        copy(lies(s) ? 0 : s.out_channels * (s.in_channels / s.groups) * taps),
+        copy(lies_by_taps(s) ? 0 : s.out_channels * (s.in_channels / s.groups) * taps),
         data(static_cast<const T*>(weight)) {
-    if (lies(s)) return;
+    if (lies_by_taps(s)) return;
     turn_images(data, copy.get(), s.out_channels, s.in_channels / s.groups, taps);
     data = copy.get();
   }
-
- private:
-  bool lies(const Conv2dShape& s) const { return s.weight_channels_last || taps == 1; }
 };
 
 // Columns in panels of two registers, or where `wide`, for tiles of few rows, of up to four. With

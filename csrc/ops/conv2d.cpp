@@ -119,12 +119,10 @@ bool takes_channels_last_weight(const Conv2dShape& s, bool on_cpu) {
 
 // As it is, if kernels read it so: turned over for groups of more than 128 channels, torchops bench
 // conv2d:mb1_g8ic1280ih7oc1280kh3ph1 --layout channels_last --threads 1 --quick ran at 0.54 of
-// native's speed forward and 0.55 backward on Zen 5, now at 1.17 and 1.25. Pairs of bf16 are packed
-// faster in the format of the other tensors, by more than that takes, and native keeps it so.
+// native's speed forward and 0.55 backward on Zen 5, now at 1.17 and 1.25.
 MemoryFormat weight_format(const Conv2dShape& s, const Tensor& weight) {
   if (!takes_channels_last_weight(s, weight.is_cpu())) return MemoryFormat::contiguous;
-  const bool as_it_is = weight.is_cpu() && !s.multiplies_pairs();
-  return as_it_is ? suggest_memory_format(weight) : MemoryFormat::channels_last;
+  return weight.is_cpu() ? suggest_memory_format(weight) : MemoryFormat::channels_last;
 }
 
 // The shape of a forward convolution, everything checked.

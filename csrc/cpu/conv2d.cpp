@@ -332,10 +332,8 @@ void conv2d_grad_input(const Conv2dGradInputParams& p) {
     if (turns_planes<T>(p.shape, p.shape.in_channels)) {
       return conv2d_grad_input_of_planes<T>(p, conv2d_grad_input);
     }
-    Conv2dShape s = p.shape;
-    const WeightByTaps<T> by_taps(s, p.weight);
-    s.weight_channels_last = true;
-    Weights<T> weights = forward_weights<T>(s, by_taps.data);
+    const Conv2dShape& s = p.shape;
+    Weights<T> weights = forward_weights<T>(s, p.weight);
     std::swap(weights.column_stride, weights.channel_stride);
     const Source<T> source(s, p.grad_output, s.out_channels, s.out_height * s.out_width,
                            s.in_channels);

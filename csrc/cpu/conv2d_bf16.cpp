@@ -72,7 +72,6 @@
 #include "cpu/conv2d_bf16_nhwc.h"
 #include "cpu/conv2d_bf16_vectors.h"
 #include "cpu/conv2d_turn.h"
-#include "cpu/conv2d_weights.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -87,7 +86,7 @@ bool turns_planes(const Conv2dShape& s) {
 PairSource source_of(const Conv2dShape& s, const void* weight) {
   const int64_t taps_wide = s.window_width.size;
   return {static_cast<const bf16*>(weight), s.window_height.size * taps_wide, taps_wide,
-          lies_by_taps(s)};
+          s.weight_lies_by_taps()};
 }
 
 void multiply(const PairProblem& p, bool channels_last, bool swapped) {
@@ -128,18 +127,8 @@ bool conv2d_bf16_grad_input(const Conv2dGradInputParams& p) {
     conv2d_grad_input_of_planes<bf16>(p, conv2d_bf16_grad_input);
     return true;
   }
-  const int64_t phases_height = smaller(s.window_height.stride, s.in_height);
-  const int64_t phases_width = smaller(s.window_width.stride, s.in_width);
-  if (phases_height * phases_width > 1 && !lies_by_taps(s)) {
-    // Each phase would turn all taps over.
-    const WeightByTaps<bf16> by_taps(s, p.weight);
-    Conv2dGradInputParams turned = p;
-    turned.shape.weight_channels_last = true;
-    turned.weight = by_taps.data;
-    return conv2d_bf16_grad_input(turned);
-  }
-  for (int64_t h = 0; h < phases_height; ++h) {
-    for (int64_t w = 0; w < phases_width; ++w) {
+  for (int64_t h = 0; h < smaller(s.window_height.stride, s.in_height); ++h) {
+    for (int64_t w = 0; w < smaller(s.window_width.stride, s.in_width); ++w) {
       multiply({without_rows(grad_input_correlation(s, h, w), s.channels_lie_last()),
                 source_of(s, p.weight), static_cast<const bf16*>(p.grad_output), nullptr,
                 static_cast<bf16*>(p.grad_input)},

@@ -13,6 +13,7 @@
 #include "cpu/conv2d_gather.h"
 #include "cpu/conv2d_turn.h"
 #include "cpu/gemm.h"
+#include "cpu/register_groups.h"
 
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
@@ -86,6 +87,10 @@ struct DepthWalk {
     return channels_last && width.stride == 1 && height.stride == width.size &&
            channel.stride == height.stride * height.size;
   }
+  // Whether columns lie behind each other, the taps of each side by side.
+  template <typename T> static bool columns_of_taps(const Weights<T>& w) {
+    return w.width_stride == 1 && w.column_stride > 1 && w.column_stride < w.channel_stride;
+  }
   void next() {
     for (Digit& d : digits) {
       offset += d.stride;
@@ -117,6 +122,43 @@ void pack_taps(const T* from, int64_t stride, int64_t columns, int64_t taps, int
   }
 }
 
+// Weights of columns that lie behind each other, by taps, as they do for the gradient of the input:
+// what lies in the order of memory is transposed in registers, as in pack_taps.
+template <typename T>
+void pack_columns_of_taps(const Problem<T>& p, const T* from, int64_t columns, int64_t begin,
+                          int64_t length, int64_t width, acc_t<T>* to) {
+  constexpr int64_t kAhead = 8;  // channels, which lie pages apart
+  const Axis &high = p.c.height, &wide = p.c.width;
+  const int64_t taps = p.weights.column_stride, seen = high.taps * wide.taps;
+  const int64_t tap_rows = p.channels_last ? p.c.channels : 1, rows = p.channels_last ? 1 : seen;
+  const Scratch<int64_t> row_of(taps);  // of the first channel's weights; -1 where none
+  for (int64_t t = 0; t < taps; ++t) row_of.get()[t] = -1;
+  for (int64_t t = 0; t < seen; ++t) {
+    const int64_t y = high.first_tap + t / wide.taps * high.tap_step;
+    const int64_t x = wide.first_tap + t % wide.taps * wide.tap_step;
+    row_of.get()[y * p.weights.height_stride + x] = t * tap_rows;
+  }
+  const int64_t first = p.channels_last ? 0 : begin / rows;
+  const int64_t end = p.channels_last ? p.c.channels : divide_up(begin + length, rows);
+  for (int64_t channel = first; channel < end; ++channel) {
+    const T* weights = from + channel * p.weights.channel_stride;
+    prefetch<kL2>(weights + kAhead * p.weights.channel_stride, columns * taps);
+    for (int64_t j = 0; j < columns; j += kLanes<T>) {
+      const int lanes = static_cast<int>(smaller(kLanes<T>, columns - j));
+      load_planes(weights + j * taps, taps, lanes, taps,
+                  [&](int64_t start, const Vec<T>* block, auto size) {
+#pragma GCC unroll 16
+                    for (int k = 0; k < kLanes<T>; ++k) {
+                      if (k >= size) break;
+                      const int64_t row = row_of.get()[start + k] + channel * rows - begin;
+                      if (row_of.get()[start + k] >= 0 && row >= 0 && row < length)
+                        store<acc_t<T>>(to + row * width + j, block[k]);
+                    }
+                  });
+    }
+  }
+}
+
 // to[k * width + j] = weight of column + j at depth index begin + k; width is in whole vectors.
 // Lanes beyond the columns hold copies or zeros; they only reach lanes of the product that no one
 // reads.
@@ -145,6 +187,8 @@ void pack_weights(const Problem<T>& p, int64_t group, int64_t column, int64_t co
     return pack_taps(from + walk.offset, stride, columns, depth / p.c.channels, p.c.channels, width,
                      to);
   }
+  if (DepthWalk::columns_of_taps(p.weights) && (length == depth || !p.channels_last))
+    return pack_columns_of_taps(p, from, columns, begin, length, width, to);
   walk.skip(begin);
   for (int64_t k = 0; k < length; ++k, to += width, walk.next()) {
     if (stride == 1 && column + width <= p.c.columns) {
@@ -175,8 +219,11 @@ void copy_weights(const Problem<T>& p, const T* from, int64_t begin, int64_t len
 // lie side by side, columns share cache lines and pages.
 template <typename T>
 int64_t packed_chunk(const Problem<T>& p, int64_t depth) {
+  constexpr int64_t kChunk = 64;
   const DepthWalk walk(p);
-  return depth > 64 && !walk.dense() && !walk.dense_by_taps() ? 64 : depth > 0 ? depth : 1;
+  const bool whole = walk.dense() || walk.dense_by_taps() ||
+                     (DepthWalk::columns_of_taps(p.weights) && p.channels_last);
+  return whole ? larger(depth, 1) : clamp(depth, 1, kChunk);
 }
 
 // The weight as the forward convolution reads it.
@@ -190,11 +237,6 @@ Weights<T> forward_weights(const Conv2dShape& s, const void* weight) {
   return {data, group, column, taps, width, 1};
 }
 
-// Whether the weight lies as [out channel][tap][in channel].
-inline bool lies_by_taps(const Conv2dShape& s) {
-  return s.weight_channels_last || s.window_height.size * s.window_width.size == 1;
-}
-
 // The weight in the channels_last format, [out channel][tap][in channel], where it lies if it does
 // so already: packing a contiguous one for the gradient of the input, whose columns are input
 // channels, would gather it element by element.
@@ -206,9 +248,9 @@ struct WeightByTaps {
 
   WeightByTaps(const Conv2dShape& s, const void* weight)
       : taps(s.window_height.size * s.window_width.size),
-        copy(lies_by_taps(s) ? 0 : s.out_channels * (s.in_channels / s.groups) * taps),
+        copy(s.weight_lies_by_taps() ? 0 : s.out_channels * (s.in_channels / s.groups) * taps),
         data(static_cast<const T*>(weight)) {
-    if (lies_by_taps(s)) return;
+    if (s.weight_lies_by_taps()) return;
     turn_images(data, copy.get(), s.out_channels, s.in_channels / s.groups, taps);
     data = copy.get();
   }

@@ -24,6 +24,10 @@ struct Conv2dShape {
   bool channels_lie_last() const {
     return channels_last || (in_height * in_width == 1 && out_height * out_width == 1);
   }
+  // Whether the weight lies as [out channel][tap][in channel].
+  bool weight_lies_by_taps() const {
+    return weight_channels_last || window_height.size * window_width.size == 1;
+  }
   // Whether the CPU multiplies pairs of bf16 (cpu/conv2d_bf16.h): depthwise convolutions and narrow
   // groups would leave most of a register empty, and a tile, too, where windows do not overlap.
   bool multiplies_pairs() const {

@@ -69,6 +69,15 @@ def test_modes_nest_and_restore():
     assert _backend.mode == before
 
 
+def test_a_mode_may_be_entered_again():
+    before, native = _backend.mode, torchops.backend("native")
+    with native:
+        with native:
+            assert _backend.mode == "native"
+        assert _backend.mode == "native"
+    assert _backend.mode == before
+
+
 def test_unknown_mode_names_the_known_ones():
     with pytest.raises(ValueError, match="torchops.backend: expected one of 'auto', 'own', 'nat"):
         torchops.backend("fast")
@@ -189,6 +198,34 @@ class TorchOnly(torch.Tensor):
             raise NotImplementedError(f"{cls.__name__} does not know {function}")
         plain = [a.inner if isinstance(a, TorchOnly) else a for a in args]
         return function(*plain, **(kwargs or {}))
+
+
+class Marked(torch.Tensor):
+    """A tensor subclass that results take over from any argument, as torch.Tensor's do."""
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_every_argument_may_be_of_a_tensor_subclass(position):
+    arguments = [torch.randn(1, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.randn(4)]
+    plain = TF.conv2d(*arguments)
+    arguments[position] = arguments[position].as_subclass(Marked)
+    for output in (
+        TF.conv2d(*arguments),
+        TF.conv2d(arguments[0], **dict(weight=arguments[1], bias=arguments[2])),
+    ):
+        assert type(output) is Marked
+        assert torch.equal(output.as_subclass(torch.Tensor), plain)
+
+
+def test_calls_that_only_torch_computes_say_so():
+    input = torch.randn(2, 3, 4, 4, 4)
+    with torchops.backend("own"):
+        with pytest.warns(FallbackWarning, match="no kernel for 5-D") as caught:
+            TF.adaptive_avg_pool2d(input, 1)
+        assert caught[0].filename == __file__
+        with pytest.warns(FallbackWarning, match="no kernel for out=") as caught:
+            TF.avg_pool2d(input[0], 2, out=torch.empty(3, 4, 2, 2))
+        assert caught[0].filename == __file__
 
 
 def test_a_tensor_subclass_that_knows_only_torch_runs_natively():

@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
+import torchops
+import torchops.functional as TF
 from raw_calls import OPERATORS, raw_calls
 from support import CASES
 
@@ -93,6 +96,26 @@ def test_raw_operator_refuses_a_wrong_dtype(operator):
             for dtype in (torch.int64, torch.complex64, torch.bool):
                 wrong = with_argument(call, position, call.arguments[position].to(dtype))
                 assert_refused(wrong, f"argument {position} of {dtype}")
+
+
+def test_raw_max_pools_refuse_windows_that_their_offsets_cannot_count():
+    ops, image = torch.ops.torchops, torch.empty(1, 1, 1, 1)
+    window = [70000, 70000, 1, 1, 35000, 35000, 1, 1, 0]
+    with pytest.raises(RuntimeError, match="windows of less than 2\\^31 elements, but got 70000 x"):
+        ops.max_pool2d(image, window)
+    plane = image.expand(1, 1, 46342, 46342)
+    with pytest.raises(RuntimeError, match="windows of less than 2\\^31 elements, but got 46342 x"):
+        ops.adaptive_max_pool2d_backward(
+            torch.empty(1, 1, 1, 1), torch.empty(1, 1, 1, 1, dtype=torch.int32), plane.shape
+        )
+
+
+def test_windows_of_more_than_2_to_the_31_elements_are_native_s():
+    image = torch.randn(1, 1, 8, 8)
+    with torchops.backend("auto"):
+        pooled = TF.max_pool2d(image, 70000, 1, 35000, return_indices=True)
+    native = F.max_pool2d(image, 70000, 1, 35000, return_indices=True)
+    assert all(map(torch.equal, pooled, native))
 
 
 # Arguments that decide the output's size: a larger window or more channels is another problem.

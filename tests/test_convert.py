@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import pickle
+import threading
 
 import pytest
 import torch
@@ -205,6 +206,40 @@ def test_a_parametrized_layer_is_reverted_and_its_copy_is_not() -> None:
     assert {name: type(m) for name, m in model.named_modules()} == {
         name: type(m) for name, m in reference.named_modules()
     }
+
+
+class Locked:
+    """Has something that cannot be copied, and says how to do without."""
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "lock"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, lock=threading.Lock())
+
+
+class LockedSequential(Locked, nn.Sequential):
+    pass
+
+
+class LockedBlock(Locked, nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(x))
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_have_the_state_that_their_class_stores(copier) -> None:
+    for model in LockedSequential(nn.BatchNorm2d(3), nn.ReLU()), LockedBlock():
+        cls, model.lock = type(model), threading.Lock()
+        copied = copier(torchops.convert(model))
+        assert isinstance(copied, cls) and copied.lock is not model.lock
+        assert type(copied) is type(model)
+        input = torch.randn(2, 3, 4, 4)
+        assert torch.equal(copied(input), model(input))
 
 
 def test_torch_save_and_load() -> None:

@@ -275,6 +275,52 @@ class ReachesBelow(Deciding):
         return F.relu(self.bn(x))
 
 
+class LooksAtIdentity(Deciding):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pre = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.pre(x)
+        out = F.relu(self.bn(y))
+        return out + 1 if y is x else out
+
+
+class LooksAtIds(LooksAtIdentity):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.pre(x)
+        out = F.relu(self.bn(y))
+        return out + 1 if id(y) == id(x) else out
+
+
+class AsksTorch(Deciding):
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn(x))
+        return 2 * out if torch.is_inference_mode_enabled() else out
+
+
+class AsksABackend(Deciding):
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn(x))
+        return 2 * out if torch.backends.cudnn.enabled else out
+
+
+class Imports(Deciding):
+    def forward(self, x: Tensor) -> Tensor:
+        import time
+
+        out = F.relu(self.bn(x))
+        return 2 * out if time.time() > 0 else out
+
+
+class PicklesItself(Deciding):
+    def __reduce_ex__(self, protocol: object) -> object:
+        return type(self), ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(x))
+
+
 class HasADefault(Deciding):
     scale: float | None = None
 
@@ -286,10 +332,29 @@ class HasADefault(Deciding):
 @pytest.mark.parametrize(
     "block", [ReadsFlag, ReadsMode, Counts, Gambles, Looks, LooksAtTheClass, WithoutGradients,
      ReadsAFlagBelow, CallsAMethodBelow, CallsForward, Freezes, NamesItLikeAFunction, ReachesBelow,
-     HasADefault],
+     LooksAtIdentity, LooksAtIds, AsksTorch, AsksABackend, Imports, PicklesItself, HasADefault],
 )  # fmt: skip
 def test_a_forward_that_decides_is_left_as_it_is(block: type[nn.Module]) -> None:
     assert type(torchops.convert(block())) is block
+
+
+class Ends(Deciding):
+    """What decides nothing though it looks like it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Identity()  # torch.nn has a module of this name
+
+    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+        x = torch.cat([F.relu(self.bn(x)), F.hardsigmoid(self.attention(x))], 1)
+        return x if more is None else x + more
+
+
+def test_a_forward_that_decides_nothing_is_fused() -> None:
+    block = Ends()
+    fused = torchops.convert(copy.deepcopy(block))
+    assert type(fused) is not Ends and isinstance(fused, Ends)
+    assert_same_training_step(fused, block, torch.randn(2, 3, 5, 5))
 
 
 class MayScale(Deciding):

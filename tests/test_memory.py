@@ -1,5 +1,8 @@
 """Working memory of CPU kernels."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -24,3 +27,43 @@ def test_winograd_holds_a_block_of_transformed_weights_at_a_time():
             "peak memory cannot be read on this system: it has no resettable /proc/self/clear_refs"
         )
     assert peak < 12e6
+
+
+_LIMITED = """
+import resource, torch, torchops, torchops.functional as TF
+torch.set_num_threads({threads})
+{prepare}
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + {allowed}, used + {allowed}))
+{call}
+"""
+
+
+def run_with_memory(prepare, call, allowed, threads=1):
+    """In a process of its own that gets `allowed` bytes more than it has before `call`."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("address space is limited by Linux's means")
+    script = _LIMITED.format(prepare=prepare, call=call, allowed=allowed, threads=threads)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    return run.returncode, run.stderr
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_too_little_memory_for_a_kernel_raises(threads):
+    """Pixels seen by the stride are 16 MB beside 33 MB of output."""
+    prepare = "x, w = torch.zeros(8, 256, 91, 91), torch.zeros(64, 256, 1, 1)"
+    call = (
+        "with torchops.backend('own'), torch.no_grad():\n"
+        "    try: TF.conv2d(x, w, None, 2)\n"
+        "    except RuntimeError as error: assert 'not enough memory' in str(error), error\n"
+        "    else: raise SystemExit('it was enough')"
+    )
+    assert run_with_memory(prepare, call, 6 << 20, threads) == (0, "")
+
+
+def test_gradients_of_long_windows_take_no_memory_for_each_tap():
+    """30,000 windows of 15,001 taps: a list of them would take 7.2 GB."""
+    prepare = "x = torch.randn(1, 1, 30_000, requires_grad=True)"
+    call = "TF.max_pool1d(x, 15_001, 1, 7_500).sum().backward()"
+    assert run_with_memory(prepare, call, 256 << 20) == (0, "")

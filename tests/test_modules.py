@@ -323,3 +323,37 @@ def test_training_tells_autograd_that_the_running_statistics_changed():
     versions = [tensor._version for tensor in running]
     layer(torch.randn(2, 3, 4, 4))
     assert [tensor._version for tensor in running] == [version + 1 for version in versions]
+
+
+def test_evaluation_then_training_then_one_backward():
+    """The output in evaluation is of the statistics that were, whatever training made of them."""
+    own, native = tnn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    input = torch.randn(4, 3, 5, 5)
+    gradients = []
+    for layer in own, native:
+        leaf = input.clone().requires_grad_()
+        evaluated = layer.eval()(leaf)
+        statistics = layer.running_mean.clone(), layer.running_var.clone()
+        trained = layer.train()(leaf + 1)
+        assert not torch.equal(layer.running_mean, statistics[0])
+        if layer is native:  # differentiates at the new ones: undone for what is compared
+            layer.running_mean.data.copy_(statistics[0])
+            layer.running_var.data.copy_(statistics[1])
+        ((evaluated - trained) ** 2).sum().backward()
+        gradients.append((leaf.grad, layer.weight.grad, layer.bias.grad))
+    torch.testing.assert_close(*gradients)
+
+
+def test_sync_batch_norm_is_recorded_as_torch_s_is():
+    graph = torch.fx.symbolic_trace(nn.Sequential(tnn.SyncBatchNorm(3))).graph
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]
+
+
+def test_convert_sync_batchnorm_keeps_activations():
+    model = nn.Sequential(tnn.BatchNorm2d(3, activation="relu"), nn.BatchNorm2d(3))
+    model[0].weight.data.uniform_()
+    state = model.state_dict()
+    converted = tnn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert [type(layer) for layer in converted] == [tnn.SyncBatchNorm] * 2
+    assert [layer.activation for layer in converted] == ["relu", None]
+    torch.testing.assert_close(converted.state_dict(), state)

@@ -328,3 +328,33 @@ def test_raw_operators_need_input_channels():
     ):
         with pytest.raises(RuntimeError, match="with channels"):
             call()
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+def test_statistics_that_are_infinite(memory_format):
+    input = torch.randn(2, 4, 3, 5).contiguous(memory_format=memory_format)
+    mean = torch.tensor([math.inf, -math.inf, math.nan, 1.0])
+    outputs = [norm(input, mean, torch.ones(4)) for norm in (TF.batch_norm, F.batch_norm)]
+    torch.testing.assert_close(*outputs, equal_nan=True)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape, kernel_size, dilation", [
+    ((2, 5, 1, 400), (1, 201), 1), ((1, 20, 40, 37), (17, 21), 1), ((1, 3, 60, 60), (9, 9), 3),
+    ((2, 70, 30, 30), (13, 9), 1),
+])  # fmt: skip
+def test_gradients_of_windows_that_overlap_many_times(
+    shape, kernel_size, dilation, dtype, memory_format
+):
+    """Sums of small integers are exact."""
+    input = torch.randint(-9, 10, shape).to(dtype).contiguous(memory_format=memory_format)
+    padding = tuple(size // 2 for size in kernel_size)
+    grads = []
+    for pool, leaf in [(TF.max_pool2d, input), (F.max_pool2d, input.double())]:
+        output = pool(leaf.requires_grad_(), kernel_size, 1, padding, dilation)
+        torch.manual_seed(0)
+        grad_output = torch.randint(-1, 2, output.shape).to(output.dtype)
+        (grad,) = torch.autograd.grad(output, leaf, grad_output)
+        grads.append(grad.double())
+    assert torch.equal(*grads)

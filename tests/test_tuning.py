@@ -63,6 +63,24 @@ def test_bfloat16_on_the_cpu_is_ours():
     assert not _tuning.prefers_native("conv1x1", image, torch.zeros(8, 64, 1, 1))
 
 
+class OnCuda(torch.Tensor):
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("operator", ["conv1d", "conv2d", "convolution2d", "conv1x1"])
+def test_every_dense_convolution_on_cuda_is_handed_over(operator, batched):
+    images = (1,) if operator == "conv1d" else (1, 1)
+
+    def asks(channels, per_group):
+        size = (8, channels, *images) if batched else (channels, *images)
+        input = torch.zeros(size, dtype=torch.bfloat16).as_subclass(OnCuda)
+        return _tuning.prefers_native(operator, input, torch.zeros(16, per_group, *images))
+
+    assert asks(16, 16) and asks(16, 4) and asks(1, 1)
+    assert not asks(16, 1)
+
+
 def test_every_committed_debt_is_about_a_kernel():
     for debt in chain(*_tuning.DEBTS.values()):
         assert _drop_in.OPERATORS[debt.operator].own

@@ -36,25 +36,30 @@ class backend:  # reads as a function: with torchops.backend("own"): ...
 
     def __init__(self, mode: str) -> None:
         self.mode = checked(mode, "torchops.backend")
+        self.previous: list[str] = []  # of each block that this object opened
 
     def __enter__(self) -> None:
         global mode
-        self.previous, mode = mode, self.mode
+        self.previous.append(mode)
+        mode = self.mode
 
     def __exit__(self, *exception: object) -> None:
         global mode
-        mode = self.previous
+        mode = self.previous.pop()
 
 
 _warned: set[tuple[str, str]] = set()
 
 
-def warn_fallback(operator: str, reason: str) -> None:
-    """Once per operator and reason, so that a ratio of 1.00 never hides a native call."""
+def warn_fallback(operator: str, reason: str, depth: int = 3) -> None:
+    """Once per operator and reason, so that a ratio of 1.00 never hides a native call.
+
+    `depth` is the number of calls from here to the user's, for the line that the warning names.
+    """
     if mode == "own" and (operator, reason) not in _warned:
         _warned.add((operator, reason))
         warnings.warn(
             f"torchops.{operator} ran natively: no kernel for {reason}",
             FallbackWarning,
-            stacklevel=3,
+            stacklevel=depth,
         )

@@ -184,7 +184,7 @@ def _wrapped(names: list[str]) -> list[str]:
 
 
 def _debts_text(facts: dict[str, Any]) -> list[str]:
-    title = 'handed to native by backend("auto"), since it was measured to be faster'
+    title = 'handed to native by backend("auto"), which is faster'
     lines = [
         f"  {debt['operator']} on {debt['device']}, {debt['family']}: "
         f"{debt['ratio']:.2f}x ({debt['measured']})"

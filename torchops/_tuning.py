@@ -1,4 +1,4 @@
-"""The tuning table of `backend("auto")`: families of problems that native was measured to win.
+"""The tuning table of `backend("auto")`: families of problems that native wins.
 
 Every entry is a debt, to be paid back by a faster kernel; the aim is an empty table.
 """
@@ -16,8 +16,8 @@ class Debt:
 
     `applies` takes the operator's own arguments and decides from what Python knows (shapes, dtype,
     stride, groups, whether a gradient is asked for): it runs on every call of the operator. `ratio`
-    is the time of our kernel over native's, so above 1; `measured` says where the ratio comes from
-    (hardware, threads, versions).
+    is the time of our kernel over native's, so above 1; `measured` says where the ratio comes from:
+    a measurement (hardware, threads, versions), or a calculation.
     """
 
     operator: str
@@ -29,7 +29,7 @@ class Debt:
 
 
 def _dense(input: Any, weight: Any) -> bool:
-    return weight.shape[1] == input.shape[-3]
+    return weight.shape[1] == input.shape[1 - weight.dim()]
 
 
 def _half(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
@@ -60,10 +60,14 @@ def by_operator(*debts: Debt) -> dict[str, list[Debt]]:
 
 
 DEBTS = by_operator(
-    Debt("conv2d", "cuda", "16 bits, all but depthwise", _half, 2.0, _CALCULATED),
-    Debt("conv1x1", "cuda", "16 bits", _half, 2.0, _CALCULATED),
-    Debt("conv2d", "cuda", "float32, float64, all but depthwise", _full, 7.4, _CALCULATED),
-    Debt("conv1x1", "cuda", "float32, float64", _full, 7.4, _CALCULATED),
+    *(
+        debt
+        for operator in ("conv2d", "conv1x1", "conv1d", "convolution2d")
+        for debt in (
+            Debt(operator, "cuda", "16 bits, all but depthwise", _half, 2.0, _CALCULATED),
+            Debt(operator, "cuda", "float32, float64, all but depthwise", _full, 7.4, _CALCULATED),
+        )
+    )
 )
 
 

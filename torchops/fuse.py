@@ -121,11 +121,24 @@ def _has(residual: Any, shape: Any, dtype: Any) -> bool:
 # ---- classes that stand for others -------------------------------------------------------------
 
 
-class Twin:
-    """First base of what `twin` makes; copies and pickles as the class that it stands for."""
+def state_of(module: Any) -> Any:
+    """What pickle stores of it: the class may have a say."""
+    getstate = getattr(type(module), "__getstate__", None)
+    if getstate is None or getstate is getattr(object, "__getstate__", None):
+        return module.__dict__
+    return getstate(module)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, type(self).__bases__, self.__dict__
+
+def pickles_itself(cls: type) -> bool:
+    """Whether a class pickles in a way that a class which stands for it would hide."""
+    return cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__
+
+
+class Twin:
+    """First base of what `twin` makes; copies and pickles with the state of what it stands for."""
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        return _rebuild, type(self).__bases__, state_of(self)
 
     def __prepare_scriptable__(self: Any) -> nn.Module:
         return stand_in(self, type(self).__bases__[1])
@@ -195,7 +208,7 @@ def fuse(model: nn.Module) -> list[str]:
 
     sites = []
     for name, sequential in list(_sequentials(model)):
-        pairs = _pairs(sequential)
+        pairs = [] if pickles_itself(type(sequential)) else _pairs(sequential)
         if pairs:
             sequential.__class__ = twin(FoldingSequential, type(sequential))  # type: ignore[arg-type]
         sites += [f"{name}.{pair}" for pair in pairs]

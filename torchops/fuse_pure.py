@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import builtins
 import dis
+import functools
 import types
+from collections.abc import Iterator
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import get_overridable_functions
 
 _DECIDING = (
     "rand", "bernoulli", "dropout", "is_grad", "is_autocast", "training", "requires_grad",
@@ -18,6 +24,10 @@ _HIDING |= {"isinstance", "hasattr", "type", "callable"}
 # Stores outlive the call, and torch.fx records no context manager: torch.no_grad() would be lost.
 _BEYOND_CALLS = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"}
 _BEYOND_CALLS |= {"SETUP_WITH", "BEFORE_WITH", "LOAD_SPECIAL"}
+# What is imported there may know anything. Which tensors are one and the same, torch.fx hides.
+_BEYOND_CALLS |= {"IMPORT_NAME", "CONTAINS_OP", "BUILD_SET"}
+_BUILTINS = {"range", "len", "zip", "enumerate", "list", "tuple", "slice", "reversed", "dict"}
+_NAMESPACES = (torch, nn, F)
 
 
 def is_pure(block: nn.Module) -> bool:
@@ -36,26 +46,55 @@ def _reads_only_modules(block: nn.Module, function: Any, seen: set[Any]) -> bool
     codes = [function.__code__]
     for code in codes:  # grows by the comprehensions and lambdas inside
         codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
-        for instruction in dis.get_instructions(code):
-            if instruction.opname in _BEYOND_CALLS:
-                return False
+        if not all(_recorded(*pair) for pair in _with_previous(dis.get_instructions(code))):
+            return False
         if not all(_harmless(block, function, name, seen) for name in code.co_names):
             return False
     return True
+
+
+def _with_previous(
+    instructions: Iterator[dis.Instruction],
+) -> Iterator[tuple[dis.Instruction | None, dis.Instruction]]:
+    previous = None
+    for instruction in instructions:
+        yield previous, instruction
+        previous = instruction
+
+
+def _recorded(previous: dis.Instruction | None, instruction: dis.Instruction) -> bool:
+    if instruction.opname == "IS_OP":  # nothing but None is the same in every call
+        return previous is not None and previous.opname == "LOAD_CONST" and previous.argval is None
+    return instruction.opname not in _BEYOND_CALLS
+
+
+@functools.cache
+def _overridable() -> frozenset[Any]:
+    """torch's functions of tensors, which torch.fx records; the others answer at once."""
+    return frozenset(f for functions in get_overridable_functions().values() for f in functions)
+
+
+def _answers_at_once(value: Any) -> bool:
+    """Whether forward would learn something from it that no recording shows."""
+    if isinstance(value, types.ModuleType):
+        return value not in _NAMESPACES
+    if isinstance(value, type):
+        return value.__module__.split(".")[0] not in ("torch", "typing", "builtins")
+    known = getattr(value, "__module__", None) == F.__name__ or value in _overridable()
+    return callable(value) and not known
 
 
 def _harmless(block: nn.Module, function: types.FunctionType, name: str, seen: set[Any]) -> bool:
     if name.startswith(_DECIDING) or name in _HIDING:
         return False
     if name in function.__globals__:
-        value = function.__globals__[name]
-        home = (
-            value.__name__
-            if isinstance(value, types.ModuleType)
-            else getattr(value, "__module__", "")
-        )
-        if str(home).split(".")[0] not in ("torch", "typing", "builtins"):
+        if _answers_at_once(function.__globals__[name]):
             return False
+    elif hasattr(builtins, name) and not hasattr(Tensor, name) and name not in _BUILTINS:
+        return False
+    known = hasattr(Tensor, name) or isinstance(getattr(block, name, None), nn.Module)
+    if not known and any(_answers_at_once(getattr(space, name, None)) for space in _NAMESPACES):
+        return False
     if hasattr(nn.Module, name):
         return hasattr(Tensor, name)  # x.float() is harmless, self.bn.eval() is not
     if not all(_read_live(part, name) for part in block.modules() if part is not block):

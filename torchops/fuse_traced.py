@@ -32,7 +32,9 @@ from torchops.fuse import (
     batch_norm_act,
     conv_batch_norm_act,
     folded,
+    pickles_itself,
     restore,
+    state_of,
 )
 from torchops.fuse_pure import is_pure
 from torchops.nn.conv2d_bn_act import CONVOLUTIONS, watched
@@ -93,7 +95,7 @@ class _Rewritten(Twin):
     """
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, type(self).__bases__[1:], self.__dict__
+        return _rebuild, type(self).__bases__[1:], state_of(self)
 
 
 def _rebuild(cls: type[nn.Module]) -> Any:
@@ -112,7 +114,8 @@ class _Unpickled:
 
 
 def _fuse_block(block: nn.Module) -> list[str]:
-    graph = _record(block) if is_pure(block) else None
+    fits = is_pure(block) and not pickles_itself(type(block))
+    graph = _record(block) if fits else None
     if graph is None:
         return []
     calls = [node for node in graph.nodes if node.op == "call_module"]

@@ -56,7 +56,7 @@ Isa best_isa() {
   return Isa::baseline;
 }
 
-// An unknown or unsupported name is reported by torchops/__init__.py, which compares
+// An unknown or unsupported name is reported by torchops/_library.py, which compares
 // TORCHOPS_CPU_ISA with what runs: a constructor is no place for an error message.
 Isa initial_isa() {
   if (const char* name = std::getenv("TORCHOPS_CPU_ISA")) {

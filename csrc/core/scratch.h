@@ -7,7 +7,12 @@
 #include <cstdlib>
 #include <cstring>
 
-namespace torchops::cpu {
+namespace torchops {
+
+// Raises what torch raises, a RuntimeError, for memory that there is not.
+[[noreturn]] void refuse_memory(int64_t bytes);
+
+namespace cpu {
 namespace {
 
 constexpr int64_t kCacheLine = 64;
@@ -23,7 +28,7 @@ class Scratch {
   explicit Scratch(int64_t count) : bytes_(round_up(count * int64_t{sizeof(T)})) {
     void* memory = inline_;
     if (!is_inline()) memory = std::aligned_alloc(kCacheLine, static_cast<size_t>(bytes_));
-    if (memory == nullptr) std::abort();  // kernels are compiled without exceptions
+    if (memory == nullptr) refuse_memory(bytes_);
     data_ = static_cast<T*>(memory);
   }
   Scratch(const Scratch&) = delete;
@@ -45,4 +50,5 @@ class Scratch {
 };
 
 }  // namespace
-}  // namespace torchops::cpu
+}  // namespace cpu
+}  // namespace torchops

@@ -152,14 +152,6 @@ IntList sizes_of(const Tensor& tensor) {
   return IntList(sizes.begin(), sizes.end());
 }
 
-ImageShape image_shape(const Tensor& tensor) {
-  const int64_t rank = tensor.dim();
-  TORCHOPS_CHECK(rank == 3 || rank == 4, "expected a 3-D (unbatched) or 4-D input, but got ", rank,
-                 " dimensions");
-  return {rank == 4 ? tensor.size(0) : 1, tensor.size(rank - 3), tensor.size(rank - 2),
-          tensor.size(rank - 1)};
-}
-
 IntList with_spatial(const Tensor& like, int64_t height, int64_t width) {
   IntList sizes = sizes_of(like);
   sizes[sizes.size() - 2] = height;
@@ -184,6 +176,16 @@ Window2d make_window2d(const char* op, const IntList& kernel_size, const IntList
   }
   return {make_window(op, kernel_size.front(), stride.front(), padding.front(), dilation.front()),
           make_window(op, kernel_size.back(), stride.back(), padding.back(), dilation.back())};
+}
+
+void check_adaptive(const char* op, const IntList& input_size, const IntList& output_size) {
+  constexpr int64_t kLimit = int64_t{1} << 31;  // o * length stays far from overflow
+  for (size_t d = 0; d < 2; ++d) {
+    TORCHOPS_CHECK(output_size[d] >= 0 && output_size[d] < kLimit && input_size[d] < kLimit, op,
+                   ": elements of output_size must be greater than or equal to 0 and below 2^31, "
+                   "and those of the input's size below 2^31, but received ",
+                   to_string(output_size), " for an input of ", to_string(input_size));
+  }
 }
 
 Window2d make_window2d(const char* op, const IntList& pool, size_t more) {

@@ -48,9 +48,6 @@ Tensor empty(const IntList& sizes, MemoryFormat format, const Tensor& like,
 
 IntList sizes_of(const Tensor& tensor);
 
-// N, C, H, W of an input of 4 dimensions, or of 3 (unbatched: N = 1).
-struct ImageShape { int64_t batch, channels, height, width; };
-ImageShape image_shape(const Tensor& tensor);
 // sizes of `like` (3-D or 4-D) with its last two replaced
 IntList with_spatial(const Tensor& like, int64_t height, int64_t width);
 
@@ -72,6 +69,9 @@ Window2d make_window2d(const char* op, const IntList& kernel_size, const IntList
 // microsecond: kernel_size, stride, padding and dilation, each of height and width, and after these
 // eight as many more numbers as the operator has.
 Window2d make_window2d(const char* op, const IntList& pool, size_t more);
+
+// Raises where the last two sizes of an adaptive pool's input or output are out of range.
+void check_adaptive(const char* op, const IntList& input_size, const IntList& output_size);
 
 }  // namespace torchops
 

@@ -56,7 +56,12 @@ struct Affine {
   void set(int64_t c, double exact_mean, double invstd, double weight, double bias) const {
     mean[c] = static_cast<acc_t<T>>(exact_mean);
     scale[c] = static_cast<acc_t<T>>(weight * invstd);
-    shift[c] = static_cast<acc_t<T>>(bias - (exact_mean - mean[c]) * weight * invstd);
+    shift[c] = static_cast<acc_t<T>>(bias - lost_mean(c, exact_mean) * weight * invstd);
+  }
+
+  // What rounding took from the mean; nothing from one that is infinite.
+  double lost_mean(int64_t c, double exact_mean) const {
+    return __builtin_isfinite(mean[c]) ? exact_mean - mean[c] : 0;
   }
 };
 

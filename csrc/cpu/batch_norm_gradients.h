@@ -48,7 +48,7 @@ struct Channels {
   void finish(const BatchNormBackwardParams& p, int64_t slot, int64_t c, const Sums& sums,
               double share) const {
     const double scale = channel_value(p.weight, c, 1) * invstd[slot];
-    const double lost = channel_value(p.mean, c, 0) - affine.mean[slot];
+    const double lost = affine.lost_mean(slot, channel_value(p.mean, c, 0));
     const double product = sums.product - lost * sums.gradient;
     if (p.grad_weight) set_channel_value(p.grad_weight, p.weight.dtype, c, product * invstd[slot]);
     if (p.grad_bias) set_channel_value(p.grad_bias, p.bias.dtype, c, sums.gradient);

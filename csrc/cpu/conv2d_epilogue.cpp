@@ -94,8 +94,9 @@ Epilogue::Epilogue(const Conv2dParams& p)
       // Steps are loaded whole.
       length_(repeat_ * p.shape.out_channels + kStep<float>) {
   if (!p.norm) return;
-  numbers_ = std::malloc(3 * length_ * sizeof(double));
-  if (numbers_ == nullptr) std::abort();  // kernels are compiled without exceptions
+  const int64_t bytes = 3 * length_ * int64_t{sizeof(double)};
+  numbers_ = std::malloc(static_cast<size_t>(bytes));
+  if (numbers_ == nullptr) refuse_memory(bytes);
   const int64_t channels = p.shape.out_channels;
   const Scratch<double> values(4 * channels);
   double *mean = values.get(), *invstd = mean + channels, *weight = invstd + channels,

@@ -24,6 +24,12 @@ namespace {
 // ---- gather -----------------------------------------------------------------------------------
 
 constexpr int64_t kMostGathered = 9;  // windows over a position; above, separably
+// Windows over a position's row and column, above which channels_last scatters: a gather reads each
+// as often. Times of native over ours on Zen 5, fp32 and bf16, gathered and scattered (torchops
+// bench PROBLEM --dtype f32,bf16 --layout channels_last --direction bwd --threads 1 --quick):
+//   max_pool2d:mb1_ic64ih56kh9sh1ph4     0.79 1.93   1.02 2.60
+//   max_pool2d:mb2_ic64ih56kh13sh1ph6    0.62 1.62   0.91 2.79
+constexpr int64_t kMostApart = 16;
 
 // One window that covers a pixel: its gradient, its winners, and the winner that is this pixel.
 template <typename B, typename O>
@@ -84,16 +90,16 @@ void add_rows(const Source<B, O>* rows, int64_t count, int64_t taps, int64_t cha
 
 template <typename T, typename O>
 void gather_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, const Covering& above,
-                 const Covering& left, const T* grad_output, const O* offsets, T* grad_input,
-                 int64_t begin, int64_t end) {
+                 const Covering& left, int64_t most_above, int64_t most_left, const T* grad_output,
+                 const O* offsets, T* grad_input, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   using Kept = typename Taps<T, O>::Kept;
   const int64_t C = p.channels, H = p.height.length, W = p.width.length, OW = p.width.outputs;
-  const bool separable = above.most() * left.most() > kMostGathered;
+  const bool separable = most_above * most_left > kMostGathered;
   const bool stream = streams_channels(grad_input, p.batch * p.in_plane(), C, blocks.size);
   const int64_t pitch = blocks.size + kLanes<T>;
-  Scratch<Source<T, O>> rows(above.most() + 1), sources(above.most() * left.most() + 1);
-  Scratch<Source<A, Kept>> summed(left.most() + 1);
+  Scratch<Source<T, O>> rows(most_above + 1), sources(most_above * most_left + 1);
+  Scratch<Source<A, Kept>> summed(most_left + 1);
   Scratch<A> sums(separable ? OW * pitch : 0);
   Scratch<Kept> columns(separable ? OW * pitch : 0);
   for (int64_t unit = begin; unit < end; ++unit) {
@@ -149,14 +155,15 @@ void gather_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, const Cove
 constexpr int64_t kFewestGathered = 64, kNarrow = 128;  // below, a pixel costs much
 
 template <typename T, typename O>
-void gather(const MaxWindows& p, const Covering& above, const Covering& left, const T* grad_output,
+void gather(const MaxWindows& p, int64_t most_above, int64_t most_left, const T* grad_output,
             const O* offsets, T* grad_input) {
-  const int64_t pixel =
-      above.most() * int64_t{sizeof(T) + sizeof(O)} + 2 * int64_t{sizeof(acc_t<T>)};
+  const Covering above(p.height), left(p.width);
+  const int64_t pixel = most_above * int64_t{sizeof(T) + sizeof(O)} + 2 * int64_t{sizeof(acc_t<T>)};
   const auto blocks = gathered_blocks<T>(p, pixel);
   parallel_for(blocks.count() * p.height.length, max_grain(blocks.size * p.width.length),
                [&](int64_t begin, int64_t end) {
-                 gather_rows(p, blocks, above, left, grad_output, offsets, grad_input, begin, end);
+                 gather_rows(p, blocks, above, left, most_above, most_left, grad_output, offsets,
+                             grad_input, begin, end);
                });
 }
 
@@ -165,8 +172,8 @@ void backward(const MaxWindows& p, const T* grad_output, const O* offsets, T* gr
   if constexpr (kHasWalks<T, O>) {
     if (walks_along_pixels(p)) return max_backward_pixels(p, grad_output, offsets, grad_input);
   }
-  const Covering above(p.height), left(p.width);
-  const bool overlap = above.most() > 1 || left.most() > 1;
+  const int64_t above = most_covering(p.height), left = most_covering(p.width);
+  const bool overlap = above > 1 || left > 1;
   const int64_t inputs = p.in_plane(), outputs = p.out_plane();
   const int64_t image_channels = p.channels_last ? p.channels : 1;
   const auto scatter = [&](int64_t images, int64_t channels) {
@@ -180,7 +187,8 @@ void backward(const MaxWindows& p, const T* grad_output, const O* offsets, T* gr
   };
   if (is_sparse(p)) return scatter(p.planes() / image_channels, image_channels);
   if (p.channels_last) {
-    const int64_t covering = above.most() * left.most();
+    if (above + left > kMostApart) return scatter(p.batch, p.channels);
+    const int64_t covering = above * left;
     // Images go to threads. Alone, one is scattered only where a gather adds in the same order:
     // results must not depend on the threads.
     const bool ordered = covering <= kMostGathered;

@@ -7,7 +7,29 @@
 namespace torchops::cpu::TORCHOPS_ISA {
 namespace {
 
-// The windows that cover each position of an axis, in order, and the taps that do.
+// The most windows that cover a position of an axis.
+inline int64_t most_covering(const MaxAxis& axis) {
+  // Windows that begin at a position, less those that end there; a window goes on behind its
+  // dilation.
+  const int64_t reach = axis.taps * axis.dilation;
+  const Scratch<int64_t> covering(axis.length + reach);
+  covering.zero();
+  for (int64_t o = 0; o < axis.outputs; ++o) {
+    const Span inside = axis.inside[o];
+    if (inside.size() <= 0) continue;
+    ++covering.get()[axis.position(o, inside.begin)];
+    --covering.get()[axis.position(o, inside.end)];
+  }
+  int64_t most = 0;
+  for (int64_t i = 0; i < axis.length; ++i) {
+    if (i >= axis.dilation) covering.get()[i] += covering.get()[i - axis.dilation];
+    most = larger(most, covering.get()[i]);
+  }
+  return most;
+}
+
+// The windows that cover each position of an axis, in order, and the taps that do: as many as all
+// windows have.
 class Covering {
  public:
   struct Tap { int64_t output, tap; };
@@ -22,20 +44,15 @@ class Covering {
     };
     first_.zero();
     for_each_tap([&](int64_t i, Tap) { ++first_.get()[i + 2]; });
-    for (int64_t i = 0; i < axis.length; ++i) {
-      if (first_.get()[i + 2] > most_) most_ = first_.get()[i + 2];
-      first_.get()[i + 2] += first_.get()[i + 1];
-    }
+    for (int64_t i = 0; i < axis.length; ++i) first_.get()[i + 2] += first_.get()[i + 1];
     for_each_tap([&](int64_t i, Tap tap) { taps_.get()[first_.get()[i + 1]++] = tap; });
   }
   const Tap* begin(int64_t i) const { return taps_.get() + first_.get()[i]; }
   const Tap* end(int64_t i) const { return taps_.get() + first_.get()[i + 1]; }
-  int64_t most() const { return most_; }
 
  private:
   Scratch<int64_t> first_;
   Scratch<Tap> taps_;
-  int64_t most_ = 0;
 };
 
 // Blocks of which the rows gathered from, `pixel` bytes for each window along the row and channel,

@@ -154,7 +154,7 @@ void backward_rows(const MaxWindows& p, const ChannelBlocks<T>& blocks, const Co
 template <typename T, int taps, int stride>
 void backward(const MaxWindows& p, const T* grad_output, const uint8_t* winners, T* grad_input) {
   const Covering above(p.height);
-  const auto blocks = gathered_blocks<T>(p, above.most() * int64_t{sizeof(T) + 1});
+  const auto blocks = gathered_blocks<T>(p, most_covering(p.height) * int64_t{sizeof(T) + 1});
   parallel_for(blocks.count() * p.height.length, max_grain(blocks.size * p.width.length),
                [&](int64_t begin, int64_t end) {
                  backward_rows<T, taps, stride>(p, blocks, above, grad_output, winners, grad_input,

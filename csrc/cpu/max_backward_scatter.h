@@ -123,6 +123,16 @@ class Scatter {
     return smaller(some, height_.outputs);
   }
 
+  // offset / taps. Vectors have no such instruction: what a float says is off by one at most,
+  // unless the quotient is large.
+  Unsigned divided(Unsigned offset, Unsigned taps, Vec<T> inverse) const {
+    constexpr int64_t kLarge = 1 << 21;
+    if (height_.taps > kLarge) return offset / taps;
+    const Unsigned row =
+        __builtin_convertvector(__builtin_convertvector(offset, Vec<T>) * inverse, Unsigned);
+    const auto rest = bit_cast<Mask<A>>(offset - row * taps);
+    return row - bit_cast<Unsigned>(rest >= bit_cast<Mask<A>>(taps)) + bit_cast<Unsigned>(rest < 0);
+  }
   static bool any(Unsigned lanes) {
     Place each[L], joined = 0;
     std::memcpy(each, &lanes, sizeof(each));
@@ -172,6 +182,7 @@ class Scatter {
     const auto all = [](int64_t value) { return Unsigned{} + static_cast<Place>(value); };
     const Unsigned begin = all(first), end = all(size), taps = all(taps_);
     const Unsigned reciprocal = all((1 << 16) / taps_ + 1);
+    const Vec<T> inverse = broadcast<T>(A{1} / static_cast<A>(taps_));
     const Unsigned column_step = all(column_step_), row_step = all(row_step_);
     constexpr int64_t line = kCacheLine / sizeof(To);
     const int64_t fetched = has_sums_ ? 0 : fetched_;
@@ -188,7 +199,7 @@ class Scatter {
         if constexpr (sizeof(O) == 1)
           row = offset * reciprocal >> 16;
         else
-          row = offset / taps;
+          row = divided(offset, taps, inverse);
         const Unsigned at = begin + start + offset * column_step + row * row_step;
         const Unsigned valid = lanes < L ? bit_cast<Unsigned>(first_lanes<T>(lanes)) : all(-1);
         outside |= bit_cast<Unsigned>(at >= end) & valid;

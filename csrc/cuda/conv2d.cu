@@ -301,9 +301,14 @@ void launch_conv2d_grad_weight(const Conv2dGradWeightParams& p, const Stream& st
   const Conv2dShape& s = p.shape;
   const int64_t pixels = s.batch * s.out_height * s.out_width;
   if (s.in_channels == 0) return;
-  if (takes_tensor_cores(s)) return tensor_core_conv2d_grad_weight(p, stream);
+  if (pixels > 0 && takes_tensor_cores(s)) return tensor_core_conv2d_grad_weight(p, stream);
   dispatch_dtype(s.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
+    if (pixels == 0) {
+      const int64_t bytes = s.out_channels * (s.in_channels / s.groups) * s.window_height.size *
+                            s.window_width.size * static_cast<int64_t>(sizeof(T));
+      return check(cudaMemsetAsync(p.grad_weight, 0, bytes, stream.handle), "conv2d_grad_weight");
+    }
     const Shape shape(s);
     const int64_t columns = shape.in_channels * shape.tap_count;
     const int64_t weights = s.out_channels * columns;
@@ -313,17 +318,15 @@ void launch_conv2d_grad_weight(const Conv2dGradWeightParams& p, const Stream& st
     const int64_t parts = ceil_div(pixels, part);
     const Workspace workspace(stream, parts * weights * static_cast<int64_t>(sizeof(acc_t<T>)));
     auto* partial = workspace.at<acc_t<T>>(0);
-    if (parts > 0) {
-      const GradWeight<T> operand{
-          shape,
-          Divisor(shape.weight_channels_last ? shape.in_channels : shape.tap_count),
-          weights,
-          static_cast<const T*>(p.input),
-          static_cast<const T*>(p.grad_output),
-          partial};
-      launch_product<T>(operand, s.groups, shape.out_channels, columns, pixels, part,
-                        !s.channels_last, !s.channels_last, stream);
-    }
+    const GradWeight<T> operand{
+        shape,
+        Divisor(shape.weight_channels_last ? shape.in_channels : shape.tap_count),
+        weights,
+        static_cast<const T*>(p.input),
+        static_cast<const T*>(p.grad_output),
+        partial};
+    launch_product<T>(operand, s.groups, shape.out_channels, columns, pixels, part,
+                      !s.channels_last, !s.channels_last, stream);
     launch(conv2d_grad_weight_sum_kernel<T>, blocks_for(weights, kThreads), kThreads, stream, parts,
            weights, partial, static_cast<T*>(p.grad_weight));
   });

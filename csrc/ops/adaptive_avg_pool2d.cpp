@@ -27,13 +27,7 @@ AdaptiveAvgPool2dParams make_params(DType dtype, const IntList& input_size, int6
                  "adaptive_avg_pool2d(): Expected input to have non-zero size for non-batch "
                  "dimensions, but input has sizes ",
                  to_string(input_size));
-  // 2^31 keeps o * length far from overflow.
-  constexpr int64_t kLimit = int64_t{1} << 31;
-  TORCHOPS_CHECK(out_height >= 0 && out_width >= 0 && out_height < kLimit && out_width < kLimit &&
-                     p.in_height < kLimit && p.in_width < kLimit,
-                 "adaptive_avg_pool2d: elements of output_size must be greater than or equal to 0 "
-                 "and below 2^31, but received {",
-                 out_height, ", ", out_width, "}");
+  check_adaptive("adaptive_avg_pool2d", {p.in_height, p.in_width}, {out_height, out_width});
   p.out_height = out_height;
   p.out_width = out_width;
   return p;

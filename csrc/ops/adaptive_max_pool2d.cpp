@@ -7,7 +7,6 @@ namespace torchops {
 namespace {
 
 constexpr const char* kName = "adaptive_max_pool2d";
-constexpr int64_t kMaxUint8Taps = 256;
 
 AdaptiveMaxPool2dParams make_params(DType dtype, const IntList& input_size, int64_t out_height,
                                     int64_t out_width, MemoryFormat format) {
@@ -28,18 +27,12 @@ AdaptiveMaxPool2dParams make_params(DType dtype, const IntList& input_size, int6
                  "adaptive_max_pool2d(): Expected input to have non-zero size for non-batch "
                  "dimensions, but input has sizes ",
                  to_string(input_size));
-  // 2^31 keeps o * length far from overflow.
-  constexpr int64_t kLimit = int64_t{1} << 31;
-  TORCHOPS_CHECK(out_height >= 0 && out_width >= 0 && out_height < kLimit && out_width < kLimit &&
-                     p.in_height < kLimit && p.in_width < kLimit,
-                 "adaptive_max_pool2d: elements of output_size must be greater than or equal to 0 "
-                 "and below 2^31, but received {",
-                 out_height, ", ", out_width, "}");
+  check_adaptive("adaptive_max_pool2d", {p.in_height, p.in_width}, {out_height, out_width});
   p.out_height = out_height;
   p.out_width = out_width;
   p.taps_height = adaptive_taps(p.in_height, out_height);
   p.taps_width = adaptive_taps(p.in_width, out_width);
-  p.wide_offsets = p.taps_height * p.taps_width > kMaxUint8Taps;
+  p.wide_offsets = needs_wide_offsets(kName, p.taps_height, p.taps_width);
   return p;
 }
 

@@ -60,7 +60,7 @@ struct Conv2dGradInputParams {
 struct Conv2dGradWeightParams {
   const void* input;
   const void* grad_output;
-  void* grad_weight;  // contiguous, like weight; every element is written
+  void* grad_weight;  // like weight; every element is written
   Conv2dShape shape;
 };
 

@@ -16,6 +16,15 @@ using Kernel = void (*)(const Params&);
 template <typename Params>
 using CudaKernel = void (*)(const Params&, int);
 
+// Whether offsets need int32 instead of uint8. Kernels count a window's taps in int32.
+inline bool needs_wide_offsets(const char* op, int64_t taps_height, int64_t taps_width) {
+  constexpr int64_t kMostUint8 = 256;
+  TORCHOPS_CHECK(taps_width <= 0 || taps_height <= INT32_MAX / taps_width, op,
+                 ": expected windows of less than 2^31 elements, but got ", taps_height, " x ",
+                 taps_width);
+  return taps_height * taps_width > kMostUint8;
+}
+
 template <typename Shape>
 Storage offset_storage(const Shape& p) {
   return p.wide_offsets ? Storage::int32 : Storage::uint8;

@@ -7,7 +7,6 @@ namespace torchops {
 namespace {
 
 constexpr const char* kName = "max_pool2d";
-constexpr int64_t kMaxUint8Taps = 256;
 
 MaxPool2dParams make_params(DType dtype, const IntList& input_size, const IntList& pool,
                             MemoryFormat format) {
@@ -34,7 +33,7 @@ MaxPool2dParams make_params(DType dtype, const IntList& input_size, const IntLis
   }
   p.window_height = height;
   p.window_width = width;
-  p.wide_offsets = height.size * width.size > kMaxUint8Taps;
+  p.wide_offsets = needs_wide_offsets(kName, height.size, width.size);
   p.out_height = pooled_size(p.in_height, height, ceil_mode);
   p.out_width = pooled_size(p.in_width, width, ceil_mode);
   TORCHOPS_CHECK(p.out_height > 0 && p.out_width > 0,

@@ -114,8 +114,19 @@ class LazyBatchNorm3d(_LazyFused, nn.LazyBatchNorm3d):
 class SyncBatchNorm(_Fused, nn.SyncBatchNorm):
     __doc__ = nn.SyncBatchNorm.__doc__
 
+    @classmethod
+    def convert_sync_batchnorm(cls, module: Any, process_group: Any = None) -> Any:
+        """torch's, which keeps activations of batch-norms, too."""
+        converted = super().convert_sync_batchnorm(module, process_group)
+        if type(converted) is nn.SyncBatchNorm:
+            converted.__class__ = cls
+            converted.activation = getattr(module, "activation", None)
+        return converted
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.training and _world_size(self.process_group) > 1:
+        if isinstance(input, Proxy):
+            return super().forward(input, residual)
+        if self.training and _synchronises(input, self.process_group):
             output = nn.SyncBatchNorm.forward(self, input)
             return native_ending(output, self.activation, residual)
         self._check_input_dim(input)
@@ -123,8 +134,8 @@ class SyncBatchNorm(_Fused, nn.SyncBatchNorm):
         return super().forward(input, residual)
 
 
-def _world_size(group: Any) -> int:
-    """Processes to share statistics with; 1 outside torch.distributed."""
+def _synchronises(input: Tensor, group: Any) -> bool:
+    """Whether torch would share statistics with other processes, or refuse a tensor on the CPU."""
     if not (dist.is_available() and dist.is_initialized()):
-        return 1
-    return dist.get_world_size(group or dist.group.WORLD)
+        return False
+    return input.is_cpu or dist.get_world_size(group or dist.group.WORLD) > 1

@@ -15,7 +15,11 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import (
+    handle_torch_function,
+    has_torch_function_unary,
+    has_torch_function_variadic,
+)
 
 from torchops import _backend, _cuda, _tuning
 from torchops.ops._autograd import transforms_active
@@ -113,9 +117,10 @@ def drop_in(native: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
         @functools.wraps(own)
         def call(*args: Any, **kwargs: Any) -> Any:
             input = args[0] if args else kwargs.get("input")
-            if not isinstance(input, Tensor) or has_torch_function_unary(input):
-                if hasattr(type(input), "__torch_function__"):
-                    return handle_torch_function(call, (input,), *args, **kwargs)
+            given = (*args, *kwargs.values())
+            if has_torch_function_variadic(*given):
+                return handle_torch_function(call, given, *args, **kwargs)
+            if not isinstance(input, Tensor):
                 return native(*args, **kwargs)
             mode = _backend.mode
             if mode == "native":
@@ -160,11 +165,11 @@ def settle(name: str, native: Callable[..., Any], args: Any, kwargs: Any, error:
         raise native_error from None
     reason = uncovered(args[0] if args else kwargs["input"])
     if reason is not None:
-        _backend.warn_fallback(name, reason)
+        _backend.warn_fallback(name, reason, 4)
         return result
     for argument in (*args, *kwargs.values()):
         if isinstance(argument, Tensor) and type(argument) not in (Tensor, torch.nn.Parameter):
-            _backend.warn_fallback(name, f"tensors of class {type(argument).__name__}")
+            _backend.warn_fallback(name, f"tensors of class {type(argument).__name__}", 4)
             return result
     if _backend.mode == "auto":
         return result

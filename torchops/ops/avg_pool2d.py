@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchops import _backend
 from torchops.ops._autograd import (
     BelowAutograd,
     Function,
@@ -63,6 +64,7 @@ def avg_pool2d(
         saved for backward.
     """
     if out is not None:
+        _backend.warn_fallback("avg_pool2d", "out=", 4)
         native: Any = F.avg_pool2d
         return native(
             input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override,
@@ -83,6 +85,8 @@ def avg_pool_numbers(
     """The arguments as the operators take them: one list, in which 1 would pass for True."""
     if type(ceil_mode) is not bool or type(count_include_pad) is not bool:
         raise TypeError("avg_pool2d: ceil_mode and count_include_pad must be bool")
+    if isinstance(divisor_override, bool):
+        raise TypeError("avg_pool2d: divisor_override must be an int, not a bool")
     if divisor_override == 0:
         raise RuntimeError("divisor must be not zero")
     divisor = divisor_override or 0

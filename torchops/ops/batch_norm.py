@@ -103,7 +103,7 @@ def batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps,
             activation=activation, residual=residual,
         )  # fmt: skip
-    _check(input, running_mean, running_var, weight, training, momentum)
+    _check(input, running_mean, running_var, weight, bias, training, momentum)
     if residual is not None:
         check_residual(input, residual)
     if input.dim() > 4:
@@ -119,10 +119,14 @@ def batch_norm(
     )
 
 
-def _check(input, running_mean, running_var, weight, training, momentum) -> None:
+def _check(input, running_mean, running_var, weight, bias, training, momentum) -> None:
     """What the operators cannot see; the text, where a user meets it, is native's (see drop_in)."""
     if momentum is None:
         raise TypeError("batch_norm(): momentum must be a float, not None")
+    if isinstance(training, int) and not isinstance(training, bool):
+        raise TypeError("batch_norm(): training must be a bool, not an int")
+    if weight is not None and bias is not None and weight.dtype is not bias.dtype:
+        raise RuntimeError("weight and bias must have the same dtype")
     if running_mean is not None or running_var is not None:
         check_statistics(running_mean, running_var, weight)
     elif not training:
@@ -287,6 +291,8 @@ class BatchNormApplyFunction(Function):
     def setup_context(ctx, inputs, output):
         input, mean, var, weight, bias, residual, ctx.eps, ctx.activation = inputs
         ctx.set_materialize_grads(False)  # tangents that are not given are None
+        # Training may update them, in place, before backward asks.
+        mean, var = mean.clone(), var.clone()
         saved = (input, weight, bias, residual if ctx.activation else None, mean, var)
         save(ctx, *saved)
 

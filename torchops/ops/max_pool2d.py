@@ -96,7 +96,7 @@ def max_pool1d(
     """max_pool2d over [N, C, L] or [C, L]; the same as torch.nn.functional.max_pool1d."""
     if input.dim() not in (2, 3):
         raise RuntimeError(f"max_pool1d: expected a 2-D or 3-D input, but got {input.dim()}-D")
-    if stride is None or stride == []:
+    if stride is None or stride in ([], ()):
         stride = kernel_size
     needs_grad = differentiable(input) or (torch.is_grad_enabled() and input.requires_grad)
     if not (return_indices or needs_grad) and input.is_cpu:

@@ -217,6 +217,7 @@ def test_every_argument_may_be_of_a_tensor_subclass(position):
         assert torch.equal(output.as_subclass(torch.Tensor), plain)
 
 
+@pytest.mark.usefixtures("nothing_warned_yet")
 def test_calls_that_only_torch_computes_say_so():
     input = torch.randn(2, 3, 4, 4, 4)
     with torchops.backend("own"):

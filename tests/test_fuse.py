@@ -351,10 +351,10 @@ class Ends(Deciding):
 
 
 def test_a_forward_that_decides_nothing_is_fused() -> None:
-    block = Ends()
+    block = Ends().double()
     fused = torchops.convert(copy.deepcopy(block))
     assert type(fused) is not Ends and isinstance(fused, Ends)
-    assert_same_training_step(fused, block, torch.randn(2, 3, 5, 5))
+    assert_same_training_step(fused, block, torch.randn(2, 3, 5, 5).double())
 
 
 class MayScale(Deciding):

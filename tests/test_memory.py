@@ -51,13 +51,12 @@ def run_with_memory(prepare, call, allowed, threads=1):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_too_little_memory_for_a_kernel_raises(threads):
-    """Pixels seen by the stride are 16 MB beside 33 MB of output."""
+    """The pixels that the stride sees take 17 MB beside 4 MB of output."""
     prepare = "x, w = torch.zeros(8, 256, 91, 91), torch.zeros(64, 256, 1, 1)"
     call = (
-        "with torchops.backend('own'), torch.no_grad():\n"
-        "    try: TF.conv2d(x, w, None, 2)\n"
-        "    except RuntimeError as error: assert 'not enough memory' in str(error), error\n"
-        "    else: raise SystemExit('it was enough')"
+        "try: torch.ops.torchops.conv2d(x, w, None, [2, 2], [0, 0], [1, 1], 1)\n"
+        "except RuntimeError as error: assert 'not enough memory: a kernel tried' in str(error)\n"
+        "else: raise SystemExit('it was enough')"
     )
     assert run_with_memory(prepare, call, 6 << 20, threads) == (0, "")
 

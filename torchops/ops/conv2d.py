@@ -50,8 +50,11 @@ def conv2d(
         RuntimeError, ValueError, TypeError: native's own, for shapes, dtypes, devices or arguments
             that do not fit, before any memory is touched.
 
-    Complexity: 2 * N * O * H_out * W_out * C / groups * kH * kW operations; reads the input and the
-    weight once and writes the output once, and no copy of the unfolded input is made.
+    Complexity: 2 * N * O * H_out * W_out * C / groups * kH * kW operations, 4/9 of them for 3x3
+    windows of stride 1 in float32 and float64 (Winograd, F(2x2, 3x3); Lavin and Gray,
+    arXiv:1509.09308). Bytes: the input, the weight and the output once each, where the kernel for the
+    shape reads the memory format as it is; else one more copy of input and output, in the other
+    format, or of the pixels that a strided 1x1 window sees. The input is never unfolded as a whole.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"conv2d: weight must be a Tensor, not {type(weight).__name__}")

@@ -9,7 +9,10 @@ MODES = ("auto", "own", "native")
 
 
 class FallbackWarning(UserWarning):
-    """A call in mode "own" that no kernel of this project covers and that ran natively."""
+    """A call in mode "own" that no kernel of this project covers and that ran natively.
+
+    What is no such operator's work at all, as a mean over other than images, needs no warning.
+    """
 
 
 def checked(mode: str, source: str) -> str:

@@ -43,12 +43,27 @@ inline void store_best(B* output, [[maybe_unused]] O* offsets, const Best<B, kOf
 
 // ---- windows as they are ------------------------------------------------------------------------
 
+// What to ask memory for meanwhile: `rows` x `columns` taps of a window, `step` elements on.
+struct Ahead { int64_t rows, columns, step; };
+
+// Of the next row of windows, what none before it sees; where a row is too long to stay in cache
+// until then, of the next window.
+template <typename B>
+Ahead ahead_of(const MaxWindows& p, int64_t row_step) {
+  constexpr int64_t kLongest = (128 << 10) / sizeof(B);
+  const int64_t taps = p.width.taps;
+  const int64_t rows = p.height.stride ? p.height.stride : taps;
+  const int64_t columns = p.width.stride ? p.width.stride : taps;
+  if (taps * row_step <= kLongest) return {rows, columns, taps * row_step};
+  return {taps, columns, columns * p.channels};
+}
+
 // One pixel of the output from `rows` x `columns` taps, the first of which is `window` and has the
 // offset `at`. kTaps fixes rows and columns where it is not 0.
 template <bool kOffsets, int kTaps, typename B, typename O>
 void max_pixel(const B* window, int64_t row_step, int64_t column_step, int64_t rows,
                int64_t columns, int64_t at, int64_t pitch, int64_t channels, B* output, O* offsets,
-               bool stream) {
+               bool stream, const Ahead& ahead) {
   if constexpr (kTaps > 0) rows = columns = pitch = kTaps;
   for_each_group<B>(channels, [&](int64_t c, auto registers, int lanes) {
     constexpr int64_t L = kLanes<B>;
@@ -56,10 +71,10 @@ void max_pixel(const B* window, int64_t row_step, int64_t column_step, int64_t r
     Best<B, kOffsets, O> best[registers];
     const B* row = window + c;
     Offsets row_at = Offsets::all(at);
-    // Meanwhile memory fetches what the next row of windows will see first.
+    // Meanwhile memory fetches.
     const auto fetch = [&](int64_t k) {
       for (int u = 0; kTaps > 0 && u < registers; ++u)
-        __builtin_prefetch(row + k * column_step + kTaps * row_step + u * L, 0, 2);
+        __builtin_prefetch(row + k * column_step + ahead.step + u * L, 0, 2);
     };
     fetch(0);
     for (int u = 0; u < registers; ++u) best[u] = {load_partial(row + u * L, lanes), row_at};
@@ -67,7 +82,7 @@ void max_pixel(const B* window, int64_t row_step, int64_t column_step, int64_t r
       Offsets column_at = row_at;
       for (int64_t k = 0; k < columns; ++k) {
         if (r > 0 || k > 0) {
-          if (r < 2 && k < 2) fetch(k);
+          if (r < ahead.rows && k < ahead.columns) fetch(k);
           for (int u = 0; u < registers; ++u)
             best[u].see({load_partial(row + k * column_step + u * L, lanes), column_at});
         }
@@ -86,6 +101,7 @@ void max_row(const MaxWindows& p, int64_t oh, const B* window, int64_t channels,
   const Span rows = p.height.inside[oh];
   const int64_t taps = p.width.taps, C = p.channels;
   const int64_t row_step = p.height.dilation * p.width.length * C;
+  const Ahead ahead = ahead_of<B>(p, row_step);
   const auto pixel = [&](int64_t ow, const Span& columns, B* to, O* offsets_to) {
     const B* first = window + p.width.position(ow, columns.begin) * C;
     const int64_t whole = whole_taps(p, rows, columns);
@@ -93,7 +109,7 @@ void max_row(const MaxWindows& p, int64_t oh, const B* window, int64_t channels,
                      : whole == 3 ? max_pixel<kOffsets, 3, B, O>
                                   : max_pixel<kOffsets, 0, B, O>;
     run(first, row_step, p.width.dilation * C, rows.size(), columns.size(),
-        rows.begin * taps + columns.begin, taps, channels, to, offsets_to, stream);
+        rows.begin * taps + columns.begin, taps, channels, to, offsets_to, stream, ahead);
   };
   for_each_pixel<kOffsets>(p, oh, channels, output, offsets, pixel);
 }

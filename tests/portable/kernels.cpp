@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/parallel.h"
+#include "core/scratch.h"
 #include "core/thread_count.h"
 #include "core/vec.h"
 #include "ops/adaptive_avg_pool2d.h"
@@ -30,6 +31,8 @@ void parallel_ranges(int64_t count, int64_t, RangeFunction function, void* conte
 }
 
 int64_t thread_count() { return 2; }
+
+void refuse_memory(int64_t) { std::abort(); }
 
 }  // namespace torchops
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchops import _backend
 from torchops.ops._autograd import (
     Function,
     depending,
@@ -47,7 +46,6 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
     """
     size = adaptive_size(output_size, input)
     if size == (1, 1) and _only_a_mean(input):
-        _backend.warn_fallback("adaptive_avg_pool2d", f"{input.dim()}-D tensors", 4)
         return F.adaptive_avg_pool2d(input, output_size)
     return AdaptiveAvgPool2dFunction.call(input, size)
 

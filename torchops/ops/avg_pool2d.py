@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchops import _backend
 from torchops.ops._autograd import (
     BelowAutograd,
     Function,
@@ -64,7 +63,6 @@ def avg_pool2d(
         saved for backward.
     """
     if out is not None:
-        _backend.warn_fallback("avg_pool2d", "out=", 4)
         native: Any = F.avg_pool2d
         return native(
             input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override,

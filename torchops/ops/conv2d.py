@@ -52,8 +52,8 @@ def conv2d(
 
     Complexity: 2 * N * O * H_out * W_out * C / groups * kH * kW operations, 4/9 of them for 3x3
     windows of stride 1 in float32 and float64 (Winograd, F(2x2, 3x3); Lavin and Gray,
-    arXiv:1509.09308). Bytes: the input, the weight and the output once each, where the kernel for the
-    shape reads the memory format as it is; else one more copy of input and output, in the other
+    arXiv:1509.09308). Bytes: the input, the weight and the output once each, where the kernel for
+    the shape reads the memory format as it is; else one more copy of input and output, in the other
     format, or of the pixels that a strided 1x1 window sees. The input is never unfolded as a whole.
     """
     if not isinstance(weight, Tensor):

@@ -1,9 +1,10 @@
 // Sums over boxes of pixels in channels_last: lanes are channels.
 //
 // Boxes of up to 3x3 pixels are added in registers, pixel by pixel, while the rows that the next
-// boxes add are fetched, and go past the cache where they are large. Others are separable: the rows
-// of a box are added into one row of column sums in cache, then columns are added. The order of
-// additions depends on the problem only, never on the threads.
+// boxes add are fetched, and go past the cache where they are large. Large ones that hardly overlap
+// are read in the order of memory (mean_boxes). Others are separable: the rows of a box are added
+// into one row of column sums in cache, then columns are added. The order of additions depends on
+// the problem only, never on the threads.
 //
 // Times of native over ours on Zen 4, fp32 forward and backward, beside those of separable boxes
 // (torchops bench PROBLEM --layout channels_last --threads 1 --quick):
@@ -131,14 +132,17 @@ void add_small_boxes(const BoxSum<T>& p, int64_t begin, int64_t end) {
 
 constexpr int64_t kColumnBudget = 6144;  // column sums that stay in the L1 cache with their sources
 
+template <typename T>
+int64_t widest_box(const BoxSum<T>& p) {
+  int64_t widest = 1;
+  for (int64_t u = 0; u < p.target_width; ++u) widest = larger(widest, p.columns[u].size());
+  return widest;
+}
+
 template <bool kBackward, typename T>
 void add_rows(const BoxSum<T>& p, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  const int64_t C = p.channels, source_row = p.source_width * C;
-  int64_t widest = 1;
-  for (int64_t t = 0; t < p.target_width; ++t) {
-    if (p.columns[t].size() > widest) widest = p.columns[t].size();
-  }
+  const int64_t C = p.channels, source_row = p.source_width * C, widest = widest_box(p);
   // A tile: some targets of a row and some channels, such that its column sums stay in cache.
   const int64_t fit = kColumnBudget / widest / 64 * 64;
   const int64_t block = C <= fit ? C : (fit > 64 ? fit : 64);
@@ -206,8 +210,7 @@ inline void for_each_register(int64_t channels, const F& f) {
 
 // Adds the channels of kCount streams, at most four, of pixels, `step` apart, into one row of sums.
 // Fetched into the second cache instead of the first, torchops bench
-// adaptive_avg_pool2d:mb8_ic480ih14oh1
-// --dtype f32,bf16 --layout channels_last --direction fwd
+// adaptive_avg_pool2d:mb8_ic480ih14oh1 --dtype f32,bf16 --layout channels_last --direction fwd
 // --threads 1 --quick was 1.6 and 1.8 times as fast as native on Zen 5, now 1.7 and 2.0.
 template <int kCount, typename T>
 void add_streams(const T* from, int64_t step, int64_t pixels, int64_t pitch, int64_t channels,
@@ -295,18 +298,22 @@ void mean_images(const BoxSum<T>& p, int64_t begin, int64_t end) {
 
 // ---- large boxes --------------------------------------------------------------------------------
 
-// Forward: boxes that hardly overlap are read one by one, each pixel in the order of memory.
-// Native's time over ours on Zen 5, separably and so, fp32 and bf16 (torchops bench PROBLEM --dtype
-// f32,bf16
-// --layout channels_last --direction fwd --threads 1 --quick):
-//   TABLE
+// Forward: boxes that hardly overlap are read one by one, each pixel in the order of memory; those
+// of half types only if their channels would not go through the L1 cache together. Native's time
+// over ours on Zen 5, separably and so (torchops bench PROBLEM --dtype f32,bf16 --layout
+// channels_last --direction fwd --threads 1 --quick):
+//   adaptive_avg_pool2d:mb1_ic640ih56oh3   fp32 0.54, bf16 0.67   1.58, 1.85
+//   adaptive_avg_pool2d:mb8_ic200ih33oh4   fp32 1.43              2.41
+//   avg_pool2d:mb8_ic512ih14kh7            fp32 1.13, bf16 2.73   2.07, 2.31
 template <typename T>
 bool takes_large_boxes(const BoxSum<T>& p) {
   constexpr int64_t kFewestRows = kStreams;
+  if (p.channels < kLanes<T>) return false;
+  if (sizeof(T) == 2 && widest_box(p) * p.channels <= kColumnBudget) return false;
   int64_t rows = 0, columns = 0;
   for (int64_t t = 0; t < p.target_height; ++t) rows += p.rows[t].size();
   for (int64_t u = 0; u < p.target_width; ++u) columns += p.columns[u].size();
-  return p.channels >= kLanes<T> && rows >= kFewestRows * p.target_height &&
+  return rows >= kFewestRows * p.target_height &&
          4 * rows * columns <= 5 * p.source_height * p.source_width;
 }
 

@@ -57,16 +57,26 @@ inline Vec<T> broadcast(acc_t<T> value) {
   return value - Vec<T>{};
 }
 
-// The sum of all lanes: those that are half as many apart as there are, then half of that.
-template <typename T, int kDistance = kLanes<T> / 2, int... i>
-inline acc_t<T> sum_lanes(Vec<T> v, std::integer_sequence<int, i...> lanes) {
-  v += __builtin_shufflevector(v, v, (i ^ kDistance)...);
-  if constexpr (kDistance > 1) return sum_lanes<T, kDistance / 2>(v, lanes);
-  return v[0];
+// f of all lanes: of those that are half as many apart as there are, then half of that.
+template <typename V, typename F, int... i>
+inline auto fold_lanes(V v, const F& f, std::integer_sequence<int, i...> lanes, auto distance) {
+  constexpr int kDistance = distance;
+  v = f(v, V(__builtin_shufflevector(v, v, (i ^ kDistance)...)));
+  if constexpr (kDistance > 1)
+    return fold_lanes(v, f, lanes, std::integral_constant<int, kDistance / 2>{});
+  else
+    return v[0];
 }
+template <typename V, typename F>
+inline auto fold_lanes(V v, const F& f) {
+  constexpr int kLanesOfV = sizeof(V) / sizeof(v[0]);
+  return fold_lanes(v, f, std::make_integer_sequence<int, kLanesOfV>{},
+                    std::integral_constant<int, kLanesOfV / 2>{});
+}
+
 template <typename T>
 inline acc_t<T> sum_lanes(Vec<T> v) {
-  return sum_lanes<T>(v, std::make_integer_sequence<int, kLanes<T>>{});
+  return fold_lanes(v, [](Vec<T> a, Vec<T> b) { return a + b; });
 }
 
 // ---- scalar conversions -------------------------------------------------------------------

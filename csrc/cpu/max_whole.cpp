@@ -1,4 +1,5 @@
-// Largest values of whole planes: one window that takes in all of the map, as at a network's end.
+// Largest values of whole planes: one window that takes in all of the map, as at a network's end;
+// and of large windows in contiguous planes.
 //
 // Contiguous planes one by one, lanes being neighbours in a row. In channels_last lanes are
 // channels, and the image is read in the order of memory, beside the winners so far, which stay in
@@ -27,28 +28,31 @@ using WideBest = Best<T, true, int32_t>;
 // maximum.
 template <typename T>
 int64_t winning_offset(const WideBest<T>& best) {
-  constexpr int L = kLanes<T>;
+  const auto larger_of = [](auto a, auto b) { return a > b ? a : b; };
+  const auto smaller_of = [](auto a, auto b) { return a < b ? a : b; };
   const Mask<T> nan = best.value != best.value;
-  acc_t<T> most[L];
-  lane_t<T> nans[L], firsts[L];
-  std::memcpy(most, &best.value, sizeof(most));
-  const Mask<T> last_nan = nan ? best.offset.lanes : same_in_all<T>(-1);
-  std::memcpy(nans, &last_nan, sizeof(nans));
-  for (int width = L / 2; width > 0; width /= 2) {
-    for (int l = 0; l < width; ++l) {
-      most[l] = most[l] > most[l + width] ? most[l] : most[l + width];
-      nans[l] = nans[l] > nans[l + width] ? nans[l] : nans[l + width];
-    }
-  }
-  if (nans[0] >= 0) return nans[0];
-  const Mask<T> first =
-      best.value == broadcast<T>(most[0]) ? best.offset.lanes : same_in_all<T>(INT32_MAX);
-  std::memcpy(firsts, &first, sizeof(firsts));
-  for (int width = L / 2; width > 0; width /= 2) {
-    for (int l = 0; l < width; ++l)
-      firsts[l] = firsts[l] < firsts[l + width] ? firsts[l] : firsts[l + width];
-  }
-  return firsts[0];
+  const Mask<T> nans = nan ? best.offset.lanes : same_in_all<T>(-1);
+  if (const auto last = fold_lanes(nans, larger_of); last >= 0) return last;
+  const Vec<T> most = broadcast<T>(fold_lanes(best.value, larger_of));
+  const Mask<T> firsts = best.value == most ? best.offset.lanes : same_in_all<T>(INT32_MAX);
+  return fold_lanes(firsts, smaller_of);
+}
+
+// Two chains: one would wait for itself. Of two equal ones, the first wins; of two NaNs, the last.
+template <typename T>
+int64_t winning_offset(const WideBest<T>& a, const WideBest<T>& b) {
+  const Mask<T> later = b.offset.lanes > a.offset.lanes;
+  const Mask<T> take = (b.value > a.value) | ((b.value == a.value) & ~later) |
+                       ((b.value != b.value) & ((a.value == a.value) | later));
+  return winning_offset(
+      WideBest<T>{take ? b.value : a.value, {take ? b.offset.lanes : a.offset.lanes}});
+}
+
+template <typename T>
+Mask<T> lane_numbers() {
+  Mask<T> lane;
+  for (int l = 0; l < kLanes<T>; ++l) lane[l] = l;
+  return lane;
 }
 
 template <typename T, typename O>
@@ -58,15 +62,13 @@ void max_of_planes(const MaxWindows& p, const T* input, T* output, O* offsets, i
   const int64_t size = p.in_plane(), all = p.planes() * size;
   constexpr int64_t kAhead = 2048 / sizeof(T);  // small planes: hardware does not see far enough
   const Vec<T> nothing = broadcast<T>(-acc_t<T>(INFINITY));
-  Mask<T> lane;
-  for (int l = 0; l < L; ++l) lane[l] = l;
+  const Mask<T> lane = lane_numbers<T>();
   for (int64_t plane = begin; plane < end; ++plane) {
     const T* from = input + plane * size;
     prefetch<kL1>(from + kAhead, size < kAhead ? size : 0);
     const auto load_some = [&](int64_t i) {
       return load_filled(from + i, size - i, all - plane * size - i, nothing);
     };
-    // Two chains: one would wait for itself.
     WideBest<T> best[2] = {{load_some(0), {lane}}, {load_some(L), {lane + same_in_all<T>(L)}}};
     Mask<T> at = lane + same_in_all<T>(2 * L);
     for (int64_t i = 2 * L; i < size; i += 2 * L) {
@@ -74,15 +76,66 @@ void max_of_planes(const MaxWindows& p, const T* input, T* output, O* offsets, i
       best[1].see({load_some(i + L), {at + same_in_all<T>(L)}});
       at += same_in_all<T>(2 * L);
     }
-    // Of two equal ones, the first; of two NaNs, the last.
-    const WideBest<T> a = best[0], b = best[1];
-    const Mask<T> later = b.offset.lanes > a.offset.lanes;
-    const Mask<T> take = (b.value > a.value) | ((b.value == a.value) & ~later) |
-                         ((b.value != b.value) & ((a.value == a.value) | later));
-    const WideBest<T> both{take ? b.value : a.value, {take ? b.offset.lanes : a.offset.lanes}};
-    const int64_t winner = winning_offset(both);
+    const int64_t winner = winning_offset(best[0], best[1]);
     output[plane] = from[winner];
     if (offsets) offsets[plane] = static_cast<O>(winner);
+  }
+}
+
+// ---- forward, large windows -------------------------------------------------------------------
+
+// The offset of the winner among `rows` of `columns` elements, `step` apart, of a window; offsets
+// are `pitch` apart from row to row, `first` that of the first element. From there on `room`
+// elements may be read.
+template <typename T>
+int64_t winner_of_window(const T* from, int64_t rows, int64_t columns, int64_t step, int64_t pitch,
+                         int64_t first, int64_t room) {
+  constexpr int64_t L = kLanes<T>;
+  const Vec<T> nothing = broadcast<T>(-acc_t<T>(INFINITY));
+  Mask<T> at = lane_numbers<T>() + same_in_all<T>(first);
+  const Mask<T> below = same_in_all<T>(pitch);
+  WideBest<T> best[2] = {{nothing, {at}}, {nothing, {at}}};
+  const auto see_row = [&](WideBest<T>& row, int64_t r) __attribute__((always_inline)) {
+    Mask<T> offset = at;
+    for (int64_t i = 0; i < columns; i += L, offset += same_in_all<T>(L)) {
+      const int64_t element = r * step + i;
+      __builtin_prefetch(from + element + rows * step, 0, kL2);  // of the windows below
+      row.see({load_filled(from + element, columns - i, room - element, nothing), {offset}});
+    }
+    at += below;
+  };
+  int64_t r = 0;
+  for (; r + 2 <= rows; r += 2) {
+    see_row(best[0], r);
+    see_row(best[1], r + 1);
+  }
+  if (r < rows) see_row(best[0], r);
+  return winning_offset(best[0], best[1]);
+}
+
+template <bool kOffsets, typename T, typename O>
+void max_of_windows(const MaxWindows& p, const T* input, T* output, O* offsets, int64_t begin,
+                    int64_t end) {
+  const int64_t W = p.width.length, OW = p.width.outputs, all = p.planes() * p.in_plane();
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t plane = item / p.height.outputs, oh = item % p.height.outputs;
+    const Span rows = p.height.inside[oh];
+    for (int64_t ow = 0; ow < OW; ++ow) {
+      const Span columns = p.width.inside[ow];
+      const int64_t to = item * OW + ow;
+      if (rows.size() <= 0 || columns.size() <= 0) {
+        max_of_nothing<kOffsets>(1, output + to, kOffsets ? offsets + to : nullptr);
+        continue;
+      }
+      const auto element = [&](int64_t r, int64_t k) {
+        return plane * p.in_plane() + p.height.position(oh, r) * W + p.width.position(ow, k);
+      };
+      const int64_t from = element(rows.begin, columns.begin), pitch = p.width.taps;
+      const int64_t winner = winner_of_window(input + from, rows.size(), columns.size(), W, pitch,
+                                              rows.begin * pitch + columns.begin, all - from);
+      output[to] = input[element(winner / pitch, winner % pitch)];
+      if constexpr (kOffsets) offsets[to] = static_cast<O>(winner);
+    }
   }
 }
 
@@ -158,6 +211,29 @@ bool takes_all(const MaxAxis& axis) {
 }  // namespace
 
 bool is_whole(const MaxWindows& p) { return takes_all(p.height) && takes_all(p.width); }
+
+// Apart by more than the phases that max_forward_planes.cpp has rows for; its rows would be found
+// element by element. Times of native over ours on Zen 5 there and here, fp32 and bf16 (torchops
+// bench PROBLEM --dtype f32,bf16 --layout contiguous --direction fwd --threads 1 --quick):
+//   TABLE
+bool has_large_windows(const MaxWindows& p) {
+  constexpr int64_t kFewestTaps = 81, kPhases = 2;
+  const auto apart = [](const MaxAxis& axis) {
+    const bool overlap = axis.stride > 0 && axis.stride < axis.taps;
+    return axis.dilation == 1 && !overlap && axis.taps > kPhases;
+  };
+  return !p.channels_last && p.height.taps * p.width.taps >= kFewestTaps && apart(p.height) &&
+         apart(p.width);
+}
+
+void max_forward_windows(const MaxWindows& p, const void* input, void* output, void* offsets) {
+  with_tensors(p, input, output, offsets, [&](auto kept, auto* from, auto* to, auto* to_offsets) {
+    parallel_for(p.planes() * p.height.outputs, max_grain(p.height.taps * p.width.length),
+                 [&](int64_t begin, int64_t end) {
+                   max_of_windows<kept>(p, from, to, to_offsets, begin, end);
+                 });
+  });
+}
 
 void max_forward_whole(const MaxWindows& p, const void* input, void* output, void* offsets) {
   with_tensors(p, input, output, offsets,

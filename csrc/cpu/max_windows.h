@@ -45,6 +45,9 @@ void max_indices(const MaxWindows&, const void* offsets, int64_t* indices);
 // Windows that are the whole plane, of which there is one: see max_whole.cpp.
 bool is_whole(const MaxWindows&);
 void max_forward_whole(const MaxWindows&, const void* input, void* output, void* offsets);
+// Large windows in contiguous planes: see there, too.
+bool has_large_windows(const MaxWindows&);
+void max_forward_windows(const MaxWindows&, const void* input, void* output, void* offsets);
 
 namespace {
 

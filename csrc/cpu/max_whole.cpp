@@ -215,9 +215,11 @@ bool is_whole(const MaxWindows& p) { return takes_all(p.height) && takes_all(p.w
 // Apart by more than the phases that max_forward_planes.cpp has rows for; its rows would be found
 // element by element. Times of native over ours on Zen 5 there and here, fp32 and bf16 (torchops
 // bench PROBLEM --dtype f32,bf16 --layout contiguous --direction fwd --threads 1 --quick):
-//   TABLE
+//   adaptive_max_pool2d:mb1_ic256ih28oh2   0.78 0.57   2.88 2.94
+//   adaptive_max_pool2d:mb8_ic72ih75oh5    1.45 1.04   3.62 3.29
+//   adaptive_max_pool2d:mb8_ic64ih56oh7    1.99 1.83   2.49 2.38
 bool has_large_windows(const MaxWindows& p) {
-  constexpr int64_t kFewestTaps = 81, kPhases = 2;
+  constexpr int64_t kFewestTaps = 64, kPhases = 2;
   const auto apart = [](const MaxAxis& axis) {
     const bool overlap = axis.stride > 0 && axis.stride < axis.taps;
     return axis.dilation == 1 && !overlap && axis.taps > kPhases;

@@ -30,6 +30,9 @@ SAMPLES_2D = [
     sample((1, 72, 6, 7), 2, stride=1, padding=1),
     sample((1, 40, 4, 9), 3, stride=(2, 1)),
     sample((1, 520, 3, 140), 3, stride=1, padding=1),
+    # Large windows, wider than a register, too.
+    sample((2, 3, 40, 37), (11, 9), stride=(11, 10), padding=(5, 4), return_indices=True),
+    sample((1, 5, 11, 90), (5, 21), stride=(6, 21), padding=(2, 10)),
 ]
 
 CASES = [

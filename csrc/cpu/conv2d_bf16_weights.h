@@ -229,8 +229,8 @@ struct PairWeights {
   }
   // A chunk of each column, whose words lie at `places`.
   void pair_chunk(const bf16* turned, int64_t words, const int64_t* places, bf16* to) const {
-    __m512i chosen[2]
-                  [2];  // the words of a pair's first and second element, by their places' parity
+    // The words of a pair's first and second element, by the parity of their places.
+    __m512i chosen[2][2];
     for (int first = 0; first < 2; ++first) {
       for (int second = 0; second < 2; ++second)
         chosen[first][second] = lane_words(first, kChunk + second);

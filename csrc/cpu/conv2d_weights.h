@@ -23,6 +23,11 @@ template <typename T>
 struct Weights {
   const T* data;
   int64_t group_stride, column_stride, channel_stride, height_stride, width_stride;
+
+  // Whether columns lie behind each other, the taps of each side by side.
+  bool columns_of_taps() const {
+    return width_stride == 1 && column_stride > 1 && column_stride < channel_stride;
+  }
 };
 
 // Depth is cut into nearly equal blocks of whole units that fit a panel.
@@ -86,10 +91,6 @@ struct DepthWalk {
     const auto& [channel, width, height] = digits;
     return channels_last && width.stride == 1 && height.stride == width.size &&
            channel.stride == height.stride * height.size;
-  }
-  // Whether columns lie behind each other, the taps of each side by side.
-  template <typename T> static bool columns_of_taps(const Weights<T>& w) {
-    return w.width_stride == 1 && w.column_stride > 1 && w.column_stride < w.channel_stride;
   }
   void next() {
     for (Digit& d : digits) {
@@ -187,7 +188,7 @@ void pack_weights(const Problem<T>& p, int64_t group, int64_t column, int64_t co
     return pack_taps(from + walk.offset, stride, columns, depth / p.c.channels, p.c.channels, width,
                      to);
   }
-  if (DepthWalk::columns_of_taps(p.weights) && (length == depth || !p.channels_last))
+  if (p.weights.columns_of_taps() && (length == depth || !p.channels_last))
     return pack_columns_of_taps(p, from, columns, begin, length, width, to);
   walk.skip(begin);
   for (int64_t k = 0; k < length; ++k, to += width, walk.next()) {
@@ -221,8 +222,8 @@ template <typename T>
 int64_t packed_chunk(const Problem<T>& p, int64_t depth) {
   constexpr int64_t kChunk = 64;
   const DepthWalk walk(p);
-  const bool whole = walk.dense() || walk.dense_by_taps() ||
-                     (DepthWalk::columns_of_taps(p.weights) && p.channels_last);
+  const bool whole =
+      walk.dense() || walk.dense_by_taps() || (p.weights.columns_of_taps() && p.channels_last);
   return whole ? larger(depth, 1) : clamp(depth, 1, kChunk);
 }
 
@@ -238,8 +239,8 @@ Weights<T> forward_weights(const Conv2dShape& s, const void* weight) {
 }
 
 // The weight in the channels_last format, [out channel][tap][in channel], where it lies if it does
-// so already: packing a contiguous one for the gradient of the input, whose columns are input
-// channels, would gather it element by element.
+// so already. For what takes the taps of some channels at a time, or multiplies a row as it is:
+// from a contiguous one it would gather element by element.
 template <typename T>
 struct WeightByTaps {
   const int64_t taps;

@@ -176,9 +176,9 @@ class StreamAhead {
   int64_t step_ = 0;
 };
 
-// The largest window of rows that share a vector: 7x7 of 7 x 7 took 1.3 times as long as in the
-// working form, with a load of a weight for each multiply-add.
-constexpr int kMostShared = 5;
+// The largest window of rows that share a vector: 5x5 and 7x7 of 7 x 7 took 1.3 times as long as in
+// the working form, with a load of a weight for each multiply-add.
+constexpr int kMostShared = 3;
 
 // Rows of a vector: two in a register where they fit and input and output have the same width.
 template <typename T>
@@ -335,20 +335,21 @@ class MaskedPlanes {
   MaskedKernel<T> kernel_ = nullptr;
 };
 
-// Whether there is a kernel, and its loads are at least half full; for large windows, which compute
-// much for each load, nearly full. Native's time over ours on Zen 5 forward, half full and so, fp32
-// and bf16 (torchops bench PROBLEM --dtype f32,bf16 --layout contiguous --threads 1 --quick):
+// Whether there is a kernel, and its loads are full enough: the more a window computes for each,
+// the fuller. Native's time over ours on Zen 5 forward, where half sufficed and so, fp32 and bf16
+// (torchops bench PROBLEM --dtype f32,bf16 --layout contiguous --threads 1 --quick):
+//   conv2d:mb8_g160ic160ih9oc160kh5ph2       0.94 1.30   1.24 1.72
+//   conv2d:mb8_g1152ic1152ih7oc1152kh5ph2    0.87 1.73   1.16 1.70
 //   conv2d:mb8_g160ic160ih9oc160kh7ph3       0.61 0.90   1.01 1.36
 //   conv2d:mb8_g320ic320ih13oc320kh7sh2ph3   0.79 1.59   1.28 1.50
 //   conv2d:mb8_g384ic384ih14oc384kh7ph3      0.96 1.65   1.20 1.93
 template <typename T>
 bool fits_masks(const Axis& height, const Axis& width) {
-  const int64_t rows = rows_in_vector<T>(width);
+  const int64_t size = width.window.size;
+  const int64_t rows = size <= kMostShared ? rows_in_vector<T>(width) : 1;
   const int64_t lanes = rows * width.window.stride * width.output;
-  const bool large = width.window.size >= 7;
-  return rows_kernel<T, false>(height.window, width.window) &&
-         (rows == 1 || width.window.size <= kMostShared) &&
-         (large ? 16 * lanes >= 15 * kLanes<T> : 2 * lanes >= kLanes<T>);
+  const int64_t sixteenths = size >= 7 ? 15 : size >= 5 ? 13 : rows > 1 ? 11 : 8;
+  return rows_kernel<T, false>(height.window, width.window) && 16 * lanes >= sixteenths * kLanes<T>;
 }
 
 template <typename T>
